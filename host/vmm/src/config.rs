@@ -1,0 +1,64 @@
+//! What a machine is made of: the file that `pericarp vmm --config` reads.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// Everything that is needed to start one machine. Written by the controller as
+/// `<run>/<sandbox id>/machine.json`; complete in itself, so that a machine can be started again by
+/// hand from its file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineConfig {
+    /// The sandbox id, for messages only.
+    pub id: String,
+    /// ELF `vmlinux`.
+    pub kernel: PathBuf,
+    /// Initial ramfs (cpio) that holds the agent as `/init`.
+    pub initramfs: PathBuf,
+    /// Appended to the kernel command line that the machine makes itself.
+    #[serde(default)]
+    pub cmdline: String,
+    /// Number of virtual CPUs, at least 1.
+    pub vcpus: u8,
+    /// Guest memory in MiB.
+    pub memory_mib: u32,
+    /// Where the guest's kernel messages go.
+    pub console: ConsoleConfig,
+    /// The guest's vsock device.
+    pub vsock: VsockConfig,
+    /// The directory that the guest sees through virtio-fs, if any.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub share: Option<ShareConfig>,
+}
+
+/// The console log: what the guest's kernel prints, bounded.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConsoleConfig {
+    /// The log file; made with mode 0600.
+    pub path: PathBuf,
+    /// The file never grows beyond this many bytes; the newest output is kept.
+    pub limit_bytes: u64,
+}
+
+/// virtio-vsock in its hybrid form: a unix socket stands for the guest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockConfig {
+    /// The socket that host programs connect to (`CONNECT <port>\n` → `OK <port>\n`). The guest's
+    /// connections to host port P go to the socket `<path>_<P>`.
+    pub path: PathBuf,
+    /// Host ports that the guest may connect to; all others are refused.
+    pub host_ports: Vec<u32>,
+}
+
+/// A directory shared with the guest through virtio-fs.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ShareConfig {
+    /// The tag that the guest mounts.
+    pub tag: String,
+    /// Root of the shared tree; mounts that appear below it later are seen by the guest.
+    pub directory: PathBuf,
+}

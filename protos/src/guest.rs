@@ -1,0 +1,27 @@
+//! Facts of the guest that controller, machine and agent must agree on.
+
+/// vsock port on which the agent serves containerd and the controller.
+pub const AGENT_PORT: u32 = 1024;
+
+/// vsock port on the host (CID 2) on which the controller serves the agent.
+pub const HOST_PORT: u32 = 1025;
+
+/// Tag of the virtio-fs device that carries the pod's share.
+pub const SHARE_TAG: &str = "share";
+
+/// Where the guest mounts the share. A container's root filesystem is
+/// `<SHARE_DIR>/<container id>/rootfs`, its volumes `<SHARE_DIR>/<container id>/volumes/<n>`.
+pub const SHARE_DIR: &str = "/run/pericarp/share";
+
+/// Where the agent writes the pod's `hosts`, `resolv.conf` and `hostname`.
+pub const ETC_DIR: &str = "/run/pericarp/etc";
+
+/// The pod's shared memory file system, mounted on every container's `/dev/shm`.
+pub const SHM_DIR: &str = "/run/pericarp/shm";
+
+/// The PID namespace of the pod, for containers that share one. The agent makes it when a spec
+/// first names it.
+pub const PID_NAMESPACE: &str = "/run/pericarp/ns/pid";
+
+/// Parent of every container's cgroup in the guest; `cgroupsPath` is `<CGROUP_PARENT>/<container id>`.
+pub const CGROUP_PARENT: &str = "/pod";
