@@ -1,1 +1,86 @@
-fn main() {}
+//! The `pericarp` command.
+
+use std::{
+    fs,
+    os::{
+        fd::{FromRawFd as _, OwnedFd, RawFd},
+        unix::net::UnixListener,
+    },
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context as _, bail};
+use clap::{Args, Parser, Subcommand};
+use pericarp_vmm::MachineConfig;
+
+/// One KVM microVM around every Kubernetes pod.
+#[derive(Parser)]
+#[command(version)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run one machine until it ends. The controller starts this; by hand it is for looking into a
+    /// machine on its own.
+    Vmm {
+        /// The machine's description (JSON).
+        #[arg(long)]
+        config: PathBuf,
+        #[command(flatten)]
+        control: ControlSocket,
+    },
+}
+
+/// Where the machine serves its control service.
+#[derive(Args)]
+#[group(required = true, multiple = false)]
+struct ControlSocket {
+    /// An inherited descriptor: a unix socket that is listening already.
+    #[arg(long)]
+    control_fd: Option<RawFd>,
+    /// A path to make the socket at.
+    #[arg(long)]
+    control_socket: Option<PathBuf>,
+}
+
+impl ControlSocket {
+    fn listener(self) -> anyhow::Result<UnixListener> {
+        match (self.control_fd, self.control_socket) {
+            (Some(fd), _) if fd <= 2 => bail!("descriptor {fd} cannot be the control socket; pass one above 2"),
+            // SAFETY: the caller passes this descriptor for us to own; nothing else in this process,
+            // which has only just started, uses descriptors above 2.
+            (Some(fd), _) => Ok(UnixListener::from(unsafe { OwnedFd::from_raw_fd(fd) })),
+            (None, Some(path)) => {
+                UnixListener::bind(&path).with_context(|| format!("cannot listen on {}", path.display()))
+            }
+            (None, None) => bail!("either --control-fd or --control-socket is needed"),
+        }
+    }
+}
+
+fn main() -> anyhow::Result<()> {
+    let process_start_ns = pericarp_vmm::monotonic_ns();
+    match Arguments::parse().command {
+        Command::Vmm { config, control } => vmm(&config, control, process_start_ns),
+    }
+}
+
+fn vmm(config: &Path, control: ControlSocket, process_start_ns: u64) -> anyhow::Result<()> {
+    log_to_stderr();
+    let text = fs::read_to_string(config).with_context(|| format!("cannot read {}", config.display()))?;
+    let config: MachineConfig = serde_json::from_str(&text)
+        .with_context(|| format!("{} is not a machine's description", config.display()))?;
+    let reason = pericarp_vmm::run(&config, control.listener()?, process_start_ns)?;
+    tracing::info!(?reason, "the machine has ended");
+    // Threads of the machine may still run; they end with the process.
+    std::process::exit(0);
+}
+
+fn log_to_stderr() {
+    use tracing_subscriber::{EnvFilter, fmt};
+    let filter = EnvFilter::try_from_env("PERICARP_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+}

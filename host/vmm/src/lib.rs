@@ -1,7 +1,17 @@
 //! The machine: one KVM microVM, its vCPUs, memory and virtio devices.
 //!
-//! It speaks no Task API and knows no containers; see ARCHITECTURE.md.
+//! It speaks no Task API and knows no containers; see ARCHITECTURE.md. [`run`] is the whole of it:
+//! everything else is reached from there.
 
+mod arch;
+mod bus;
 mod config;
+mod console;
+mod control;
+mod machine;
+mod memory;
+mod vcpu;
+mod virtio;
 
 pub use config::{ConsoleConfig, MachineConfig, ShareConfig, VsockConfig};
+pub use machine::{Error, ExitReason, monotonic_ns, run};

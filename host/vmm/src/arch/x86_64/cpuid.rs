@@ -1,0 +1,86 @@
+//! CPUID: what KVM supports on this host, with the topology of the machine put in.
+
+use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
+use kvm_ioctls::Kvm;
+
+const LEAF_FEATURES: u32 = 0x1;
+const LEAF_CACHE: u32 = 0x4;
+const LEAF_TOPOLOGY: u32 = 0xb;
+const LEAF_TOPOLOGY_V2: u32 = 0x1f;
+const LEAF_AMD_SIZES: u32 = 0x8000_0008;
+const LEAF_AMD_TOPOLOGY: u32 = 0x8000_001e;
+
+const FEATURES_ECX_TSC_DEADLINE: u32 = 1 << 24;
+const FEATURES_ECX_HYPERVISOR: u32 = 1 << 31;
+const FEATURES_EDX_HYPERTHREADING: u32 = 1 << 28;
+
+/// What KVM can give to a guest on this host.
+pub fn supported(kvm: &Kvm) -> Result<CpuId, kvm_ioctls::Error> {
+    kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+}
+
+/// The CPUID of one vCPU in a machine of `vcpus`: one socket, a core each, no threads.
+pub fn for_vcpu(supported: &CpuId, id: u8, vcpus: u8) -> CpuId {
+    let mut cpuid = supported.clone();
+    let bits = vcpus.next_power_of_two().trailing_zeros();
+    for entry in cpuid.as_mut_slice() {
+        match entry.function {
+            LEAF_FEATURES => {
+                // Initial APIC id and number of logical processors; the rest of EBX stays.
+                entry.ebx = entry.ebx & 0x0000_ffff | u32::from(vcpus) << 16 | u32::from(id) << 24;
+                // KVM emulates the deadline timer but leaves it to us to announce it.
+                entry.ecx |= FEATURES_ECX_TSC_DEADLINE | FEATURES_ECX_HYPERVISOR;
+                if vcpus > 1 {
+                    entry.edx |= FEATURES_EDX_HYPERTHREADING;
+                } else {
+                    entry.edx &= !FEATURES_EDX_HYPERTHREADING;
+                }
+            }
+            LEAF_CACHE => {
+                let level = entry.eax >> 5 & 0b111;
+                let sharing = if level >= 3 { u32::from(vcpus) - 1 } else { 0 };
+                entry.eax = entry.eax & 0x0000_3fff | sharing << 14 | (u32::from(vcpus) - 1) << 26;
+            }
+            LEAF_TOPOLOGY | LEAF_TOPOLOGY_V2 => {
+                let (shift, count, kind) = match entry.index {
+                    0 => (0, 1, 1),                      // threads of a core
+                    1 => (bits, u32::from(vcpus), 2),    // cores of the socket
+                    _ => (0, 0, 0),
+                };
+                entry.eax = shift;
+                entry.ebx = count;
+                entry.ecx = entry.index & 0xff | kind << 8;
+                entry.edx = u32::from(id);
+            }
+            LEAF_AMD_SIZES => {
+                entry.ecx = entry.ecx & !0xf0ff | (u32::from(vcpus) - 1) | bits << 12;
+            }
+            LEAF_AMD_TOPOLOGY => {
+                entry.eax = u32::from(id);
+                entry.ebx = u32::from(id);
+                entry.ecx = 0;
+            }
+            _ => {}
+        }
+    }
+    cpuid
+}
+
+#[cfg(test)]
+mod tests {
+    use kvm_bindings::kvm_cpuid_entry2;
+
+    use super::*;
+
+    #[test]
+    fn each_vcpu_sees_its_own_apic_id() {
+        let entries = [LEAF_FEATURES, LEAF_TOPOLOGY]
+            .map(|function| kvm_cpuid_entry2 { function, ..kvm_cpuid_entry2::default() });
+        let supported = CpuId::from_entries(&entries).unwrap();
+        let cpuid = for_vcpu(&supported, 3, 4);
+        assert_eq!(cpuid.as_slice()[0].ebx >> 24, 3);
+        assert_eq!(cpuid.as_slice()[0].ebx >> 16 & 0xff, 4);
+        assert_eq!(cpuid.as_slice()[1].edx, 3);
+        assert_ne!(cpuid.as_slice()[0].ecx & FEATURES_ECX_TSC_DEADLINE, 0);
+    }
+}

@@ -1,0 +1,84 @@
+//! Where a vCPU's device accesses go: virtio-mmio pages and the two ports that the guest uses.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::{
+    arch::current::layout::{DEVICE_SIZE, DEVICES},
+    console::Console,
+    virtio::mmio::MmioDevice,
+};
+
+/// First port of the 8250 serial line, and how many it has.
+const SERIAL_PORT: u16 = 0x3f8;
+const SERIAL_PORTS: u16 = 8;
+/// The keyboard controller's command port: how a PC resets itself (`reboot=k`).
+const KEYBOARD_PORT: u16 = 0x64;
+const KEYBOARD_RESET: u8 = 0xfe;
+
+/// What a port access asks of the vCPU that made it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PortWrite {
+    /// Go on.
+    Done,
+    /// The guest wants the machine reset, which ends it.
+    Reset,
+}
+
+/// All devices of a machine as its vCPUs reach them. What nothing answers to reads as ones and
+/// swallows writes, as on a PC.
+pub struct Bus {
+    /// Device n answers in the n-th page from [`DEVICES`].
+    pub mmio: Vec<Mutex<MmioDevice>>,
+    /// The console behind the serial line.
+    pub console: Arc<Mutex<Console>>,
+}
+
+impl Bus {
+    /// A vCPU reads from guest-physical `address`.
+    pub fn mmio_read(&self, address: u64, data: &mut [u8]) {
+        data.fill(0xff);
+        if let Some((device, offset)) = self.device(address) {
+            device.lock().unwrap_or_else(PoisonError::into_inner).read(offset, data);
+        }
+    }
+
+    /// A vCPU writes to guest-physical `address`.
+    pub fn mmio_write(&self, address: u64, data: &[u8]) {
+        if let Some((device, offset)) = self.device(address) {
+            device.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data);
+        }
+    }
+
+    fn device(&self, address: u64) -> Option<(&Mutex<MmioDevice>, u64)> {
+        let distance = address.checked_sub(DEVICES)?;
+        let index = usize::try_from(distance / DEVICE_SIZE).ok()?;
+        Some((self.mmio.get(index)?, distance % DEVICE_SIZE))
+    }
+
+    /// A vCPU reads from an I/O port.
+    pub fn port_read(&self, port: u16, data: &mut [u8]) {
+        data.fill(0xff);
+        if let (Some(register), [value]) = (serial_register(port), &mut *data) {
+            *value = self.console.lock().unwrap_or_else(PoisonError::into_inner).read(register);
+        } else if port == KEYBOARD_PORT {
+            // Input buffer empty: the guest need not wait before it sends the reset.
+            data.fill(0);
+        }
+    }
+
+    /// A vCPU writes to an I/O port.
+    pub fn port_write(&self, port: u16, data: &[u8]) -> PortWrite {
+        match (serial_register(port), data) {
+            (Some(register), &[value]) => {
+                self.console.lock().unwrap_or_else(PoisonError::into_inner).write(register, value);
+                PortWrite::Done
+            }
+            (None, [KEYBOARD_RESET]) if port == KEYBOARD_PORT => PortWrite::Reset,
+            _ => PortWrite::Done,
+        }
+    }
+}
+
+fn serial_register(port: u16) -> Option<u8> {
+    port.checked_sub(SERIAL_PORT).filter(|register| *register < SERIAL_PORTS).map(|register| register as u8)
+}

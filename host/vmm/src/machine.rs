@@ -1,0 +1,233 @@
+//! Puts a machine together, starts it and waits for its end.
+
+use std::{
+    io,
+    os::unix::net::UnixListener,
+    sync::{Arc, Mutex, mpsc},
+};
+
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
+use pericarp_protos::{ttrpc, vmm_blocking::BootTimes};
+use thiserror::Error;
+use vm_memory::{GuestMemory as _, GuestMemoryRegion as _};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::{
+    arch::current::{
+        self as arch,
+        boot::{self, BootError},
+        cpuid,
+        layout::{self, DEVICE_SIZE, DEVICES, FIRST_IRQ},
+        registers::{self, RegisterError},
+    },
+    bus::Bus,
+    config::MachineConfig,
+    console::Console,
+    control::Control,
+    memory::{self, GuestMemory, MemoryError},
+    vcpu,
+    virtio::{
+        Device,
+        fs::{Fs, FsError},
+        mmio::{MmioDevice, QUEUE_NOTIFY},
+        rng::Rng,
+        vsock::{Vsock, VsockError},
+    },
+};
+
+/// Smallest guest that the kernel and the agent start in.
+const MEMORY_MIB_MIN: u32 = 64;
+
+/// Why a machine ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ExitReason {
+    /// The guest reset itself: it was shut down from inside, or its kernel panicked (the console log
+    /// tells which).
+    GuestReset,
+    /// The guest destroyed its own processor state so far that no handler could run.
+    TripleFault,
+    /// `Machine.Shutdown` was called.
+    Shutdown,
+    /// KVM could not run the guest any further.
+    Kvm(String),
+}
+
+/// A machine cannot be started.
+#[derive(Debug, Error)]
+pub enum Error {
+    #[error("cannot open /dev/kvm; `pericarp check kvm` says what is wrong")]
+    OpenKvm(#[source] kvm_ioctls::Error),
+    #[error("KVM refuses to {what}")]
+    Kvm { what: &'static str, #[source] source: kvm_ioctls::Error },
+    #[error("{vcpus} vCPUs are asked for; this host's KVM allows 1 to {max}")]
+    Vcpus { vcpus: u8, max: usize },
+    #[error("{mib} MiB of memory are asked for; a guest needs {MEMORY_MIB_MIN}")]
+    TooLittleMemory { mib: u32 },
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    #[error("cannot set up a vCPU")]
+    Registers(#[from] RegisterError),
+    #[error("cannot write the console log {path}")]
+    Console { path: std::path::PathBuf, #[source] source: io::Error },
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
+    #[error(transparent)]
+    Fs(#[from] FsError),
+    #[error("cannot make the machine's {what}")]
+    Io { what: &'static str, #[source] source: io::Error },
+    #[error("cannot serve the control socket")]
+    Control(#[source] ttrpc::Error),
+}
+
+/// Starts a machine and waits for its end.
+///
+/// `control` is a listening socket on which [`Machine`](pericarp_protos::vmm_blocking::Machine) is
+/// served once the vCPUs run. `process_start_ns` (`CLOCK_MONOTONIC`) is when the process began.
+///
+/// The process should exit soon after this returns: vCPU threads may still be running.
+pub fn run(config: &MachineConfig, control: UnixListener, process_start_ns: u64) -> Result<ExitReason, Error> {
+    abort_on_panic();
+    let kvm = Kvm::new().map_err(Error::OpenKvm)?;
+    check_size(config, &kvm)?;
+    let vm = kvm.create_vm().map_err(refused("create a virtual machine"))?;
+    arch::set_up_vm(&vm).map_err(refused("give the machine interrupt controllers"))?;
+    let memory = memory::allocate(&layout::memory_ranges(u64::from(config.memory_mib) << 20))?;
+    register_memory(&vm, &memory)?;
+    let vcpus = make_vcpus(&kvm, &vm, config.vcpus)?;
+    let bus = Arc::new(make_devices(config, &vm, &memory)?);
+    let kvm_ready_ns = monotonic_ns();
+
+    let cmdline = cmdline(config, bus.mmio.len());
+    let entry = boot::load(&memory, &config.kernel, &config.initramfs, &cmdline, config.vcpus)?;
+    if let Some(first) = vcpus.first() {
+        registers::enter_kernel(first, entry)?;
+    }
+    let kernel_loaded_ns = monotonic_ns();
+
+    let (ended, end) = mpsc::channel();
+    let vcpus_started_ns = monotonic_ns();
+    for (id, vcpu) in (0..config.vcpus).zip(vcpus) {
+        vcpu::start(id, vcpu, bus.clone(), ended.clone()).map_err(|source| Error::Io { what: "vCPU threads", source })?;
+    }
+    let boot =
+        BootTimes { process_start_ns, kvm_ready_ns, kernel_loaded_ns, vcpus_started_ns, ..BootTimes::default() };
+    let server = Control { boot, vcpus: config.vcpus, memory, bus, ended };
+    let _server = server.serve(control).map_err(Error::Control)?;
+    // The channel cannot close before its first message: the control server holds a sender.
+    let reason = end.recv().unwrap_or(ExitReason::Shutdown);
+    // The name goes with the machine; the sockets behind it close with the process.
+    let _ = std::fs::remove_file(&config.vsock.path);
+    Ok(reason)
+}
+
+fn refused(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Error {
+    move |source| Error::Kvm { what, source }
+}
+
+/// A thread that panics must not leave half a machine running.
+fn abort_on_panic() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        std::process::abort();
+    }));
+}
+
+fn check_size(config: &MachineConfig, kvm: &Kvm) -> Result<(), Error> {
+    let max = kvm.get_max_vcpus();
+    if config.vcpus == 0 || usize::from(config.vcpus) > max {
+        return Err(Error::Vcpus { vcpus: config.vcpus, max });
+    }
+    if config.memory_mib < MEMORY_MIB_MIN {
+        return Err(Error::TooLittleMemory { mib: config.memory_mib });
+    }
+    Ok(())
+}
+
+fn register_memory(vm: &VmFd, memory: &GuestMemory) -> Result<(), Error> {
+    for (slot, region) in (0..).zip(memory.iter()) {
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+        };
+        // SAFETY: the region is a mapping that lives as long as the process, and no two overlap.
+        unsafe { vm.set_user_memory_region(region) }.map_err(refused("take the guest's memory"))?;
+    }
+    Ok(())
+}
+
+fn make_vcpus(kvm: &Kvm, vm: &VmFd, count: u8) -> Result<Vec<VcpuFd>, Error> {
+    let supported = cpuid::supported(kvm).map_err(refused("tell what processor features it supports"))?;
+    (0..count)
+        .map(|id| {
+            let vcpu = vm.create_vcpu(u64::from(id)).map_err(refused("create a vCPU"))?;
+            vcpu.set_cpuid2(&cpuid::for_vcpu(&supported, id, count)).map_err(refused("take a vCPU's CPUID"))?;
+            registers::initialize(&vcpu)?;
+            Ok(vcpu)
+        })
+        .collect()
+}
+
+fn make_devices(config: &MachineConfig, vm: &VmFd, memory: &GuestMemory) -> Result<Bus, Error> {
+    let console = Console::open(&config.console)
+        .map_err(|source| Error::Console { path: config.console.path.clone(), source })?;
+    let mut devices: Vec<Box<dyn Device>> = vec![Box::new(Vsock::new(&config.vsock)?), Box::new(Rng::default())];
+    if let Some(share) = &config.share {
+        devices.push(Box::new(Fs::new(share)?));
+    }
+    let mmio = (0..)
+        .zip(devices)
+        .map(|(slot, device)| attach(vm, memory, slot, device).map(Mutex::new))
+        .collect::<Result<_, _>>()?;
+    Ok(Bus { mmio, console: Arc::new(Mutex::new(console)) })
+}
+
+/// Connects a device's interrupt and notifications to KVM.
+fn attach(vm: &VmFd, memory: &GuestMemory, slot: u32, device: Box<dyn Device>) -> Result<MmioDevice, Error> {
+    let eventfd = |source| Error::Io { what: "eventfds", source };
+    let irqfd = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(eventfd)?;
+    vm.register_irqfd(&irqfd, FIRST_IRQ + slot).map_err(refused("take a device's interrupt"))?;
+    let device = MmioDevice::new(device, memory.clone(), irqfd).map_err(eventfd)?;
+    let notify = IoEventAddress::Mmio(DEVICES + u64::from(slot) * DEVICE_SIZE + QUEUE_NOTIFY);
+    for (queue, event) in (0u32..).zip(device.notify_events()) {
+        vm.register_ioevent(event, &notify, queue).map_err(refused("watch a device's notifications"))?;
+    }
+    Ok(device)
+}
+
+/// The kernel's command line: what every guest is started with, the devices, and what the
+/// configuration adds.
+fn cmdline(config: &MachineConfig, devices: usize) -> String {
+    // quiet, 8250.nr_uarts=1: each character and each probed port is a trip out of the guest.
+    // reboot=k: reset through the keyboard controller, which the bus understands.
+    // panic=-1: a guest that panics ends at once, and its pod with it.
+    // no_timer_check, tsc=reliable: there is no timer chip to check against; the TSC is KVM's.
+    // rcupdate.rcu_expedited=1: nothing in a small guest gains from lazy grace periods.
+    // random.trust_cpu: the processor's generator and virtio-rng seed it.
+    let mut line = String::from(
+        "console=ttyS0 8250.nr_uarts=1 quiet reboot=k panic=-1 no_timer_check tsc=reliable \
+         rcupdate.rcu_expedited=1 random.trust_cpu=on",
+    );
+    for slot in 0..devices as u64 {
+        let (address, irq) = (DEVICES + slot * DEVICE_SIZE, u64::from(FIRST_IRQ) + slot);
+        line.push_str(&format!(" virtio_mmio.device=4K@{address:#x}:{irq}"));
+    }
+    if !config.cmdline.is_empty() {
+        line.push(' ');
+        line.push_str(&config.cmdline);
+    }
+    line
+}
+
+/// Nanoseconds on `CLOCK_MONOTONIC`, the clock of all [`BootTimes`].
+pub fn monotonic_ns() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    // The monotonic clock starts at zero and does not go back.
+    now.tv_sec.unsigned_abs() * 1_000_000_000 + now.tv_nsec.unsigned_abs()
+}

@@ -1,0 +1,106 @@
+//! Guest memory: anonymous, not reserved, and touched only as the guest touches it.
+
+use rustix::mm::{Advice, madvise};
+use thiserror::Error;
+use vhost_user_backend::bitmap::BitmapMmapRegion;
+use vm_memory::{
+    GuestAddress, GuestMemory as _, GuestMemoryRegion as _, GuestMemoryMmap, GuestRegionMmap,
+    mmap::MmapRegionBuilder,
+};
+
+/// Guest memory as every device sees it. The bitmap type is the one that virtiofsd insists on; no
+/// bitmap is ever put into it.
+pub type GuestMemory = GuestMemoryMmap<BitmapMmapRegion>;
+
+/// Size of a page of guest memory in bytes.
+const PAGE: usize = 4096;
+
+/// Making guest memory failed.
+#[derive(Debug, Error)]
+pub enum MemoryError {
+    #[error("cannot map {mib} MiB of guest memory; ask for less, or free memory on the host")]
+    Map { mib: u64, #[source] source: vm_memory::mmap::MmapRegionError },
+    #[error("guest memory of {mib} MiB does not fit the machine's address layout")]
+    Layout { mib: u64 },
+}
+
+/// Maps guest memory for the given ranges of guest-physical addresses.
+///
+/// The mapping is `MAP_NORESERVE`: a machine costs the host only what its guest has touched.
+pub fn allocate(ranges: &[(GuestAddress, usize)]) -> Result<GuestMemory, MemoryError> {
+    let mib = ranges.iter().map(|(_, size)| *size as u64).sum::<u64>() >> 20;
+    let regions = ranges
+        .iter()
+        .map(|&(start, size)| {
+            let mapping = MmapRegionBuilder::<BitmapMmapRegion>::new_with_bitmap(size, BitmapMmapRegion::default())
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+                .build()
+                .map_err(|source| MemoryError::Map { mib, source })?;
+            GuestRegionMmap::new(mapping, start).ok_or(MemoryError::Layout { mib })
+        })
+        .collect::<Result<Vec<_>, _>>()?;
+    for region in &regions {
+        // SAFETY: the range is exactly the mapping made above; advice does not change its contents.
+        let advised = unsafe { madvise(region.as_ptr().cast(), region.size(), Advice::LinuxHugepage) };
+        if let Err(error) = advised {
+            // Kernels without transparent huge pages run the guest as well, a little slower.
+            tracing::debug!(%error, "no huge pages for guest memory");
+        }
+    }
+    GuestMemory::from_regions(regions).map_err(|_| MemoryError::Layout { mib })
+}
+
+/// Bytes of guest memory that have a host page behind them (`mincore(2)`).
+pub fn resident_bytes(memory: &GuestMemory) -> u64 {
+    memory.iter().map(|region| resident_pages(region) * PAGE as u64).sum()
+}
+
+fn resident_pages(region: &GuestRegionMmap<BitmapMmapRegion>) -> u64 {
+    /// Pages looked at per call, so that the answer's buffer stays small for any size of guest.
+    const WINDOW: usize = 16 * 1024;
+    let mut residency = vec![0u8; WINDOW];
+    let size = usize::try_from(region.len()).unwrap_or(usize::MAX);
+    (0..size)
+        .step_by(WINDOW * PAGE)
+        .map(|offset| {
+            let length = (size - offset).min(WINDOW * PAGE);
+            // SAFETY: offset and length lie inside the mapping, and the vector has a byte for each
+            // page of the window.
+            let result = unsafe {
+                libc::mincore(region.as_ptr().add(offset).cast(), length, residency.as_mut_ptr())
+            };
+            if result != 0 {
+                return 0;
+            }
+            residency[..length.div_ceil(PAGE)].iter().filter(|page| **page & 1 != 0).count() as u64
+        })
+        .sum()
+}
+
+/// Total bytes of guest memory.
+pub fn total_bytes(memory: &GuestMemory) -> u64 {
+    memory.iter().map(|region| region.len()).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::Bytes;
+
+    use super::*;
+
+    #[test]
+    fn untouched_memory_is_not_resident_and_touched_memory_is() {
+        let memory = allocate(&[(GuestAddress(0), 64 << 20)]).unwrap();
+        assert_eq!(total_bytes(&memory), 64 << 20);
+        assert_eq!(resident_bytes(&memory), 0);
+        memory.write_obj(1u8, GuestAddress(0x10_0000)).unwrap();
+        assert!(resident_bytes(&memory) >= PAGE as u64);
+    }
+
+    #[test]
+    fn more_memory_than_the_address_space_holds_is_a_clear_error() {
+        let error = allocate(&[(GuestAddress(0), 1 << 60)]).unwrap_err();
+        assert!(error.to_string().contains("MiB of guest memory"), "{error}");
+    }
+}

@@ -1,0 +1,51 @@
+//! vCPU threads: each runs its part of the guest and takes its device accesses to the bus.
+
+use std::{
+    io,
+    sync::{Arc, mpsc::Sender},
+    thread::JoinHandle,
+};
+
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+use crate::{
+    ExitReason,
+    bus::{Bus, PortWrite},
+};
+
+/// Starts a thread that runs `vcpu` until the machine ends; the reason goes to `ended`.
+///
+/// Nothing stops a vCPU from outside but the end of the process: a machine that ends takes all its
+/// threads with it, which needs no signal and no handshake.
+pub fn start(id: u8, mut vcpu: VcpuFd, bus: Arc<Bus>, ended: Sender<ExitReason>) -> io::Result<JoinHandle<()>> {
+    std::thread::Builder::new().name(format!("vcpu{id}")).spawn(move || {
+        let reason = run(&mut vcpu, &bus);
+        // The receiver is gone only when the machine is ending already.
+        let _ = ended.send(reason);
+    })
+}
+
+fn run(vcpu: &mut VcpuFd, bus: &Bus) -> ExitReason {
+    loop {
+        match vcpu.run() {
+            Ok(VcpuExit::MmioRead(address, data)) => bus.mmio_read(address, data),
+            Ok(VcpuExit::MmioWrite(address, data)) => bus.mmio_write(address, data),
+            Ok(VcpuExit::IoIn(port, data)) => bus.port_read(port, data),
+            Ok(VcpuExit::IoOut(port, data)) => match bus.port_write(port, data) {
+                PortWrite::Done => {}
+                PortWrite::Reset => return ExitReason::GuestReset,
+            },
+            Ok(VcpuExit::Shutdown) => return ExitReason::TripleFault,
+            Ok(VcpuExit::FailEntry(reason, _)) => {
+                return ExitReason::Kvm(format!("the processor refuses to enter the guest (reason {reason:#x})"));
+            }
+            Ok(VcpuExit::InternalError) => {
+                return ExitReason::Kvm("KVM cannot emulate what the guest did (internal error)".into());
+            }
+            Ok(VcpuExit::Hlt | VcpuExit::Intr | VcpuExit::IrqWindowOpen) => {}
+            Ok(exit) => return ExitReason::Kvm(format!("unexpected exit {exit:?}")),
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
+            Err(error) => return ExitReason::Kvm(format!("KVM_RUN failed: {error}")),
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! virtio-fs (virtio 1.2, section 5.11): one directory of the host, served by virtiofsd's own FUSE
+//! server inside the machine.
+
+mod worker;
+
+use std::{io, path::PathBuf, sync::Arc, thread::JoinHandle, time::Duration};
+
+use thiserror::Error;
+use virtiofsd::{
+    passthrough::{CachePolicy, Config, PassthroughFs, NegotiationMode},
+    server::Server,
+};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{Active, ActivateError, Counter, Device, F_EVENT_IDX, device_type, read_config_bytes};
+use crate::config::ShareConfig;
+
+/// `VIRTIO_F_INDIRECT_DESC`: large requests take one entry of the ring.
+const F_INDIRECT_DESC: u64 = 1 << 28;
+const TAG_SIZE: usize = 36;
+/// High-priority queue (FORGET, INTERRUPT) and one request queue.
+const QUEUE_SIZES: [u16; 2] = [64, 512];
+/// How long the guest may rely on what it knows of a file: live updates of volumes (a configMap's
+/// symlink is switched) are seen within this time.
+const ATTRIBUTES_VALID: Duration = Duration::from_secs(1);
+/// Descriptors of this process that the guest's open files and known inodes may not use up.
+const RESERVED_FILES: u64 = 1024;
+
+/// The share cannot be served.
+#[derive(Debug, Error)]
+pub enum FsError {
+    #[error("the share's tag {tag:?} is empty or longer than {TAG_SIZE} bytes")]
+    Tag { tag: String },
+    #[error("the share {directory} is not a directory that can be opened")]
+    Directory { directory: PathBuf, #[source] source: io::Error },
+}
+
+/// The shared directory's device.
+pub struct Fs {
+    config: [u8; TAG_SIZE + 4],
+    server: Arc<Server<PassthroughFs>>,
+    worker: Option<(JoinHandle<()>, EventFd)>,
+    requests: Counter,
+}
+
+impl Fs {
+    /// Prepares to serve a directory. Raises the process's limit of open files as far as it is allowed
+    /// to, and clears its umask, because the guest's kernel applies the guest's own.
+    pub fn new(share: &ShareConfig) -> Result<Fs, FsError> {
+        if share.tag.is_empty() || share.tag.len() > TAG_SIZE {
+            return Err(FsError::Tag { tag: share.tag.clone() });
+        }
+        let unusable = |source| FsError::Directory { directory: share.directory.clone(), source };
+        if !share.directory.metadata().map_err(unusable)?.is_dir() {
+            return Err(unusable(io::Error::from(io::ErrorKind::NotADirectory)));
+        }
+        let root_dir = share.directory.to_str().ok_or_else(|| unusable(io::ErrorKind::InvalidFilename.into()))?;
+        rustix::process::umask(rustix::fs::Mode::empty());
+        let passthrough = PassthroughFs::new(Config {
+            root_dir: root_dir.to_owned(),
+            entry_timeout: ATTRIBUTES_VALID,
+            attr_timeout: ATTRIBUTES_VALID,
+            cache_policy: CachePolicy::Auto,
+            xattr: true,
+            // Root filesystems and volumes are mounted below the share while the guest runs.
+            announce_submounts: true,
+            allow_direct_io: true,
+            killpriv_v2: true,
+            posix_acl: NegotiationMode::Auto,
+            guest_fd_limit: raise_file_limit().saturating_sub(RESERVED_FILES),
+            ..Config::default()
+        })
+        .map_err(unusable)?;
+        let mut config = [0; TAG_SIZE + 4];
+        config[..share.tag.len()].copy_from_slice(share.tag.as_bytes());
+        config[TAG_SIZE..].copy_from_slice(&1u32.to_le_bytes());
+        Ok(Fs { config, server: Arc::new(Server::new(passthrough)), worker: None, requests: Counter::default() })
+    }
+}
+
+/// Sets the soft limit of open files to the hard one; answers with the limit in force.
+fn raise_file_limit() -> u64 {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
+    match setrlimit(Resource::Nofile, raised) {
+        Ok(()) => limit.maximum.unwrap_or(u64::MAX),
+        Err(_) => limit.current.unwrap_or(u64::MAX),
+    }
+}
+
+impl Device for Fs {
+    fn name(&self) -> &'static str {
+        "fs"
+    }
+
+    fn device_type(&self) -> u32 {
+        device_type::FS
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        F_EVENT_IDX | F_INDIRECT_DESC
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_config_bytes(&self.config, offset, data);
+    }
+
+    fn activate(&mut self, active: Active) -> Result<(), ActivateError> {
+        let stop = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(ActivateError::Worker)?;
+        let worker = worker::Worker::new(active, self.server.clone(), self.requests.clone(), &stop)
+            .map_err(ActivateError::Worker)?;
+        let thread = std::thread::Builder::new()
+            .name("fs".into())
+            .spawn(move || worker.run())
+            .map_err(ActivateError::Worker)?;
+        self.worker = Some((thread, stop));
+        Ok(())
+    }
+
+    fn stop(&mut self) {
+        super::stop_worker(self.worker.take());
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        vec![("requests", self.requests.get())]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_share_that_is_no_directory_is_named() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let share = ShareConfig { tag: "share".into(), directory: file.path().into() };
+        let error = Fs::new(&share).err().unwrap();
+        assert!(error.to_string().contains(file.path().to_str().unwrap()), "{error}");
+    }
+
+    #[test]
+    fn the_configuration_space_holds_tag_and_number_of_queues() {
+        let directory = tempfile::tempdir().unwrap();
+        let fs = Fs::new(&ShareConfig { tag: "share".into(), directory: directory.path().into() }).unwrap();
+        let mut tag = [0; 6];
+        fs.read_config(0, &mut tag);
+        assert_eq!(&tag, b"share\0");
+        let mut queues = [0; 4];
+        fs.read_config(36, &mut queues);
+        assert_eq!(u32::from_le_bytes(queues), 1);
+    }
+}

@@ -1,0 +1,418 @@
+//! The MMIO transport (virtio 1.2, section 4.2): the registers through which the guest finds a
+//! device, sets it up and activates it.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicU32, Ordering},
+};
+
+use virtio_queue::{Queue, QueueT as _};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{Active, ActiveQueue, Device, F_EVENT_IDX, F_VERSION_1, Interrupt};
+use crate::memory::GuestMemory;
+
+/// Offset of the `QueueNotify` register, which KVM watches by itself.
+pub const QUEUE_NOTIFY: u64 = 0x50;
+
+const MAGIC: u32 = u32::from_le_bytes(*b"virt");
+const VERSION: u32 = 2;
+const VENDOR: u32 = u32::from_le_bytes(*b"peri");
+const CONFIG_SPACE: u64 = 0x100;
+
+/// Bits of the status register (virtio 1.2, section 2.1).
+mod status {
+    pub const ACKNOWLEDGE: u32 = 1;
+    pub const DRIVER: u32 = 2;
+    pub const DRIVER_OK: u32 = 4;
+    pub const FEATURES_OK: u32 = 8;
+    pub const FAILED: u32 = 128;
+}
+
+/// How far the guest has come with a device. Only `Setup` lets it change anything.
+enum State {
+    /// Status as the guest has written it; queues as it has configured them.
+    Setup { status: u32, queues: Vec<Queue> },
+    /// DRIVER_OK: the queues belong to the device.
+    Active,
+    /// Reset after it was active, or refused to start: the device is gone for good.
+    Failed,
+}
+
+/// One device in its page of guest-physical memory.
+pub struct MmioDevice {
+    device: Box<dyn Device>,
+    memory: GuestMemory,
+    state: State,
+    interrupt: Interrupt,
+    /// One for each queue; bound to the notify register by whoever builds the machine.
+    notified: Vec<EventFd>,
+    features_page: u32,
+    driver_features_page: u32,
+    driver_features: u64,
+    selected_queue: usize,
+}
+
+impl MmioDevice {
+    /// Puts a device behind the transport. `irqfd` is its interrupt line.
+    pub fn new(device: Box<dyn Device>, memory: GuestMemory, irqfd: EventFd) -> std::io::Result<MmioDevice> {
+        let notified = device
+            .queue_sizes()
+            .iter()
+            .map(|_| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC))
+            .collect::<Result<_, _>>()?;
+        let interrupt = Interrupt { irqfd: Arc::new(irqfd), status: Arc::new(AtomicU32::new(0)) };
+        let state = State::Setup { status: 0, queues: new_queues(device.as_ref()) };
+        Ok(MmioDevice {
+            device,
+            memory,
+            state,
+            interrupt,
+            notified,
+            features_page: 0,
+            driver_features_page: 0,
+            driver_features: 0,
+            selected_queue: 0,
+        })
+    }
+
+    /// The device behind the transport.
+    pub fn device(&self) -> &dyn Device {
+        self.device.as_ref()
+    }
+
+    /// The eventfds that KVM should write on notification, by queue; none if the device handles
+    /// notifications on the vCPU's thread.
+    pub fn notify_events(&self) -> &[EventFd] {
+        if self.device.notified_inline() { &[] } else { &self.notified }
+    }
+
+    /// The guest reads `data.len()` bytes at `offset` of the device's page.
+    pub fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if offset >= CONFIG_SPACE {
+            self.device.read_config(offset - CONFIG_SPACE, data);
+        } else if data.len() == 4 {
+            data.copy_from_slice(&self.read_register(offset).to_le_bytes());
+        }
+    }
+
+    fn read_register(&self, offset: u64) -> u32 {
+        match offset {
+            0x00 => MAGIC,
+            0x04 => VERSION,
+            0x08 => self.device.device_type(),
+            0x0c => VENDOR,
+            0x10 => page_of(self.offered_features(), self.features_page),
+            0x34 => self.queue().map_or(0, |queue| u32::from(queue.max_size())),
+            0x44 => self.queue().map_or(0, |queue| u32::from(queue.ready())),
+            0x60 => self.interrupt.status.load(Ordering::SeqCst),
+            0x70 => self.status(),
+            // ConfigGeneration (0xfc): no configuration of ours changes. The rest reads as zero.
+            _ => 0,
+        }
+    }
+
+    /// The guest writes `data` at `offset` of the device's page.
+    pub fn write(&mut self, offset: u64, data: &[u8]) {
+        // Configuration spaces are read-only, and registers are written whole.
+        let Ok(bytes) = <[u8; 4]>::try_from(data) else { return };
+        let value = u32::from_le_bytes(bytes);
+        match offset {
+            0x14 => self.features_page = value,
+            0x20 => self.write_features(value),
+            0x24 => self.driver_features_page = value,
+            0x30 => self.selected_queue = value as usize,
+            QUEUE_NOTIFY if matches!(self.state, State::Active) => self.device.notify(value as usize),
+            0x64 => {
+                self.interrupt.status.fetch_and(!value, Ordering::SeqCst);
+            }
+            0x70 => self.write_status(value),
+            _ => self.write_queue(offset, value),
+        }
+    }
+
+    fn offered_features(&self) -> u64 {
+        self.device.features() | F_VERSION_1
+    }
+
+    fn status(&self) -> u32 {
+        match &self.state {
+            State::Setup { status, .. } => *status,
+            State::Active => {
+                status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK
+            }
+            State::Failed => status::FAILED,
+        }
+    }
+
+    fn queue(&self) -> Option<&Queue> {
+        match &self.state {
+            State::Setup { queues, .. } => queues.get(self.selected_queue),
+            State::Active | State::Failed => None,
+        }
+    }
+
+    fn write_features(&mut self, value: u32) {
+        let negotiating = matches!(
+            &self.state,
+            State::Setup { status, .. } if status & (status::DRIVER | status::FEATURES_OK) == status::DRIVER
+        );
+        if negotiating {
+            let shift = match self.driver_features_page {
+                0 => 0,
+                1 => 32,
+                _ => return,
+            };
+            self.driver_features &= !(u64::from(u32::MAX) << shift);
+            self.driver_features |= u64::from(value) << shift;
+        }
+    }
+
+    fn write_queue(&mut self, offset: u64, value: u32) {
+        let State::Setup { status, queues } = &mut self.state else { return };
+        if *status & status::FEATURES_OK == 0 {
+            return;
+        }
+        let Some(queue) = queues.get_mut(self.selected_queue) else { return };
+        match offset {
+            // Too large a size is ignored by the queue, which then keeps its maximum.
+            0x38 => queue.set_size(u16::try_from(value).unwrap_or(0)),
+            0x44 => queue.set_ready(value == 1),
+            0x80 => queue.set_desc_table_address(Some(value), None),
+            0x84 => queue.set_desc_table_address(None, Some(value)),
+            0x90 => queue.set_avail_ring_address(Some(value), None),
+            0x94 => queue.set_avail_ring_address(None, Some(value)),
+            0xa0 => queue.set_used_ring_address(Some(value), None),
+            0xa4 => queue.set_used_ring_address(None, Some(value)),
+            _ => {}
+        }
+    }
+
+    /// The guest may only go forward one step at a time, or reset.
+    fn write_status(&mut self, value: u32) {
+        use status::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FAILED, FEATURES_OK};
+        if value == 0 {
+            self.reset();
+            return;
+        }
+        let offered = self.offered_features();
+        let accepted = self.driver_features;
+        let State::Setup { status, .. } = &mut self.state else { return };
+        match (*status, value & !*status) {
+            (_, new) if new & FAILED != 0 => self.state = State::Failed,
+            (0, ACKNOWLEDGE) => *status |= ACKNOWLEDGE,
+            (ACKNOWLEDGE, DRIVER) => *status |= DRIVER,
+            (3, FEATURES_OK) if accepted & !offered == 0 && accepted & F_VERSION_1 != 0 => *status |= FEATURES_OK,
+            (11, DRIVER_OK) => self.activate(),
+            (from, _) => {
+                tracing::warn!(device = self.device.name(), from, to = value, "guest skips a step of setting up a device");
+            }
+        }
+    }
+
+    fn reset(&mut self) {
+        match self.state {
+            State::Setup { .. } => {
+                self.state = State::Setup { status: 0, queues: new_queues(self.device.as_ref()) };
+                self.driver_features = 0;
+                self.features_page = 0;
+                self.driver_features_page = 0;
+                self.selected_queue = 0;
+                self.interrupt.status.store(0, Ordering::SeqCst);
+            }
+            State::Active => {
+                self.device.stop();
+                self.state = State::Failed;
+            }
+            State::Failed => {}
+        }
+    }
+
+    fn activate(&mut self) {
+        let State::Setup { queues, .. } = std::mem::replace(&mut self.state, State::Failed) else { return };
+        match self.start(queues) {
+            Ok(()) => self.state = State::Active,
+            Err(error) => {
+                tracing::warn!(device = self.device.name(), %error, "guest cannot activate a device");
+            }
+        }
+    }
+
+    fn start(&mut self, queues: Vec<Queue>) -> Result<(), super::ActivateError> {
+        let mut active = Vec::with_capacity(queues.len());
+        for (mut queue, notified) in queues.into_iter().zip(&self.notified) {
+            queue.set_event_idx(self.driver_features & F_EVENT_IDX != 0);
+            // Checked here once: ready, aligned, and wholly inside memory.
+            if !queue.is_valid(&self.memory) {
+                return Err(super::ActivateError::Queues);
+            }
+            let notified = notified.try_clone().map_err(super::ActivateError::Worker)?;
+            active.push(ActiveQueue { queue, notified, interrupt: self.interrupt.clone() });
+        }
+        self.device.activate(Active {
+            memory: self.memory.clone(),
+            queues: active,
+            features: self.driver_features,
+        })
+    }
+}
+
+fn page_of(features: u64, page: u32) -> u32 {
+    match page {
+        0 => (features & u64::from(u32::MAX)) as u32,
+        1 => (features >> 32) as u32,
+        _ => 0,
+    }
+}
+
+fn new_queues(device: &dyn Device) -> Vec<Queue> {
+    // A queue refuses only sizes that are no power of two, which no device of ours has; see the test.
+    device.queue_sizes().iter().filter_map(|size| Queue::new(*size).ok()).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::GuestAddress;
+
+    use super::*;
+    use crate::virtio::ActivateError;
+
+    #[derive(Default)]
+    struct Probe {
+        active: Arc<AtomicU32>,
+    }
+
+    impl Device for Probe {
+        fn name(&self) -> &'static str {
+            "probe"
+        }
+        fn device_type(&self) -> u32 {
+            42
+        }
+        fn queue_sizes(&self) -> &[u16] {
+            &[16, 16]
+        }
+        fn features(&self) -> u64 {
+            F_EVENT_IDX
+        }
+        fn read_config(&self, offset: u64, data: &mut [u8]) {
+            crate::virtio::read_config_bytes(&[1, 2, 3], offset, data);
+        }
+        fn activate(&mut self, active: Active) -> Result<(), ActivateError> {
+            assert_eq!(active.queues.len(), 2);
+            self.active.fetch_add(1, Ordering::SeqCst);
+            Ok(())
+        }
+        fn stop(&mut self) {
+            self.active.fetch_sub(1, Ordering::SeqCst);
+        }
+        fn counters(&self) -> Vec<(&'static str, u64)> {
+            Vec::new()
+        }
+    }
+
+    fn device() -> (MmioDevice, Arc<AtomicU32>) {
+        let memory = crate::memory::allocate(&[(GuestAddress(0), 1 << 20)]).unwrap();
+        let probe = Probe::default();
+        let active = probe.active.clone();
+        (MmioDevice::new(Box::new(probe), memory, EventFd::new(0).unwrap()).unwrap(), active)
+    }
+
+    fn get(device: &MmioDevice, offset: u64) -> u32 {
+        let mut data = [0; 4];
+        device.read(offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn set(device: &mut MmioDevice, offset: u64, value: u32) {
+        device.write(offset, &value.to_le_bytes());
+    }
+
+    fn set_up(device: &mut MmioDevice, table: u32) {
+        set(device, 0x70, 1);
+        set(device, 0x70, 3);
+        set(device, 0x24, 1);
+        set(device, 0x20, 1);
+        set(device, 0x70, 11);
+        for queue in 0..2 {
+            set(device, 0x30, queue);
+            set(device, 0x38, 16);
+            set(device, 0x80, table + queue * 0x1000);
+            set(device, 0x90, table + queue * 0x1000 + 0x400);
+            set(device, 0xa0, table + queue * 0x1000 + 0x800);
+            set(device, 0x44, 1);
+        }
+        set(device, 0x70, 15);
+    }
+
+    #[test]
+    fn a_driver_that_takes_every_step_activates_the_device() {
+        let (mut device, active) = device();
+        assert_eq!((get(&device, 0), get(&device, 4), get(&device, 8)), (0x7472_6976, 2, 42));
+        set_up(&mut device, 0x1000);
+        assert_eq!(get(&device, 0x70), 15);
+        assert_eq!(active.load(Ordering::SeqCst), 1);
+    }
+
+    #[test]
+    fn skipping_a_step_changes_nothing() {
+        let (mut device, active) = device();
+        set(&mut device, 0x70, 15);
+        assert_eq!(get(&device, 0x70), 0);
+        set(&mut device, 0x70, 1);
+        set(&mut device, 0x70, 11);
+        assert_eq!(get(&device, 0x70), 1);
+        assert_eq!(active.load(Ordering::SeqCst), 0);
+    }
+
+    #[test]
+    fn features_that_were_not_offered_are_refused() {
+        let (mut device, _) = device();
+        set(&mut device, 0x70, 1);
+        set(&mut device, 0x70, 3);
+        set(&mut device, 0x24, 1);
+        set(&mut device, 0x20, 0xff);
+        set(&mut device, 0x70, 11);
+        assert_eq!(get(&device, 0x70), 3);
+    }
+
+    #[test]
+    fn queues_outside_memory_fail_the_device() {
+        let (mut device, active) = device();
+        set_up(&mut device, 0xffff_0000);
+        assert_eq!(get(&device, 0x70), status::FAILED);
+        assert_eq!(active.load(Ordering::SeqCst), 0);
+    }
+
+    #[test]
+    fn an_active_device_ignores_changes_to_its_queues() {
+        let (mut device, _) = device();
+        set_up(&mut device, 0x1000);
+        set(&mut device, 0x30, 0);
+        set(&mut device, 0x80, 0x8000);
+        assert!(matches!(device.state, State::Active));
+        assert_eq!(get(&device, 0x34), 0);
+    }
+
+    #[test]
+    fn a_reset_of_an_active_device_stops_it_for_good() {
+        let (mut device, active) = device();
+        set_up(&mut device, 0x1000);
+        set(&mut device, 0x70, 0);
+        assert_eq!(active.load(Ordering::SeqCst), 0);
+        set_up(&mut device, 0x1000);
+        assert_eq!(get(&device, 0x70), status::FAILED);
+    }
+
+    #[test]
+    fn reads_of_odd_sizes_and_beyond_the_configuration_read_zero() {
+        let (device, _) = device();
+        let mut data = [9; 8];
+        device.read(0x101, &mut data);
+        assert_eq!(data, [2, 3, 0, 0, 0, 0, 0, 0]);
+        let mut byte = [9];
+        device.read(0, &mut byte);
+        assert_eq!(byte, [0]);
+    }
+}

@@ -1,0 +1,161 @@
+//! virtio 1.2 devices on the MMIO transport.
+//!
+//! A device is a [`Device`] until the guest activates it; from then on its queues belong to the
+//! device's own worker, with addresses and sizes that can no longer change.
+
+pub mod fs;
+pub mod mmio;
+pub mod rng;
+pub mod vsock;
+
+use std::{
+    io,
+    sync::{
+        Arc,
+        atomic::{AtomicU32, AtomicU64, Ordering},
+    },
+};
+
+use virtio_queue::{Queue, QueueT as _};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::memory::GuestMemory;
+
+/// Device types (virtio 1.2, section 5).
+pub mod device_type {
+    pub const RNG: u32 = 4;
+    pub const VSOCK: u32 = 19;
+    pub const FS: u32 = 26;
+}
+
+/// `VIRTIO_F_VERSION_1`: every device of ours insists on it.
+pub const F_VERSION_1: u64 = 1 << 32;
+/// `VIRTIO_F_EVENT_IDX`: each side says from which entry on it wants to be told.
+pub const F_EVENT_IDX: u64 = 1 << 29;
+
+/// What the guest can set up and activate.
+pub trait Device: Send {
+    /// For messages and counters: "vsock", "fs", "rng".
+    fn name(&self) -> &'static str;
+    /// Number from virtio 1.2, section 5.
+    fn device_type(&self) -> u32;
+    /// Largest size of each queue; their number is the device's number of queues.
+    fn queue_sizes(&self) -> &[u16];
+    /// Features offered, without [`F_VERSION_1`].
+    fn features(&self) -> u64;
+    /// The guest reads the device's configuration space; what lies beyond it stays zero.
+    fn read_config(&self, offset: u64, data: &mut [u8]);
+    /// The guest has set the device up. Happens once in the life of a machine.
+    fn activate(&mut self, active: Active) -> Result<(), ActivateError>;
+    /// The guest notifies a queue of a device that asked for no eventfd ([`Device::notified_inline`]).
+    fn notify(&mut self, _queue: usize) {}
+    /// Whether the vCPU thread handles notifications itself, which spares a thread where the work
+    /// is short and bounded.
+    fn notified_inline(&self) -> bool {
+        false
+    }
+    /// The guest has reset the device: it stops. It cannot be activated again.
+    fn stop(&mut self);
+    /// Numbers for [`Machine.Status`](pericarp_protos::vmm::DeviceCounters).
+    fn counters(&self) -> Vec<(&'static str, u64)>;
+}
+
+/// A device refused to start; the guest sees FAILED in the status register.
+#[derive(Debug, thiserror::Error)]
+pub enum ActivateError {
+    #[error("the guest set up the device's queues wrongly")]
+    Queues,
+    #[error("cannot start the device's worker")]
+    Worker(#[source] io::Error),
+}
+
+/// What a device gets when it is activated. Nothing in it can be changed by the guest any more but
+/// the contents of memory.
+pub struct Active {
+    /// The guest's memory.
+    pub memory: GuestMemory,
+    /// One for each of [`Device::queue_sizes`]; all ready and checked.
+    pub queues: Vec<ActiveQueue>,
+    /// Features that the guest accepted.
+    pub features: u64,
+}
+
+/// A queue of an active device.
+pub struct ActiveQueue {
+    /// The frozen queue.
+    pub queue: Queue,
+    /// Written by KVM when the guest notifies the queue.
+    pub notified: EventFd,
+    /// Raised when the guest should look at the used ring.
+    pub interrupt: Interrupt,
+}
+
+impl ActiveQueue {
+    /// Hands a chain back to the guest. `Err` means that the guest moved its rings out of memory: the
+    /// device cannot go on.
+    pub fn add_used(&mut self, memory: &GuestMemory, head: u16, length: u32) -> Result<(), virtio_queue::Error> {
+        self.queue.add_used(memory, head, length)
+    }
+
+    /// Interrupts the guest if it wants to know of what was added.
+    pub fn signal(&mut self, memory: &GuestMemory) -> Result<(), virtio_queue::Error> {
+        if self.queue.needs_notification(memory)? {
+            self.interrupt.used_buffer();
+        }
+        Ok(())
+    }
+}
+
+/// A device's interrupt line: an irqfd and the status that the guest reads to learn why.
+#[derive(Clone)]
+pub struct Interrupt {
+    /// Bound to the device's line in KVM.
+    pub irqfd: Arc<EventFd>,
+    /// `InterruptStatus` register.
+    pub status: Arc<AtomicU32>,
+}
+
+impl Interrupt {
+    const USED_BUFFER: u32 = 1;
+
+    /// Tells the guest that a used ring has grown.
+    pub fn used_buffer(&self) {
+        self.status.fetch_or(Self::USED_BUFFER, Ordering::SeqCst);
+        // An eventfd refuses a write only when its counter is about to overflow, and then the guest
+        // has an interrupt pending anyway.
+        let _ = self.irqfd.write(1);
+    }
+}
+
+/// A number that a worker adds to and the control server reads.
+#[derive(Clone, Debug, Default)]
+pub struct Counter(Arc<AtomicU64>);
+
+impl Counter {
+    pub fn add(&self, amount: u64) {
+        self.0.fetch_add(amount, Ordering::Relaxed);
+    }
+
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Copies the part of a configuration space that the guest asked for.
+pub fn read_config_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
+    let available = usize::try_from(offset).ok().and_then(|offset| config.get(offset..)).unwrap_or_default();
+    for (target, source) in data.iter_mut().zip(available) {
+        *target = *source;
+    }
+}
+
+/// Tells a device's worker to stop and waits until it has: afterwards nothing touches the queues.
+pub fn stop_worker(worker: Option<(std::thread::JoinHandle<()>, EventFd)>) {
+    if let Some((thread, stop)) = worker {
+        // An eventfd that has been written once cannot overflow.
+        let _ = stop.write(1);
+        if thread.join().is_err() {
+            tracing::error!("a device's worker had panicked");
+        }
+    }
+}

@@ -1,0 +1,355 @@
+//! One stream between a host program's unix socket and the guest, with flow control both ways.
+
+use std::{
+    collections::VecDeque,
+    io::{self, Write as _},
+    net::Shutdown,
+    num::Wrapping,
+    os::unix::net::UnixStream,
+};
+
+use vm_memory::{ReadVolatile as _, VolatileSlice, WriteVolatile as _, bitmap::BitmapSlice};
+
+use super::packet::{Header, Operation, Ports, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
+
+/// Bytes that the guest may send before the host program has taken them. Also the most that one
+/// connection can make this process hold.
+pub const BUF_ALLOC: u32 = 128 * 1024;
+
+/// Where a connection stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// The host program asked for it; the guest has not answered.
+    Requested,
+    /// Both sides may send.
+    Established,
+    /// The guest is done with it; what it sent before is still being written to the host program.
+    Draining,
+    /// Nothing is left to do: to be removed.
+    Closed,
+}
+
+/// One stream.
+pub struct Connection {
+    pub ports: Ports,
+    pub state: State,
+    stream: UnixStream,
+
+    /// Edge-triggered: the socket may have something to read.
+    readable: bool,
+    /// The host program has closed both directions.
+    hung_up: bool,
+    /// End of the host program's data has been read.
+    host_finished: bool,
+    /// What the guest has said it will not do any more ([`SHUTDOWN_SEND`], [`SHUTDOWN_RECEIVE`]).
+    guest_finished: u32,
+
+    /// From the guest, not yet written to the socket; at most [`BUF_ALLOC`] bytes.
+    pending: VecDeque<u8>,
+    /// Bytes got from the guest, and bytes of them written to the socket.
+    received: Wrapping<u32>,
+    forwarded: Wrapping<u32>,
+    /// The value of `forwarded` that the guest knows.
+    announced: Wrapping<u32>,
+
+    /// The guest's buffer size, what it has taken from it, and what was sent to it.
+    guest_buf_alloc: u32,
+    guest_forwarded: Wrapping<u32>,
+    sent: Wrapping<u32>,
+
+    /// Packets that are owed to the guest.
+    owed: Owed,
+}
+
+/// One flag for each packet without data, so that no guest can make a connection owe more.
+#[derive(Default)]
+struct Owed {
+    request: bool,
+    response: bool,
+    reset: bool,
+    shutdown: u32,
+    credit_update: bool,
+    credit_request: bool,
+    /// A request for credit is out; another waits for its answer.
+    credit_requested: bool,
+}
+
+impl Connection {
+    /// The host program wants to reach the guest's port.
+    pub fn to_guest(ports: Ports, stream: UnixStream) -> Connection {
+        let owed = Owed { request: true, ..Owed::default() };
+        Connection::new(ports, stream, State::Requested, owed)
+    }
+
+    /// The guest has connected to a host port; `stream` leads to who serves it.
+    pub fn from_guest(request: &Header, stream: UnixStream) -> Connection {
+        let owed = Owed { response: true, ..Owed::default() };
+        let mut connection = Connection::new(request.ports, stream, State::Established, owed);
+        connection.take_credit(request);
+        connection
+    }
+
+    fn new(ports: Ports, stream: UnixStream, state: State, owed: Owed) -> Connection {
+        Connection {
+            ports,
+            state,
+            stream,
+            readable: true,
+            hung_up: false,
+            host_finished: false,
+            guest_finished: 0,
+            pending: VecDeque::new(),
+            received: Wrapping(0),
+            forwarded: Wrapping(0),
+            announced: Wrapping(0),
+            guest_buf_alloc: 0,
+            guest_forwarded: Wrapping(0),
+            sent: Wrapping(0),
+            owed,
+        }
+    }
+
+    /// The host program's socket has something to read, or its end.
+    pub fn on_readable(&mut self, hung_up: bool) {
+        self.readable = true;
+        if hung_up && !self.hung_up {
+            self.hung_up = true;
+            if self.host_finished {
+                self.owed.shutdown |= SHUTDOWN_RECEIVE | SHUTDOWN_SEND;
+            }
+            if self.state == State::Draining {
+                self.state = State::Closed;
+            }
+        }
+    }
+
+    /// Whether [`next_packet`](Self::next_packet) may have something for the guest.
+    pub fn has_output(&self) -> bool {
+        let owed = &self.owed;
+        match self.state {
+            State::Closed | State::Draining => false,
+            State::Requested => owed.request || owed.reset,
+            State::Established => {
+                owed.response
+                    || owed.reset
+                    || owed.shutdown != 0
+                    || owed.credit_update
+                    || owed.credit_request
+                    || self.may_read()
+            }
+        }
+    }
+
+    fn may_read(&self) -> bool {
+        self.readable
+            && !self.host_finished
+            && self.guest_finished & SHUTDOWN_RECEIVE == 0
+            && (self.guest_credit() > 0 || !self.owed.credit_requested)
+    }
+
+    /// Bytes that the guest has room for.
+    fn guest_credit(&self) -> u32 {
+        self.guest_buf_alloc.saturating_sub((self.sent - self.guest_forwarded).0)
+    }
+
+    /// The next packet for the guest, its payload read into `data`.
+    pub fn next_packet<B: BitmapSlice>(&mut self, data: &VolatileSlice<'_, B>) -> Option<Header> {
+        if matches!(self.state, State::Closed | State::Draining) {
+            return None;
+        }
+        if self.owed.reset {
+            self.state = State::Closed;
+            return Some(self.header(Operation::Reset, 0, 0));
+        }
+        if std::mem::take(&mut self.owed.request) {
+            return Some(self.header(Operation::Request, 0, 0));
+        }
+        if self.state == State::Requested {
+            return None;
+        }
+        if std::mem::take(&mut self.owed.response) {
+            return Some(self.header(Operation::Response, 0, 0));
+        }
+        if self.may_read()
+            && let Some(header) = self.read(data)
+        {
+            return Some(header);
+        }
+        match std::mem::take(&mut self.owed.shutdown) {
+            0 => {}
+            flags => return Some(self.header(Operation::Shutdown, 0, flags)),
+        }
+        if std::mem::take(&mut self.owed.credit_request) {
+            return Some(self.header(Operation::CreditRequest, 0, 0));
+        }
+        if std::mem::take(&mut self.owed.credit_update) {
+            return Some(self.header(Operation::CreditUpdate, 0, 0));
+        }
+        None
+    }
+
+    fn read<B: BitmapSlice>(&mut self, data: &VolatileSlice<'_, B>) -> Option<Header> {
+        let room = data.len().min(self.guest_credit() as usize);
+        if room == 0 {
+            self.owed.credit_requested = true;
+            self.owed.credit_request = true;
+            return None;
+        }
+        let mut target = data.subslice(0, room).ok()?;
+        match self.stream.read_volatile(&mut target) {
+            Ok(0) => {
+                self.host_finished = true;
+                self.owed.shutdown |=
+                    if self.hung_up { SHUTDOWN_SEND | SHUTDOWN_RECEIVE } else { SHUTDOWN_SEND };
+                None
+            }
+            Ok(length) => {
+                // At most `room`, which is a u32.
+                let length = length as u32;
+                self.sent += length;
+                Some(self.header(Operation::ReadWrite, length, 0))
+            }
+            Err(vm_memory::VolatileMemoryError::IOError(error)) if error.kind() == io::ErrorKind::WouldBlock => {
+                self.readable = false;
+                None
+            }
+            Err(_) => {
+                self.state = State::Closed;
+                Some(self.header(Operation::Reset, 0, 0))
+            }
+        }
+    }
+
+    fn header(&mut self, operation: Operation, length: u32, flags: u32) -> Header {
+        self.announced = self.forwarded;
+        self.owed.credit_update = false;
+        Header { ports: self.ports, operation, length, flags, buf_alloc: BUF_ALLOC, fwd_cnt: self.forwarded.0 }
+    }
+
+    /// A packet from the guest. `data` holds `header.length` bytes.
+    pub fn on_packet<B: BitmapSlice>(&mut self, header: &Header, data: Option<&VolatileSlice<'_, B>>) {
+        self.take_credit(header);
+        match (self.state, header.operation) {
+            (State::Requested, Operation::Response) => self.established(),
+            (_, Operation::Reset) => self.guest_closed(),
+            (State::Established, Operation::ReadWrite) => match data {
+                Some(data) => self.receive(data),
+                None => self.owed.reset = header.length > 0,
+            },
+            (State::Established, Operation::Shutdown) => {
+                self.guest_finished |= header.flags & (SHUTDOWN_SEND | SHUTDOWN_RECEIVE);
+                self.finish_if_flushed();
+            }
+            (State::Established, Operation::CreditRequest) => self.owed.credit_update = true,
+            (State::Established, Operation::CreditUpdate) => {}
+            // A packet that has no meaning in this state.
+            _ => self.owed.reset = true,
+        }
+    }
+
+    fn take_credit(&mut self, header: &Header) {
+        self.guest_buf_alloc = header.buf_alloc;
+        self.guest_forwarded = Wrapping(header.fwd_cnt);
+        self.owed.credit_requested = false;
+    }
+
+    fn established(&mut self) {
+        self.state = State::Established;
+        // A host program that waits for this line has sent nothing else yet, so it fits.
+        if writeln!(self.stream, "OK {}", self.ports.host).is_err() {
+            self.owed.reset = true;
+        }
+    }
+
+    fn receive<B: BitmapSlice>(&mut self, data: &VolatileSlice<'_, B>) {
+        // Payloads are capped far below this by the worker.
+        let Ok(length) = u32::try_from(data.len()) else { return };
+        let unforwarded = (self.received - self.forwarded).0;
+        if self.guest_finished & SHUTDOWN_SEND != 0 || unforwarded.saturating_add(length) > BUF_ALLOC {
+            self.owed.reset = true;
+            return;
+        }
+        self.received += length;
+        let mut written = 0;
+        if self.pending.is_empty() {
+            match self.stream.write_volatile(data) {
+                Ok(count) => written = count,
+                Err(vm_memory::VolatileMemoryError::IOError(error)) if error.kind() == io::ErrorKind::WouldBlock => {}
+                // The host program does not read any more.
+                Err(_) => {
+                    self.owed.reset = true;
+                    return;
+                }
+            }
+        }
+        if written < data.len() {
+            let mut rest = vec![0; data.len() - written];
+            if let Ok(slice) = data.offset(written) {
+                slice.copy_to(&mut rest);
+            }
+            self.pending.extend(rest);
+        }
+        self.forward(written);
+    }
+
+    /// Counts what has left for the host program, and lets the guest know in time.
+    fn forward(&mut self, count: usize) {
+        // Never more than BUF_ALLOC.
+        self.forwarded += count as u32;
+        if (self.forwarded - self.announced).0 >= BUF_ALLOC / 4 {
+            self.owed.credit_update = true;
+        }
+    }
+
+    /// The host program's socket takes bytes again.
+    pub fn on_writable(&mut self) {
+        while !self.pending.is_empty() {
+            let (first, _) = self.pending.as_slices();
+            match self.stream.write(first) {
+                Ok(count) => {
+                    self.pending.drain(..count);
+                    self.forward(count);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(_) => {
+                    self.pending.clear();
+                    self.owed.reset = true;
+                    if self.state == State::Draining {
+                        self.state = State::Closed;
+                    }
+                    return;
+                }
+            }
+        }
+        if self.pending.capacity() > 0 {
+            self.pending = VecDeque::new();
+        }
+        self.finish_if_flushed();
+    }
+
+    fn finish_if_flushed(&mut self) {
+        if !self.pending.is_empty() {
+            return;
+        }
+        if self.state == State::Draining {
+            self.state = State::Closed;
+        } else if self.guest_finished == SHUTDOWN_SEND | SHUTDOWN_RECEIVE {
+            // The guest waits for this before it frees the connection.
+            self.owed.reset = true;
+        } else if self.guest_finished & SHUTDOWN_SEND != 0 {
+            // Fails only if the host program has closed its end.
+            let _ = self.stream.shutdown(Shutdown::Write);
+        }
+    }
+
+    /// The guest has dropped the connection; what it sent before still belongs to the host program.
+    fn guest_closed(&mut self) {
+        self.state = if self.pending.is_empty() { State::Closed } else { State::Draining };
+    }
+
+    /// The connection cannot go on: the guest is told, the host program sees its socket closed.
+    pub fn reset(&mut self) {
+        self.owed.reset = true;
+    }
+}

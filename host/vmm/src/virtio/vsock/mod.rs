@@ -1,0 +1,129 @@
+//! virtio-vsock (virtio 1.2, section 5.10) with a unix socket for the host's side: no vhost module,
+//! and whoever may reach the guest is decided by file permissions.
+//!
+//! * A host program connects to [`VsockConfig::path`], sends `CONNECT <port>\n`, and gets
+//!   `OK <host port>\n` once the guest has accepted.
+//! * The guest connects to host port P, and the device to `<path>_<P>`, if P is among
+//!   [`VsockConfig::host_ports`].
+//!
+//! [`connection`] is one stream and its flow control, [`mux`] all streams without the queues,
+//! [`worker`] the thread that moves packets between the queues and the mux.
+
+mod connection;
+mod mux;
+mod packet;
+mod worker;
+
+use std::{
+    fs::Permissions,
+    io,
+    os::unix::{fs::PermissionsExt as _, net::UnixListener},
+    path::PathBuf,
+    thread::JoinHandle,
+};
+
+use thiserror::Error;
+use vmm_sys_util::eventfd::EventFd;
+
+use self::{mux::Mux, worker::Worker};
+use super::{Active, ActivateError, Counter, Device, F_EVENT_IDX, device_type, read_config_bytes};
+use crate::config::VsockConfig;
+
+/// The guest's address. Every machine has the same: nothing but its own device can reach it.
+pub const GUEST_CID: u64 = 3;
+
+/// Receive, transmit and event queue.
+const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
+
+/// The device's socket cannot be made.
+#[derive(Debug, Error)]
+#[error("cannot listen on the vsock socket {path}")]
+pub struct VsockError {
+    path: PathBuf,
+    #[source]
+    source: io::Error,
+}
+
+/// What the control server reads while the worker counts.
+#[derive(Clone, Default)]
+struct Counters {
+    to_guest_packets: Counter,
+    from_guest_packets: Counter,
+    to_guest_bytes: Counter,
+    from_guest_bytes: Counter,
+    connections: Counter,
+    resets: Counter,
+}
+
+/// The guest's vsock device.
+pub struct Vsock {
+    config: VsockConfig,
+    /// Taken by the worker.
+    listener: Option<UnixListener>,
+    counters: Counters,
+    worker: Option<(JoinHandle<()>, EventFd)>,
+}
+
+impl Vsock {
+    /// Listens on the socket, readable and writable by its owner alone. A connection that is made
+    /// before the guest is up waits.
+    pub fn new(config: &VsockConfig) -> Result<Vsock, VsockError> {
+        let error = |source| VsockError { path: config.path.clone(), source };
+        let listener = UnixListener::bind(&config.path).map_err(error)?;
+        std::fs::set_permissions(&config.path, Permissions::from_mode(0o600)).map_err(error)?;
+        listener.set_nonblocking(true).map_err(error)?;
+        Ok(Vsock { config: config.clone(), listener: Some(listener), counters: Counters::default(), worker: None })
+    }
+
+    fn start(&mut self, active: Active) -> io::Result<()> {
+        let listener = self.listener.take().ok_or(io::ErrorKind::NotConnected)?;
+        let mux = Mux::new(self.config.clone(), listener, self.counters.clone())?;
+        let stop = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        let worker = Worker::new(active, mux, &stop)?;
+        let thread = std::thread::Builder::new().name("vsock".into()).spawn(move || worker.run())?;
+        self.worker = Some((thread, stop));
+        Ok(())
+    }
+}
+
+impl Device for Vsock {
+    fn name(&self) -> &'static str {
+        "vsock"
+    }
+
+    fn device_type(&self) -> u32 {
+        device_type::VSOCK
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        F_EVENT_IDX
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_config_bytes(&GUEST_CID.to_le_bytes(), offset, data);
+    }
+
+    fn activate(&mut self, active: Active) -> Result<(), ActivateError> {
+        self.start(active).map_err(ActivateError::Worker)
+    }
+
+    fn stop(&mut self) {
+        super::stop_worker(self.worker.take());
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        let counters = &self.counters;
+        vec![
+            ("to_guest_packets", counters.to_guest_packets.get()),
+            ("from_guest_packets", counters.from_guest_packets.get()),
+            ("to_guest_bytes", counters.to_guest_bytes.get()),
+            ("from_guest_bytes", counters.from_guest_bytes.get()),
+            ("connections", counters.connections.get()),
+            ("resets", counters.resets.get()),
+        ]
+    }
+}

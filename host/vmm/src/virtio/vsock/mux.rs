@@ -1,0 +1,290 @@
+//! All streams of a machine: who is connected to whom, and whose turn it is to send.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    io,
+    os::{
+        fd::{AsFd, AsRawFd as _, BorrowedFd},
+        unix::net::{UnixListener, UnixStream},
+    },
+    path::PathBuf,
+};
+
+use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType};
+use vm_memory::{VolatileSlice, bitmap::BitmapSlice};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use super::{
+    Counters,
+    connection::{BUF_ALLOC, Connection, State},
+    packet::{Header, Operation, Ports},
+};
+use crate::config::VsockConfig;
+
+/// Connections at the same time, greetings included.
+const CONNECTIONS_MAX: usize = 1024;
+/// Resets that are owed to the guest for packets without a connection. While the list is full, no
+/// further packet is taken from the guest.
+const RESETS_MAX: usize = 256;
+/// `CONNECT 4294967295\n`
+const GREETING_MAX: usize = 19;
+/// Host ports that stand for connections from host programs; above all that anybody listens on.
+const FIRST_HOST_PORT: u32 = 1 << 30;
+
+/// Epoll token of the listener. Connections count up from [`FIRST_ID`].
+pub const LISTENER: u64 = 0;
+/// Tokens below this belong to the listener and the worker.
+pub const FIRST_ID: u64 = 16;
+
+/// All streams of a machine.
+pub struct Mux {
+    config: VsockConfig,
+    listener: UnixListener,
+    epoll: Epoll,
+    /// Host programs that have connected and not yet said to which port.
+    greetings: HashMap<u64, UnixStream>,
+    connections: HashMap<u64, Connection>,
+    /// Connections by their ports, without those that the guest has dropped.
+    by_ports: HashMap<Ports, u64>,
+    /// Connections that may have something for the guest, each at most once.
+    ready: VecDeque<u64>,
+    resets: VecDeque<Ports>,
+    next_id: u64,
+    next_host_port: u32,
+    counters: Counters,
+}
+
+impl Mux {
+    pub fn new(config: VsockConfig, listener: UnixListener, counters: Counters) -> io::Result<Mux> {
+        let epoll = Epoll::new()?;
+        epoll.ctl(ControlOperation::Add, listener.as_raw_fd(), EpollEvent::new(EventSet::IN, LISTENER))?;
+        Ok(Mux {
+            config,
+            listener,
+            epoll,
+            greetings: HashMap::new(),
+            connections: HashMap::new(),
+            by_ports: HashMap::new(),
+            ready: VecDeque::new(),
+            resets: VecDeque::new(),
+            next_id: FIRST_ID,
+            next_host_port: FIRST_HOST_PORT,
+            counters,
+        })
+    }
+
+    /// What to wait on; the worker adds its own descriptors.
+    pub fn epoll(&self) -> &Epoll {
+        &self.epoll
+    }
+
+    /// Something happened on one of the mux's own descriptors.
+    pub fn on_event(&mut self, token: u64, events: EventSet) {
+        if token == LISTENER {
+            self.accept();
+        } else if self.greetings.contains_key(&token) {
+            self.greet(token);
+        } else if let Some(connection) = self.connections.get_mut(&token) {
+            if events.contains(EventSet::OUT) {
+                connection.on_writable();
+            }
+            if events.intersects(EventSet::IN | EventSet::READ_HANG_UP | EventSet::HANG_UP | EventSet::ERROR) {
+                connection.on_readable(events.intersects(EventSet::HANG_UP | EventSet::ERROR));
+            }
+            self.settle(token);
+        }
+    }
+
+    fn watch(&mut self, fd: BorrowedFd<'_>) -> io::Result<u64> {
+        let id = self.next_id;
+        self.next_id += 1;
+        let events = EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
+        self.epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), EpollEvent::new(events, id))?;
+        Ok(id)
+    }
+
+    fn full(&self) -> bool {
+        self.connections.len() + self.greetings.len() >= CONNECTIONS_MAX
+    }
+
+    fn accept(&mut self) {
+        while let Ok((stream, _)) = self.listener.accept() {
+            // Dropping the stream is the answer to a host program that is one too many.
+            if self.full() || stream.set_nonblocking(true).is_err() {
+                continue;
+            }
+            match self.watch(stream.as_fd()) {
+                Ok(id) => {
+                    self.greetings.insert(id, stream);
+                }
+                Err(error) => tracing::warn!(%error, "vsock: cannot watch a host program's connection"),
+            }
+        }
+    }
+
+    /// Reads `CONNECT <port>\n`, and not a byte more: what follows is for the guest.
+    fn greet(&mut self, id: u64) {
+        let Some(stream) = self.greetings.get(&id) else { return };
+        let mut line = [0; GREETING_MAX];
+        let length = match rustix::net::recv(stream, &mut line[..], RecvFlags::PEEK) {
+            Ok((_, 0)) => {
+                self.greetings.remove(&id);
+                return;
+            }
+            Ok((_, length)) => length.min(GREETING_MAX),
+            Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return,
+            Err(_) => {
+                self.greetings.remove(&id);
+                return;
+            }
+        };
+        let Some(end) = line[..length].iter().position(|byte| *byte == b'\n') else {
+            if length == GREETING_MAX {
+                self.greetings.remove(&id);
+            }
+            return;
+        };
+        let Some(stream) = self.greetings.remove(&id) else { return };
+        let consumed = rustix::net::recv(&stream, &mut line[..=end], RecvFlags::empty());
+        if let (Some(guest), Ok((_, count))) = (parse_greeting(&line[..end]), consumed)
+            && count == end + 1
+        {
+            let ports = Ports { host: self.free_host_port(guest), guest };
+            self.insert(id, Connection::to_guest(ports, stream));
+        }
+    }
+
+    fn free_host_port(&mut self, guest: u32) -> u32 {
+        loop {
+            let host = self.next_host_port;
+            self.next_host_port = host.checked_add(1).unwrap_or(FIRST_HOST_PORT);
+            if !self.by_ports.contains_key(&Ports { host, guest }) {
+                return host;
+            }
+        }
+    }
+
+    fn insert(&mut self, id: u64, connection: Connection) {
+        self.counters.connections.add(1);
+        self.by_ports.insert(connection.ports, id);
+        self.connections.insert(id, connection);
+        self.settle(id);
+    }
+
+    /// Brings the tables up to date with a connection that has changed.
+    fn settle(&mut self, id: u64) {
+        let Some(connection) = self.connections.get(&id) else { return };
+        match connection.state {
+            State::Closed => {
+                self.by_ports.remove(&connection.ports);
+                self.connections.remove(&id);
+            }
+            State::Draining => {
+                self.by_ports.remove(&connection.ports);
+            }
+            State::Requested | State::Established => {
+                if connection.has_output() && !self.ready.contains(&id) {
+                    self.ready.push_back(id);
+                }
+            }
+        }
+    }
+
+    /// Whether a packet from the guest can be taken now.
+    pub fn accepts_packets(&self) -> bool {
+        self.resets.len() < RESETS_MAX
+    }
+
+    /// A packet from the guest; `data` holds `header.length` bytes.
+    pub fn from_guest<B: BitmapSlice>(&mut self, header: &Header, data: Option<&VolatileSlice<'_, B>>) {
+        self.counters.from_guest_packets.add(1);
+        self.counters.from_guest_bytes.add(u64::from(header.length));
+        let known = self.by_ports.get(&header.ports).copied();
+        match (known, header.operation) {
+            (Some(id), Operation::Request) => {
+                // A second request for a stream that exists: the two sides disagree.
+                if let Some(connection) = self.connections.get_mut(&id) {
+                    connection.reset();
+                }
+                self.settle(id);
+            }
+            (Some(id), _) => {
+                if let Some(connection) = self.connections.get_mut(&id) {
+                    connection.on_packet(header, data);
+                }
+                self.settle(id);
+            }
+            (None, Operation::Request) => {
+                if let Err(error) = self.connect(header) {
+                    tracing::debug!(port = header.ports.host, %error, "vsock: the guest's connection is refused");
+                    self.refuse(header.ports);
+                }
+            }
+            (None, Operation::Reset) => {}
+            (None, _) => self.refuse(header.ports),
+        }
+    }
+
+    fn refuse(&mut self, ports: Ports) {
+        self.counters.resets.add(1);
+        if self.accepts_packets() {
+            self.resets.push_back(ports);
+        }
+    }
+
+    /// The guest connects to a host port.
+    fn connect(&mut self, request: &Header) -> io::Result<()> {
+        if self.full() || !self.config.host_ports.contains(&request.ports.host) {
+            return Err(io::ErrorKind::ConnectionRefused.into());
+        }
+        let mut path = self.config.path.clone().into_os_string();
+        path.push(format!("_{}", request.ports.host));
+        let socket = rustix::net::socket_with(
+            AddressFamily::UNIX,
+            SocketType::STREAM,
+            SocketFlags::NONBLOCK | SocketFlags::CLOEXEC,
+            None,
+        )?;
+        // A unix socket connects at once, or not at all (its queue is full).
+        rustix::net::connect(&socket, &SocketAddrUnix::new(PathBuf::from(path))?)?;
+        let stream = UnixStream::from(socket);
+        let id = self.watch(stream.as_fd())?;
+        self.insert(id, Connection::from_guest(request, stream));
+        Ok(())
+    }
+
+    /// Whether [`to_guest`](Self::to_guest) may have a packet.
+    pub fn has_output(&self) -> bool {
+        !self.resets.is_empty() || !self.ready.is_empty()
+    }
+
+    /// The next packet for the guest, its payload in `data`. Connections take turns, a packet each.
+    pub fn to_guest<B: BitmapSlice>(&mut self, data: &VolatileSlice<'_, B>) -> Option<Header> {
+        if let Some(ports) = self.resets.pop_front() {
+            self.counters.to_guest_packets.add(1);
+            let operation = Operation::Reset;
+            return Some(Header { ports, operation, length: 0, flags: 0, buf_alloc: BUF_ALLOC, fwd_cnt: 0 });
+        }
+        while let Some(id) = self.ready.pop_front() {
+            let packet = self.connections.get_mut(&id).and_then(|connection| connection.next_packet(data));
+            self.settle(id);
+            if let Some(header) = packet {
+                self.counters.to_guest_packets.add(1);
+                self.counters.to_guest_bytes.add(u64::from(header.length));
+                if header.operation == Operation::Reset {
+                    self.counters.resets.add(1);
+                }
+                return Some(header);
+            }
+        }
+        None
+    }
+}
+
+fn parse_greeting(line: &[u8]) -> Option<u32> {
+    std::str::from_utf8(line).ok()?.strip_prefix("CONNECT ")?.trim_end_matches('\r').parse().ok()
+}
+
+#[cfg(test)]
+#[path = "mux_tests.rs"]
+mod tests;
