@@ -54,11 +54,12 @@ fn ttrpc(out: &Path, inputs: &[&str], async_all: bool) -> Result<(), Box<dyn Err
 
 fn grpc() -> Result<(), Box<dyn Error>> {
     let sandbox = format!("{CONTAINERD}/services/sandbox/v1/sandbox.proto");
+    let clients = env::var_os("CARGO_FEATURE_CRI_CLIENT").is_some();
     tonic_prost_build::configure()
-        .build_client(false)
+        .build_client(clients)
         .compile_fds(protox::compile([&sandbox], [ROOT])?)?;
     tonic_prost_build::configure()
-        .build_client(env::var_os("CARGO_FEATURE_CRI_CLIENT").is_some())
+        .build_client(clients)
         .build_server(false)
         .compile_fds(protox::compile(["cri/runtime.proto"], [ROOT])?)?;
     Ok(())

@@ -1,1 +1,18 @@
-//! TODO
+//! Drives stock containerd through CRI, as kubelet does: what the end-to-end tests, the quickstart and the benchmark share.
+//!
+//! Everything here runs on a node (see `tests/node`). A test starts with [`on_node`], makes pods with [`Node::pod`] and
+//! containers with [`Pod::container`]; whatever it made is removed when it ends, however it ends.
+
+mod container;
+mod cri;
+pub mod leaks;
+pub mod log;
+mod node;
+mod pod;
+pub mod streaming;
+
+pub use container::{BUSYBOX, Container, ContainerBuilder, ExecOutput};
+pub use cri::Cri;
+pub use node::{Node, Runtime, on_node, on_pericarp};
+pub use pericarp_protos::cri as api;
+pub use pod::{Pod, PodBuilder};

@@ -1,0 +1,81 @@
+//! Container logs in CRI's format.
+
+use anyhow::Result;
+use pericarp_tests::{log::Stream, on_node};
+
+use crate::exec::check_sequence;
+
+#[test]
+fn a_log_holds_both_streams_with_times_and_tags() -> Result<()> {
+    on_node(async |node| {
+        let pod = node.pod("log").run().await?;
+        let script = "echo out; sleep 0.2; echo err >&2; sleep 0.2; printf 'no line end'";
+        let (_, log) = pod.container("both").script(script).run().await?;
+        let found: Vec<_> =
+            log.lines.iter().map(|line| (line.stream, line.partial, line.text.as_str())).collect();
+        let expected = [
+            (Stream::Stdout, false, "out"),
+            (Stream::Stderr, false, "err"),
+            // containerd's mark for a last line without an end.
+            (Stream::Stdout, true, "no line end"),
+        ];
+        assert_eq!(found, expected);
+        assert!(
+            log.lines.iter().all(|line| line.time.starts_with("20") && line.time.contains('T')),
+            "{log:?}"
+        );
+        assert!(log.lines.is_sorted_by(|a, b| a.time <= b.time), "{log:?}");
+
+        // Longer than containerd's own limit of 16 KiB for one line.
+        let (_, log) =
+            pod.container("long").script("head -c 40000 /dev/zero | tr '\\0' x; echo").run().await?;
+        assert!(log.lines.len() >= 3 && log.lines[0].partial, "{} lines", log.lines.len());
+        assert_eq!(log.stdout(), format!("{}\n", "x".repeat(40_000)));
+        Ok(())
+    })
+}
+
+#[test]
+fn a_log_loses_nothing_of_a_large_output_that_ends_with_its_container() -> Result<()> {
+    on_node(async |node| {
+        let pod = node.pod("large-log").run().await?;
+        let (status, log) = pod.container("loud").script("seq 1200000 & seq 100000 >&2; wait").run().await?;
+        assert_eq!(status.exit_code, 0);
+        check_sequence(&log.stdout(), 1_200_000);
+        check_sequence(&log.stderr(), 100_000);
+
+        let quick = (0..10).map(async |n| {
+            let container = pod.container(&format!("quick-{n}")).command(["echo", "done"]);
+            anyhow::Ok(container.run().await?.1.stdout())
+        });
+        for stdout in futures::future::try_join_all(quick).await? {
+            assert_eq!(stdout, "done\n");
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_rotated_log_goes_on_in_a_new_file() -> Result<()> {
+    on_node(async |node| {
+        let pod = node.pod("rotate").run().await?;
+        let container = pod
+            .container("ticks")
+            .script("n=0; while :; do n=$((n+1)); echo $n; sleep 0.1; done")
+            .start()
+            .await?;
+        while container.log()?.lines.len() < 3 {
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+        let old = container.log_path().with_extension("old");
+        std::fs::rename(container.log_path(), &old)?;
+        container.reopen_log().await?;
+        while container.log()?.lines.len() < 3 {
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
+        container.stop(0).await?;
+        let both = pericarp_tests::log::Log::read(&old)?.stdout() + &container.log()?.stdout();
+        check_sequence(&both, both.lines().count().try_into()?);
+        Ok(())
+    })
+}

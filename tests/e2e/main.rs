@@ -1,0 +1,9 @@
+//! The end-to-end tests: stock containerd on a real node, asked over CRI as kubelet asks. Run by `scripts/test e2e`.
+//!
+//! With `PERICARP_TEST_RUNTIME=runc` the same tests run against containerd's default runtime, which proves what they expect.
+
+mod containers;
+mod exec;
+mod logs;
+mod pods;
+mod volumes;

@@ -1,0 +1,123 @@
+//! What exists on a node, so that a run can be held to leave nothing behind.
+
+use std::{
+    collections::BTreeSet,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result};
+
+/// Trees in which every directory and socket counts: the runtimes' and the tests' own.
+const TREES: [&str; 5] = ["/run/pericarp", "/run/containerd", "/run/netns", "/run/cni/ipam", "/run/pods"];
+
+/// What the first pod makes and all later ones share.
+const SHARED: [&str; 5] =
+    ["link cni0", "cgroup /kubepods", "path /run/pods", "path /run/cni/ipam", "path /run/cni/ipam/bridge"];
+
+/// Processes, mounts, network namespaces, links, cgroups, sockets and directories, each as one line.
+pub fn snapshot() -> Result<BTreeSet<String>> {
+    let mut found = BTreeSet::new();
+    processes(&mut found)?;
+    mounts(&mut found)?;
+    for link in fs::read_dir("/sys/class/net")? {
+        found.insert(format!("link {}", link?.file_name().display()));
+    }
+    let cgroups = Path::new("/sys/fs/cgroup");
+    walk(cgroups, &mut |path, kind| {
+        if kind.is_dir() {
+            found.insert(format!("cgroup /{}", path.strip_prefix(cgroups).unwrap_or(path).display()));
+        }
+    })?;
+    for tree in TREES {
+        walk(Path::new(tree), &mut |path, _| {
+            found.insert(format!("path {}", path.display()));
+        })?;
+    }
+    unix_sockets(&mut found)?;
+    Ok(found)
+}
+
+/// What of `after` was not there before, except what all pods share.
+pub fn new_since(before: &BTreeSet<String>, after: &BTreeSet<String>) -> Vec<String> {
+    after.difference(before).filter(|line| !SHARED.contains(&line.as_str())).cloned().collect()
+}
+
+fn processes(found: &mut BTreeSet<String>) -> Result<()> {
+    let own = std::process::id();
+    for entry in fs::read_dir("/proc")? {
+        let name = entry?.file_name();
+        let Some(pid) = name.to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        // A process may end at any moment; kernel threads have no command line.
+        let Ok(command) = fs::read(format!("/proc/{pid}/cmdline")) else { continue };
+        if pid == own || command.is_empty() {
+            continue;
+        }
+        let command = String::from_utf8_lossy(&command).replace('\0', " ");
+        found.insert(format!("process {pid} {}", command.trim_end()));
+    }
+    Ok(())
+}
+
+fn mounts(found: &mut BTreeSet<String>) -> Result<()> {
+    let table = fs::read_to_string("/proc/self/mountinfo").context("read the mount table")?;
+    for line in table.lines() {
+        let fields: Vec<&str> = line.split(' ').collect();
+        let (Some(point), Some(separator)) = (fields.get(4), fields.iter().position(|field| *field == "-"))
+        else {
+            continue;
+        };
+        found.insert(format!("mount {} on {point}", fields.get(separator + 1).unwrap_or(&"?")));
+    }
+    Ok(())
+}
+
+fn unix_sockets(found: &mut BTreeSet<String>) -> Result<()> {
+    let table = fs::read_to_string("/proc/net/unix").context("read the unix sockets")?;
+    for line in table.lines() {
+        // Listening sockets only: connections to them have the same path and come and go.
+        if let [_, _, _, flags, _, _, _, path] = line.split_whitespace().collect::<Vec<_>>()[..]
+            && flags == "00010000"
+        {
+            found.insert(format!("socket {path}"));
+        }
+    }
+    Ok(())
+}
+
+/// Calls `visit` for everything in a tree. What disappears meanwhile, or was never there, is no error.
+fn walk(directory: &Path, visit: &mut impl FnMut(&Path, fs::FileType)) -> Result<()> {
+    let Ok(entries) = fs::read_dir(directory) else { return Ok(()) };
+    for entry in entries.flatten() {
+        let path: PathBuf = entry.path();
+        let Ok(kind) = entry.file_type() else { continue };
+        visit(&path, kind);
+        if kind.is_dir() {
+            walk(&path, visit)?;
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn lines(lines: &[&str]) -> BTreeSet<String> {
+        lines.iter().map(|line| (*line).to_owned()).collect()
+    }
+
+    #[test]
+    fn only_what_is_new_and_not_shared_is_a_leak() {
+        let before = lines(&["link lo", "process 7 containerd"]);
+        let after = lines(&["link lo", "link cni0", "link veth1"]);
+        assert_eq!(new_since(&before, &after), ["link veth1"]);
+    }
+
+    #[test]
+    fn a_snapshot_holds_this_machines_own_links_and_mounts() {
+        let found = snapshot().unwrap();
+        assert!(found.contains("link lo"));
+        assert!(found.iter().any(|line| line.starts_with("mount ")));
+    }
+}

@@ -1,0 +1,210 @@
+//! The node that a test runs on, and the frame that every test runs in.
+
+use std::{
+    env, fmt, fs,
+    panic::{AssertUnwindSafe, resume_unwind},
+    path::PathBuf,
+    process, thread,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use futures::FutureExt;
+use tokio::time::timeout;
+
+use crate::{Cri, PodBuilder, api};
+
+/// A test that takes longer than this has hung. Cleaning up has as long again.
+const TEST_LIMIT: Duration = Duration::from_secs(120);
+
+/// The label that every pod of one test carries, so that all of them are found again.
+const TEST_LABEL: &str = "pericarp.test";
+
+/// Parent of all pods' cgroups, as kubelet has one.
+const PODS_CGROUP: &str = "/sys/fs/cgroup/kubepods";
+
+/// The runtime handler that the tests use: `PERICARP_TEST_RUNTIME`, by default Pericarp.
+///
+/// Run with `runc`, a test shows that its expectations are containerd's and not Pericarp's own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Runtime {
+    /// A machine per pod.
+    Pericarp,
+    /// containerd's default.
+    Runc,
+}
+
+impl Runtime {
+    /// The runtime that this run of the tests is for.
+    ///
+    /// # Panics
+    ///
+    /// If the variable names neither: a run against something else would prove nothing.
+    pub fn under_test() -> Self {
+        match env::var("PERICARP_TEST_RUNTIME").as_deref() {
+            Ok("runc") => Self::Runc,
+            Ok("pericarp") | Err(_) => Self::Pericarp,
+            Ok(other) => panic!("PERICARP_TEST_RUNTIME is {other:?}; it may be pericarp or runc"),
+        }
+    }
+}
+
+impl fmt::Display for Runtime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Pericarp => "pericarp",
+            Self::Runc => "runc",
+        })
+    }
+}
+
+/// A node, and everything that one test has made on it.
+#[derive(Clone, Debug)]
+pub struct Node {
+    /// The connection to containerd.
+    pub cri: Cri,
+    /// The handler of this node's pods.
+    pub runtime: Runtime,
+    /// Unlike any other test's, and short enough for a host name.
+    unique: String,
+}
+
+/// Runs one test: gives it a node, bounds its time, and removes every pod it made, also when it fails.
+pub fn on_node(test: impl AsyncFnOnce(&Node) -> Result<()>) -> Result<()> {
+    run(Runtime::under_test(), test)
+}
+
+/// Like [`on_node`], for a test of something that only Pericarp has.
+pub fn on_pericarp(test: impl AsyncFnOnce(&Node) -> Result<()>) -> Result<()> {
+    match Runtime::under_test() {
+        Runtime::Pericarp => run(Runtime::Pericarp, test),
+        Runtime::Runc => {
+            println!("skipped: not for runc");
+            Ok(())
+        }
+    }
+}
+
+fn run(runtime: Runtime, test: impl AsyncFnOnce(&Node) -> Result<()>) -> Result<()> {
+    let executor = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    executor.block_on(async {
+        let name = thread::current().name().unwrap_or("test").to_owned();
+        let node = Node::connect(runtime, &name).await?;
+        let bounded =
+            async { timeout(TEST_LIMIT, test(&node)).await.context("the test ran into its limit")? };
+        let outcome = AssertUnwindSafe(bounded).catch_unwind().await;
+        let cleanup = timeout(TEST_LIMIT, node.clean_up()).await;
+        outcome.unwrap_or_else(|panic| resume_unwind(panic))?;
+        cleanup.context("cleaning up ran into its limit")?.context("clean up")
+    })
+}
+
+impl Node {
+    /// Connects to the node's containerd. `name` is what the pods made here are called after.
+    pub async fn connect(runtime: Runtime, name: &str) -> Result<Self> {
+        let short: String =
+            name.rsplit("::").next().unwrap_or(name).replace('_', "-").chars().take(40).collect();
+        let unique = format!("{}-{}", short.trim_matches('-'), process::id());
+        Ok(Self { cri: Cri::connect().await?, runtime, unique })
+    }
+
+    /// The same node, for pods with another runtime handler.
+    #[must_use]
+    pub fn with_runtime(&self, runtime: Runtime) -> Self {
+        Self { runtime, ..self.clone() }
+    }
+
+    /// Describes a new pod; `name` need only differ from the names of this test's other pods.
+    pub fn pod(&self, name: &str) -> PodBuilder {
+        PodBuilder::new(self, name, &self.unique).label(TEST_LABEL, &self.unique)
+    }
+
+    /// All pods of this test that containerd knows.
+    pub async fn pods(&self) -> Result<Vec<api::PodSandbox>> {
+        let filter = api::PodSandboxFilter {
+            label_selector: [(TEST_LABEL.to_owned(), self.unique.clone())].into(),
+            ..Default::default()
+        };
+        let request = api::ListPodSandboxRequest { filter: Some(filter) };
+        Ok(self.cri.runtime().list_pod_sandbox(request).await?.into_inner().items)
+    }
+
+    /// Stops and removes every pod of this test, and what kubelet would remove: its cgroup and its logs.
+    pub async fn clean_up(&self) -> Result<()> {
+        for pod in self.pods().await? {
+            let stop = api::StopPodSandboxRequest { pod_sandbox_id: pod.id.clone() };
+            self.cri.runtime().stop_pod_sandbox(stop).await.context("StopPodSandbox")?;
+            let remove = api::RemovePodSandboxRequest { pod_sandbox_id: pod.id };
+            self.cri.runtime().remove_pod_sandbox(remove).await.context("RemovePodSandbox")?;
+        }
+        for name in children(&PathBuf::from(PODS_CGROUP))? {
+            if name.starts_with(&self.unique) {
+                remove_cgroup(&PathBuf::from(PODS_CGROUP).join(name)).await?;
+            }
+        }
+        match fs::remove_dir_all(self.directory()) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
+            _ => Ok(()),
+        }
+    }
+
+    /// A directory of this test's own on the node, made when it is first asked for: logs and volumes.
+    pub(crate) fn directory(&self) -> PathBuf {
+        PathBuf::from("/run/pods").join(&self.unique)
+    }
+
+    /// Makes a file below this test's directory and answers with its path on the node.
+    pub fn file(&self, name: &str, content: &str) -> Result<String> {
+        let path = self.directory().join("volumes").join(name);
+        if let Some(parent) = path.parent() {
+            fs::create_dir_all(parent)?;
+        }
+        fs::write(&path, content)?;
+        Ok(path.display().to_string())
+    }
+}
+
+/// Makes a pod's cgroup, as kubelet does before it calls `RunPodSandbox`; answers with the `cgroup_parent`.
+pub(crate) fn make_cgroup(name: &str) -> Result<String> {
+    let parent = PathBuf::from(PODS_CGROUP);
+    let cgroup = parent.join(name);
+    fs::create_dir_all(&cgroup).with_context(|| format!("make {}", cgroup.display()))?;
+    for directory in [&parent, &cgroup] {
+        fs::write(directory.join("cgroup.subtree_control"), "+cpuset +cpu +io +memory +pids")
+            .with_context(|| format!("delegate controllers in {}", directory.display()))?;
+    }
+    Ok(format!("/kubepods/{name}"))
+}
+
+/// Removes a pod's cgroup. Processes in it would be a pod's that nobody ended: an error that names them.
+async fn remove_cgroup(cgroup: &PathBuf) -> Result<()> {
+    // The kernel is done with a dead process's cgroup a moment after its parent has seen it die.
+    for _ in 0..50 {
+        for child in children(cgroup)? {
+            let _ = fs::remove_dir(cgroup.join(child));
+        }
+        if fs::remove_dir(cgroup).is_ok() {
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    let mut processes = fs::read_to_string(cgroup.join("cgroup.procs"))?;
+    for child in children(cgroup)? {
+        processes += &fs::read_to_string(cgroup.join(&child).join("cgroup.procs"))?;
+    }
+    ensure!(processes.is_empty(), "processes {processes:?} are left in {}", cgroup.display());
+    bail!("{} cannot be removed", cgroup.display())
+}
+
+/// Names of the directories in a directory; none if it does not exist.
+fn children(directory: &PathBuf) -> Result<Vec<String>> {
+    let Ok(entries) = fs::read_dir(directory) else { return Ok(Vec::new()) };
+    let mut names = Vec::new();
+    for entry in entries {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            names.push(entry.file_name().to_string_lossy().into_owned());
+        }
+    }
+    Ok(names)
+}
