@@ -16,7 +16,7 @@ fn exec_tells_output_and_exit_code() -> Result<()> {
         assert_eq!(output, expected);
         assert_eq!(container.exec(["true"]).await?.exit_code, 0);
         assert_eq!(container.exec(["sh", "-c", "kill -KILL $$"]).await?.exit_code, 128 + 9);
-        let signals = container.shell("grep -E '^Sig(Blk|Ign)' /proc/self/status").await?;
+        let signals = container.exec(["grep", "-E", "^Sig(Blk|Ign)", "/proc/self/status"]).await?.stdout;
         assert!(
             signals.lines().all(|line| line.ends_with("0000000000000000")),
             "inherited signals: {signals}"

@@ -3,7 +3,10 @@
 //! With `PERICARP_TEST_RUNTIME=runc` the same tests run against containerd's default runtime, which proves what they expect.
 
 mod containers;
+mod controller;
+mod errors;
 mod exec;
 mod logs;
+mod machine;
 mod pods;
 mod volumes;

@@ -14,6 +14,23 @@ use crate::{
 /// The image of the tests, made by `make-images` and imported before they run.
 pub const BUSYBOX: &str = "localhost/pericarp/busybox:1";
 
+/// The same, with USR1 as its stop signal.
+pub const BUSYBOX_USR1: &str = "localhost/pericarp/busybox-usr1:1";
+
+/// What kubelet asks to be hidden from, and made read-only for, a container that is not privileged.
+const MASKED_PATHS: [&str; 9] = [
+    "/proc/acpi",
+    "/proc/kcore",
+    "/proc/keys",
+    "/proc/latency_stats",
+    "/proc/timer_list",
+    "/proc/timer_stats",
+    "/proc/sched_debug",
+    "/proc/scsi",
+    "/sys/firmware",
+];
+const READONLY_PATHS: [&str; 5] = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"];
+
 /// Describes a container as kubelet would.
 #[derive(Clone, Debug)]
 pub struct ContainerBuilder {
@@ -58,6 +75,8 @@ impl ContainerBuilder {
                 resources: Some(api::LinuxContainerResources::default()),
                 security_context: Some(api::LinuxContainerSecurityContext {
                     namespace_options: namespaces,
+                    masked_paths: MASKED_PATHS.map(str::to_owned).into(),
+                    readonly_paths: READONLY_PATHS.map(str::to_owned).into(),
                     seccomp: Some(api::SecurityProfile {
                         profile_type: api::security_profile::ProfileType::RuntimeDefault.into(),
                         ..Default::default()
@@ -81,6 +100,13 @@ impl ContainerBuilder {
     #[must_use]
     pub fn script(self, script: &str) -> Self {
         self.command(["sh", "-c", script])
+    }
+
+    /// Another image than [`BUSYBOX`].
+    #[must_use]
+    pub fn image(mut self, image: &str) -> Self {
+        image.clone_into(&mut self.config.image.get_or_insert_default().image);
+        self
     }
 
     /// Adds an environment variable.

@@ -12,8 +12,21 @@ use anyhow::{Context, Result};
 const TREES: [&str; 5] = ["/run/pericarp", "/run/containerd", "/run/netns", "/run/cni/ipam", "/run/pods"];
 
 /// What the first pod makes and all later ones share.
-const SHARED: [&str; 5] =
-    ["link cni0", "cgroup /kubepods", "path /run/pods", "path /run/cni/ipam", "path /run/cni/ipam/bridge"];
+const SHARED: [&str; 13] = [
+    "link cni0",
+    "cgroup /kubepods",
+    "path /run/pods",
+    "path /run/cni/ipam",
+    "path /run/cni/ipam/bridge",
+    "path /run/cni/ipam/bridge/last_reserved_ip.0",
+    "path /run/cni/ipam/bridge/lock",
+    "path /run/containerd/io.containerd.grpc.v1.cri/containers",
+    "path /run/containerd/io.containerd.grpc.v1.cri/sandboxes",
+    "path /run/containerd/io.containerd.runtime.v2.task/k8s.io",
+    "path /run/containerd/runc",
+    "path /run/containerd/runc/k8s.io",
+    "path /run/containerd/s",
+];
 
 /// Processes, mounts, network namespaces, links, cgroups, sockets and directories, each as one line.
 pub fn snapshot() -> Result<BTreeSet<String>> {

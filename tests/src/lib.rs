@@ -4,14 +4,16 @@
 //! containers with [`Pod::container`]; whatever it made is removed when it ends, however it ends.
 
 mod container;
+pub mod controller;
 mod cri;
 pub mod leaks;
 pub mod log;
+pub mod machine;
 mod node;
 mod pod;
 pub mod streaming;
 
-pub use container::{BUSYBOX, Container, ContainerBuilder, ExecOutput};
+pub use container::{BUSYBOX, BUSYBOX_USR1, Container, ContainerBuilder, ExecOutput};
 pub use cri::Cri;
 pub use node::{Node, Runtime, on_node, on_pericarp};
 pub use pericarp_protos::cri as api;

@@ -1,16 +1,21 @@
 //! The node that a test runs on, and the frame that every test runs in.
 
 use std::{
-    env, fmt, fs,
+    env, fmt,
+    fs::{self, File},
+    io::Write,
     panic::{AssertUnwindSafe, resume_unwind},
     path::PathBuf,
     process, thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
 use futures::FutureExt;
 use tokio::time::timeout;
+
+/// Where a run's results are collected, if they are: one line per test with its duration.
+const DURATIONS: &str = "/results/durations";
 
 use crate::{Cri, PodBuilder, api};
 
@@ -88,12 +93,16 @@ pub fn on_pericarp(test: impl AsyncFnOnce(&Node) -> Result<()>) -> Result<()> {
 fn run(runtime: Runtime, test: impl AsyncFnOnce(&Node) -> Result<()>) -> Result<()> {
     let executor = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     executor.block_on(async {
+        let start = Instant::now();
         let name = thread::current().name().unwrap_or("test").to_owned();
         let node = Node::connect(runtime, &name).await?;
         let bounded =
             async { timeout(TEST_LIMIT, test(&node)).await.context("the test ran into its limit")? };
         let outcome = AssertUnwindSafe(bounded).catch_unwind().await;
         let cleanup = timeout(TEST_LIMIT, node.clean_up()).await;
+        if let Ok(mut file) = File::options().append(true).create(true).open(DURATIONS) {
+            writeln!(file, "{:6.2} s {name}", start.elapsed().as_secs_f64())?;
+        }
         outcome.unwrap_or_else(|panic| resume_unwind(panic))?;
         cleanup.context("cleaning up ran into its limit")?.context("clean up")
     })
@@ -146,6 +155,11 @@ impl Node {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error.into()),
             _ => Ok(()),
         }
+    }
+
+    /// A name of this test's own, for what is not a pod.
+    pub fn name(&self) -> &str {
+        &self.unique
     }
 
     /// A directory of this test's own on the node, made when it is first asked for: logs and volumes.

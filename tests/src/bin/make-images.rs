@@ -1,7 +1,8 @@
 //! Makes the images of the tests as one OCI archive, because nothing is pulled: `make-images BUSYBOX ARCHIVE`.
 //!
 //! `localhost/pericarp/busybox:1` has layers that a run-time can get wrong: owners, modes, links, extended attributes,
-//! whiteouts. `localhost/pericarp/pause:1` is what runc's pods are made of; Pericarp needs none.
+//! whiteouts; `localhost/pericarp/busybox-usr1:1` is the same with another stop
+//! signal. `localhost/pericarp/pause:1` is what runc's pods are made of; Pericarp needs none.
 
 use std::{
     env,
@@ -23,11 +24,12 @@ fn main() -> Result<()> {
     let base = out.layer(&base_layer(busybox, &binary)?)?;
     let odd = out.layer(&odd_layer()?)?;
     let whiteouts = out.layer(&whiteout_layer()?)?;
-    out.image(
-        "localhost/pericarp/busybox:1",
-        &[&base, &odd, &whiteouts],
-        &json!({"Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin", "FROM_IMAGE=yes"], "Cmd": ["sh"], "WorkingDir": "/"}),
-    )?;
+    let layers = [&base, &odd, &whiteouts];
+    let environment = ["PATH=/usr/sbin:/usr/bin:/sbin:/bin", "FROM_IMAGE=yes"];
+    let mut config = json!({"Env": environment, "Cmd": ["sh"], "WorkingDir": "/"});
+    out.image("localhost/pericarp/busybox:1", &layers, &config)?;
+    config["StopSignal"] = "SIGUSR1".into();
+    out.image("localhost/pericarp/busybox-usr1:1", &layers, &config)?;
     let pause = out.layer(&pause_layer(&binary)?)?;
     out.image("localhost/pericarp/pause:1", &[&pause], &json!({"Entrypoint": ["/bin/sleep", "infinity"]}))?;
     out.finish()
@@ -73,10 +75,9 @@ impl Layer {
         self.entry(EntryType::Regular, path, mode, (0, 0), content)
     }
 
-    fn link(&mut self, kind: EntryType, path: &str, target: &str) -> Result<()> {
-        self.0
-            .append_link(&mut Self::header(kind, 0o777, (0, 0)), path, target)
-            .with_context(|| format!("link {path}"))
+    fn symlink(&mut self, path: &str, target: &str) -> Result<()> {
+        let mut header = Self::header(EntryType::Symlink, 0o777, (0, 0));
+        self.0.append_link(&mut header, path, target).with_context(|| format!("link {path}"))
     }
 
     fn finish(self) -> Result<Vec<u8>> {
@@ -97,7 +98,7 @@ fn base_layer(busybox: &str, binary: &[u8]) -> Result<Vec<u8>> {
         Command::new(busybox).arg("--list").output().with_context(|| format!("run {busybox} --list"))?;
     ensure!(listed.status.success(), "{busybox} --list: {}", listed.status);
     for applet in String::from_utf8(listed.stdout)?.lines().filter(|applet| *applet != "busybox") {
-        layer.link(EntryType::Symlink, &format!("bin/{applet}"), "busybox")?;
+        layer.symlink(&format!("bin/{applet}"), "busybox")?;
     }
     layer.file(
         "etc/passwd",
@@ -121,8 +122,10 @@ fn odd_layer() -> Result<Vec<u8>> {
     layer.file("odd/unreadable", 0, b"root only\n")?;
     layer.directory("odd/sticky", 0o3777)?;
     layer.file("odd/name with spaces and \u{fc}", 0o644, b"named\n")?;
-    layer.link(EntryType::Link, "odd/hard-link", "odd/owned")?;
-    layer.link(EntryType::Symlink, "odd/dangling", "/nowhere")?;
+    // A hard link carries mode and owner again.
+    let mut header = Layer::header(EntryType::Link, 0o640, (1000, 2000));
+    layer.0.append_link(&mut header, "odd/hard-link", "odd/owned")?;
+    layer.symlink("odd/dangling", "/nowhere")?;
     layer.entry(EntryType::Fifo, "odd/fifo", 0o600, (0, 0), b"")?;
     layer.0.append_pax_extensions([("SCHILY.xattr.user.pericarp", b"kept".as_slice())])?;
     layer.file("odd/attributed", 0o644, b"has an extended attribute\n")?;
@@ -144,7 +147,7 @@ fn pause_layer(binary: &[u8]) -> Result<Vec<u8>> {
     let mut layer = Layer::new();
     layer.directory("bin", 0o755)?;
     layer.file("bin/busybox", 0o755, binary)?;
-    layer.link(EntryType::Symlink, "bin/sleep", "busybox")?;
+    layer.symlink("bin/sleep", "busybox")?;
     layer.finish()
 }
 

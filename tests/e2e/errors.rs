@@ -1,0 +1,160 @@
+//! Bad input, through CRI: the caller learns what was wrong with which pod, and nothing is left behind.
+
+use anyhow::{Context, Result};
+use pericarp_tests::{Node, PodBuilder, Runtime, api, machine::MachineProcess, on_node, on_pericarp};
+use tonic::Status;
+
+/// Asks for a pod that cannot be; answers with the error after checking that nothing of it is left.
+async fn refused(node: &Node, pod: PodBuilder, name: &str) -> Result<Status> {
+    let error = pod.try_run().await?.err().context("this pod should not run")?;
+    assert_eq!(node.pods().await?, [], "after {error}");
+    let left = MachineProcess::of_pod(name)?;
+    assert_eq!(left, None, "after {error}");
+    Ok(error)
+}
+
+fn says(error: &Status, parts: &[&str]) {
+    for part in parts {
+        assert!(error.message().contains(part), "{part:?} is not in: {error}");
+    }
+}
+
+#[test]
+fn a_pod_on_the_hosts_network_is_refused_with_the_reason() -> Result<()> {
+    on_pericarp(async |node| {
+        let pod = node
+            .pod("hostnet")
+            .with_namespaces(|namespaces| namespaces.set_network(api::NamespaceMode::Node));
+        let error = refused(node, pod, "hostnet").await?;
+        says(&error, &["hostNetwork", "hostnet"]);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_pod_on_the_hosts_processes_or_ipc_is_refused() -> Result<()> {
+    on_pericarp(async |node| {
+        let pod =
+            node.pod("hostpid").with_namespaces(|namespaces| namespaces.set_pid(api::NamespaceMode::Node));
+        says(&refused(node, pod, "hostpid").await?, &["hostPID", "hostpid"]);
+        let pod =
+            node.pod("hostipc").with_namespaces(|namespaces| namespaces.set_ipc(api::NamespaceMode::Node));
+        says(&refused(node, pod, "hostipc").await?, &["hostIPC", "hostipc"]);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_pod_larger_than_the_host_is_refused_with_the_figures() -> Result<()> {
+    on_pericarp(async |node| {
+        let memory = api::LinuxContainerResources { memory_limit_in_bytes: 1 << 40, ..Default::default() };
+        let error = refused(node, node.pod("big").resources(memory), "big").await?;
+        says(&error, &["MiB of memory", "big"]);
+        let cpu = api::LinuxContainerResources {
+            cpu_period: 100_000,
+            cpu_quota: 300 * 100_000,
+            ..Default::default()
+        };
+        let error = refused(node, node.pod("wide").resources(cpu), "wide").await?;
+        says(&error, &["300 vCPUs", "wide"]);
+        let pod = node.pod("odd").with(|config| {
+            config.annotations.insert("io.pericarp.memory-mib".to_owned(), "much".to_owned());
+        });
+        says(&refused(node, pod, "odd").await?, &["io.pericarp.memory-mib", "\"much\"", "odd"]);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_sysctl_that_the_guest_does_not_have_is_named() -> Result<()> {
+    on_pericarp(async |node| {
+        let pod = node.pod("sysctl").with_linux(|linux| {
+            linux.sysctls.insert("net.core.no_such_key".to_owned(), "1".to_owned());
+        });
+        says(&refused(node, pod, "sysctl").await?, &["net.core.no_such_key", "sysctl"]);
+
+        let pod = node.pod("good").with_linux(|linux| {
+            linux.sysctls.insert("net.core.somaxconn".to_owned(), "777".to_owned());
+        });
+        let container = pod.run().await?.idle_container("idle").await?;
+        assert_eq!(container.shell("cat /proc/sys/net/core/somaxconn").await?, "777");
+        Ok(())
+    })
+}
+
+/// What kubelet sees of a container that could not be started.
+#[derive(Debug, PartialEq, Eq)]
+struct FailedStart {
+    code: tonic::Code,
+    exit_code: i32,
+    reason: String,
+    /// From `exec:` on: before it, each runtime names itself.
+    message: String,
+}
+
+async fn failed_start<const N: usize>(node: &Node, command: [&str; N]) -> Result<FailedStart> {
+    let pod = node.pod(&format!("start-{}", node.runtime)).run().await?;
+    let container = pod.container("broken").command(command).create().await?;
+    let error = container.try_start().await.err().context("this container should not start")?;
+    let status = container.status().await?;
+    // The pod is none the worse for it.
+    assert_eq!(pod.idle_container("next").await?.shell("echo fine").await?, "fine");
+    pod.stop().await?;
+    pod.remove().await?;
+    let start = error.message().find("exec:").with_context(|| format!("no \"exec:\" in {error}"))?;
+    let message = error.message()[start..].trim_end_matches(": unknown").to_owned();
+    Ok(FailedStart { code: error.code(), exit_code: status.exit_code, reason: status.reason, message })
+}
+
+#[test]
+fn a_command_that_is_not_in_the_image_fails_as_it_does_with_runc() -> Result<()> {
+    on_node(async |node| {
+        for command in [["no-such-command"], ["/no/such/path"], ["/etc/passwd"]] {
+            let expected = failed_start(&node.with_runtime(Runtime::Runc), command).await?;
+            assert_eq!((expected.exit_code, expected.reason.as_str()), (128, "StartError"));
+            if node.runtime != Runtime::Runc {
+                assert_eq!(failed_start(node, command).await?, expected, "{command:?}");
+            }
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_volume_whose_source_has_gone_is_named() -> Result<()> {
+    on_node(async |node| {
+        let file = node.file("going", "soon gone\n")?;
+        let pod = node.pod("volume").run().await?;
+        let container = pod.container("user").mount(&file, "/etc/going", true).create().await?;
+        std::fs::remove_file(&file)?;
+        let error = container.try_start().await.unwrap_err();
+        says(&error, &[&file]);
+        assert_eq!(pod.idle_container("next").await?.shell("echo fine").await?, "fine");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_specification_that_cannot_be_run_is_refused_with_the_reason() -> Result<()> {
+    on_node(async |node| {
+        let pod = node.pod("spec").run().await?;
+        let container = pod
+            .container("relative")
+            .with(|config| config.working_dir = "not/absolute".to_owned())
+            .create()
+            .await?;
+        let error = container.try_start().await.unwrap_err();
+        let message = error.message().to_lowercase();
+        assert!(message.contains("cwd") || message.contains("working directory"), "{error}");
+        assert!(message.contains("absolute"), "{error}");
+
+        let resources = api::LinuxContainerResources {
+            unified: [("memory.no_such_key".to_owned(), "1".to_owned())].into(),
+            ..Default::default()
+        };
+        let container = pod.container("cgroup").resources(resources).create().await?;
+        says(&container.try_start().await.unwrap_err(), &["memory.no_such_key"]);
+        assert_eq!(pod.idle_container("next").await?.shell("echo fine").await?, "fine");
+        Ok(())
+    })
+}

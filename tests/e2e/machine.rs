@@ -1,0 +1,115 @@
+//! What is Pericarp's own: the machine around a pod.
+
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result};
+use pericarp_tests::{api, machine::MachineProcess, on_pericarp};
+
+#[test]
+fn a_container_runs_on_the_guests_kernel_in_a_machine_of_the_asked_size() -> Result<()> {
+    on_pericarp(async |node| {
+        let pod = node
+            .pod("where")
+            .with(|config| {
+                config.annotations.insert("io.pericarp.vcpus".to_owned(), "2".to_owned());
+                config.annotations.insert("io.pericarp.memory-mib".to_owned(), "300".to_owned());
+            })
+            .run()
+            .await?;
+        let container = pod.idle_container("idle").await?;
+        let of_node = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+        let of_guest = container.shell("uname -r").await?;
+        assert_ne!(of_guest, of_node.trim(), "the container runs on the node's kernel");
+        // The guest image says which kernel it holds; its text lies in the ELF file as it does in the running kernel.
+        let kernel = fs::read("/usr/lib/pericarp/vmlinux")?;
+        let banner = format!("Linux version {of_guest} ");
+        assert!(
+            kernel.windows(banner.len()).any(|window| window == banner.as_bytes()),
+            "{of_guest} is not the release of the guest image's kernel"
+        );
+
+        assert_eq!(container.shell("nproc").await?, "2");
+        let total = container.shell("awk '/MemTotal/ { print $2 }' /proc/meminfo").await?;
+        let total: u32 = total.parse().with_context(|| format!("MemTotal {total:?}"))?;
+        assert!((240 << 10..=300 << 10).contains(&total), "300 MiB were asked for; MemTotal is {total} kB");
+
+        // Nothing of the pod is on the node but its machine.
+        let machine = MachineProcess::of_pod(&pod.id)?.context("the pod's machine")?;
+        let threads = fs::read_dir(format!("/proc/{}/task", machine.pid))?.count();
+        assert!(threads >= 3, "a machine with two vCPUs has {threads} threads");
+        let info = pod.info().await?;
+        assert_eq!(info["pid"], machine.pid, "{info:#}");
+        assert_eq!(info["runtimeHandler"], "pericarp");
+        Ok(())
+    })
+}
+
+#[test]
+fn killing_the_machine_ends_its_containers_and_the_pod() -> Result<()> {
+    on_pericarp(async |node| {
+        let pod = node.pod("killed").run().await?;
+        let container = pod.idle_container("idle").await?;
+        let bystander = node.pod("bystander").run().await?;
+        MachineProcess::of_pod(&pod.id)?.context("the pod's machine")?.kill()?;
+
+        let start = Instant::now();
+        let status = container.exited().await?;
+        assert_ne!(status.exit_code, 0);
+        while pod.is_ready().await? {
+            assert!(start.elapsed() < Duration::from_secs(10), "the pod is READY without its machine");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        assert!(start.elapsed() < Duration::from_secs(10), "it took {:?}", start.elapsed());
+        assert!(container.exec(["true"]).await.is_err());
+        assert!(bystander.is_ready().await?);
+
+        pod.stop().await?;
+        pod.remove().await?;
+        assert_eq!(pod.status().await?, None);
+        Ok(())
+    })
+}
+
+#[test]
+fn verbose_status_shows_how_long_each_phase_took() -> Result<()> {
+    on_pericarp(async |node| {
+        let pod = node.pod("timeline").run().await?;
+        pod.idle_container("idle").await?;
+        let info = pod.info().await?;
+        let timeline =
+            info["bootTimeline"].as_object().with_context(|| format!("a bootTimeline in {info:#}"))?;
+        let phase = |name: &str| {
+            timeline
+                .get(name)
+                .and_then(serde_json::Value::as_f64)
+                .with_context(|| format!("{name} in {timeline:?}"))
+        };
+        let mut sum = 0.0;
+        for name in ["vmmSpawn", "kvmSetup", "kernelLoad", "kernelToInit", "agentReady", "configure"] {
+            let milliseconds = phase(name)?;
+            assert!((0.0..60_000.0).contains(&milliseconds), "{name}: {milliseconds} ms");
+            sum += milliseconds;
+        }
+        let total = phase("total")?;
+        assert!(phase("kernelToInit")? > 1.0 && sum <= total * 1.05 && sum >= total * 0.5, "{timeline:?}");
+        Ok(())
+    })
+}
+
+#[test]
+fn a_stopped_pods_machine_is_gone_at_once() -> Result<()> {
+    on_pericarp(async |node| {
+        let pod = node.pod("gone").run().await?;
+        pod.idle_container("idle").await?;
+        pod.stop().await?;
+        assert_eq!(MachineProcess::of_pod(&pod.id)?, None);
+        assert_eq!(pod.status().await?.context("the pod")?.state(), api::PodSandboxState::SandboxNotready);
+        let cgroup =
+            format!("/sys/fs/cgroup{}/cgroup.events", pod.config.linux.context("a Linux pod")?.cgroup_parent);
+        assert!(fs::read_to_string(cgroup)?.contains("populated 0"));
+        Ok(())
+    })
+}

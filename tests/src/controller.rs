@@ -1,0 +1,162 @@
+//! The sandbox Controller, called directly as containerd calls it: for errors that CRI cannot bring about.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Stdio,
+    sync::atomic::{AtomicU32, Ordering},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail};
+use pericarp_protos::sandbox::{
+    ControllerCreateRequest, ControllerShutdownRequest, ControllerStartRequest, ControllerStartResponse,
+    controller_client::ControllerClient,
+};
+use prost::Message;
+use rustix::process::{Pid, Signal, kill_process};
+use tokio::process::{Child, Command};
+use tonic::{Status, transport::Channel};
+
+use crate::{api, cri};
+
+/// The socket of the node's own controller.
+pub const NODE_CONTROLLER: &str = "/run/pericarp/controller.sock";
+
+/// Connects to a controller's socket.
+pub async fn connect(socket: &Path) -> Result<ControllerClient<Channel>> {
+    let socket = socket.to_str().context("a socket path in UTF-8")?;
+    Ok(ControllerClient::new(cri::connect(socket).await?))
+}
+
+/// What containerd puts into `Create`: the pod's CRI configuration.
+pub fn options(config: &api::PodSandboxConfig) -> prost_types::Any {
+    prost_types::Any { type_url: "runtime.v1.PodSandboxConfig".to_owned(), value: config.encode_to_vec() }
+}
+
+/// A second controller on the node, with a configuration and a run directory of its own.
+pub struct Controller {
+    child: Child,
+    /// Its run directory.
+    pub run_dir: PathBuf,
+    /// A connection to it.
+    pub client: ControllerClient<Channel>,
+}
+
+impl Controller {
+    /// Starts one. `config` is added to its configuration file.
+    pub async fn serve(config: &str) -> Result<Self> {
+        // Short: the sockets' paths in it must fit a socket address.
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let run_dir = PathBuf::from(format!("/run/{}.{number}", std::process::id()));
+        fs::create_dir_all(&run_dir)?;
+        let file = run_dir.join("config.toml");
+        fs::write(&file, format!("run_dir = '{}'\n{config}\n", run_dir.join("r").display()))?;
+        let log = fs::File::create(run_dir.join("log"))?;
+        let mut child = Command::new("pericarp")
+            .arg("serve")
+            .arg("--config")
+            .arg(&file)
+            .stdout(Stdio::null())
+            .stderr(log)
+            .kill_on_drop(true)
+            .spawn()
+            .context("start pericarp serve")?;
+        let socket = run_dir.join("r/controller.sock");
+        for _ in 0..200 {
+            if let Ok(client) = connect(&socket).await {
+                return Ok(Self { child, run_dir, client });
+            }
+            if let Some(status) = child.try_wait()? {
+                bail!("pericarp serve ended, {status}: {}", fs::read_to_string(run_dir.join("log"))?);
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        bail!("pericarp serve does not answer: {}", fs::read_to_string(run_dir.join("log"))?)
+    }
+
+    /// `Create` and `Start`, as containerd calls them for one pod.
+    pub async fn start_pod(
+        &mut self,
+        id: &str,
+        config: &api::PodSandboxConfig,
+        netns: &NetworkNamespace,
+    ) -> Result<ControllerStartResponse, Status> {
+        let request = ControllerCreateRequest {
+            sandbox_id: id.to_owned(),
+            options: Some(options(config)),
+            netns_path: netns.path(),
+            sandboxer: "pericarp".to_owned(),
+            ..Default::default()
+        };
+        self.client.create(request).await?;
+        let request = ControllerStartRequest { sandbox_id: id.to_owned(), sandboxer: "pericarp".to_owned() };
+        let started = self.client.start(request).await;
+        if started.is_err() {
+            // containerd's own clean-up after a failed start.
+            let request =
+                ControllerShutdownRequest { sandbox_id: id.to_owned(), sandboxer: "pericarp".to_owned() };
+            match self.client.shutdown(request).await {
+                Err(error) if error.code() != tonic::Code::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(started?.into_inner())
+    }
+
+    /// Names of the pods' directories, which are all gone when no pod is left.
+    pub fn pod_directories(&self) -> Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in fs::read_dir(self.run_dir.join("r"))? {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                names.push(entry.file_name().to_string_lossy().into_owned());
+            }
+        }
+        Ok(names)
+    }
+
+    /// Ends it as an init system would, and removes its directory.
+    pub async fn stop(mut self) -> Result<()> {
+        let pid =
+            self.child.id().and_then(|pid| Pid::from_raw(pid.cast_signed())).context("it ended before")?;
+        kill_process(pid, Signal::TERM)?;
+        let status = tokio::time::timeout(Duration::from_secs(10), self.child.wait())
+            .await
+            .context("pericarp serve does not end on TERM")??;
+        if !status.success() {
+            bail!("pericarp serve ended with {status}: {}", fs::read_to_string(self.run_dir.join("log"))?);
+        }
+        fs::remove_dir_all(&self.run_dir).context("remove its directory")
+    }
+}
+
+/// A network namespace like the one that containerd makes for a pod.
+pub struct NetworkNamespace(String);
+
+impl NetworkNamespace {
+    /// Makes one.
+    pub async fn new(name: &str) -> Result<Self> {
+        ip(&["netns", "add", name]).await?;
+        Ok(Self(name.to_owned()))
+    }
+
+    /// Where it is mounted.
+    pub fn path(&self) -> String {
+        format!("/run/netns/{}", self.0)
+    }
+
+    /// Removes it.
+    pub async fn remove(self) -> Result<()> {
+        ip(&["netns", "delete", &self.0]).await
+    }
+}
+
+async fn ip(arguments: &[&str]) -> Result<()> {
+    let output = Command::new("ip").args(arguments).output().await.context("run ip")?;
+    if !output.status.success() {
+        bail!("ip {}: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(())
+}

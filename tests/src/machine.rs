@@ -1,0 +1,72 @@
+//! Machines as the node sees them: processes.
+
+use std::fs;
+
+use anyhow::{Context, Result, bail};
+
+/// The process of a pod's machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MachineProcess {
+    /// Its process id on the node.
+    pub pid: i32,
+}
+
+impl MachineProcess {
+    /// Finds the machine of a pod: the `pericarp vmm` whose configuration lies in the pod's directory.
+    pub fn of_pod(id: &str) -> Result<Option<Self>> {
+        let mut found = Vec::new();
+        for (pid, arguments) in processes()? {
+            if arguments.iter().any(|argument| argument == "vmm")
+                && arguments.iter().any(|argument| argument.contains(id))
+            {
+                found.push(Self { pid });
+            }
+        }
+        match found[..] {
+            [] => Ok(None),
+            [machine] => Ok(Some(machine)),
+            _ => bail!("pod {id} has {} machines: {found:?}", found.len()),
+        }
+    }
+
+    /// Kills it, as the kernel would when memory is short.
+    pub fn kill(self) -> Result<()> {
+        let pid = rustix::process::Pid::from_raw(self.pid).context("a process id")?;
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).context("kill the machine")
+    }
+}
+
+/// The process id of the node's controller.
+pub fn controller_pid() -> Result<i32> {
+    let controller = processes()?
+        .into_iter()
+        .find(|(_, arguments)| arguments.get(1).is_some_and(|argument| argument == "serve"));
+    Ok(controller.context("no `pericarp serve` is running")?.0)
+}
+
+/// Memory of a process in bytes, shared pages divided among those who share them (PSS).
+pub fn proportional_memory(pid: i32) -> Result<u64> {
+    let path = format!("/proc/{pid}/smaps_rollup");
+    let rollup = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
+    let line = rollup
+        .lines()
+        .find_map(|line| line.strip_prefix("Pss:"))
+        .with_context(|| format!("no Pss in {path}"))?;
+    let kilobytes: u64 =
+        line.trim().trim_end_matches(" kB").parse().with_context(|| format!("Pss {line:?}"))?;
+    Ok(kilobytes * 1024)
+}
+
+fn processes() -> Result<Vec<(i32, Vec<String>)>> {
+    let mut processes = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        let name = entry?.file_name();
+        let Some(pid) = name.to_str().and_then(|name| name.parse().ok()) else { continue };
+        // A process may end at any moment.
+        let Ok(line) = fs::read(format!("/proc/{pid}/cmdline")) else { continue };
+        let arguments =
+            line.split(|byte| *byte == 0).map(|part| String::from_utf8_lossy(part).into_owned()).collect();
+        processes.push((pid, arguments));
+    }
+    Ok(processes)
+}
