@@ -11,6 +11,7 @@ pub mod log;
 pub mod machine;
 mod node;
 mod pod;
+pub mod report;
 pub mod streaming;
 
 pub use container::{BUSYBOX, BUSYBOX_USR1, Container, ContainerBuilder, ExecOutput};

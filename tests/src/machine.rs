@@ -45,16 +45,16 @@ pub fn controller_pid() -> Result<i32> {
 }
 
 /// Memory of a process in bytes, shared pages divided among those who share them (PSS).
-pub fn proportional_memory(pid: i32) -> Result<u64> {
+pub fn proportional_memory(pid: i32) -> Result<f64> {
     let path = format!("/proc/{pid}/smaps_rollup");
     let rollup = fs::read_to_string(&path).with_context(|| format!("read {path}"))?;
     let line = rollup
         .lines()
         .find_map(|line| line.strip_prefix("Pss:"))
         .with_context(|| format!("no Pss in {path}"))?;
-    let kilobytes: u64 =
+    let kilobytes: f64 =
         line.trim().trim_end_matches(" kB").parse().with_context(|| format!("Pss {line:?}"))?;
-    Ok(kilobytes * 1024)
+    Ok(kilobytes * 1024.0)
 }
 
 fn processes() -> Result<Vec<(i32, Vec<String>)>> {

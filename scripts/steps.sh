@@ -1,0 +1,18 @@
+# Progress of a script, step by step. Sourced; not run.
+
+# step NAME COMMAND…: says what is done and how long it took; a failure ends the script with the step's name.
+step() {
+  local name=$1 start=$SECONDS status=0
+  shift
+  printf '==> %s (at %s)\n' "$name" "$(clock "$SECONDS")"
+  "$@" || status=$?
+  if [ "$status" != 0 ]; then
+    printf '==> FAILED: %s (exit status %s, after %s)\n' "$name" "$status" "$(clock $((SECONDS - start)))" >&2
+    exit "$status"
+  fi
+  printf '    %s: %s\n' "$name" "$(clock $((SECONDS - start)))"
+}
+
+clock() {
+  printf '%d:%02d' $(($1 / 60)) $(($1 % 60))
+}
