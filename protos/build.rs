@@ -53,14 +53,22 @@ fn ttrpc(out: &Path, inputs: &[&str], async_all: bool) -> Result<(), Box<dyn Err
 }
 
 fn grpc() -> Result<(), Box<dyn Error>> {
-    let sandbox = format!("{CONTAINERD}/services/sandbox/v1/sandbox.proto");
     let clients = env::var_os("CARGO_FEATURE_CRI_CLIENT").is_some();
-    tonic_prost_build::configure()
-        .build_client(clients)
-        .compile_fds(protox::compile([&sandbox], [ROOT])?)?;
+    let containerd = |names: &[&str]| protox::compile(names.iter().map(|name| format!("{CONTAINERD}/services/{name}")), [ROOT]);
+    // One pass: their packages share types.
+    tonic_prost_build::configure().compile_fds(containerd(&[
+        "containers/v1/containers.proto",
+        "events/v1/events.proto",
+        "sandbox/v1/sandbox.proto",
+        "snapshots/v1/snapshots.proto",
+        "version/v1/version.proto",
+    ])?)?;
     tonic_prost_build::configure()
         .build_client(clients)
         .build_server(false)
+        // The controller keeps a pod's configuration on disk and shows it in verbose status.
+        .type_attribute(".", "#[derive(serde::Serialize, serde::Deserialize)]")
+        .message_attribute(".", "#[serde(default)]")
         .compile_fds(protox::compile(["cri/runtime.proto"], [ROOT])?)?;
     Ok(())
 }

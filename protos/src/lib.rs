@@ -27,9 +27,29 @@ mod generated {
                 include!(concat!(env!("OUT_DIR"), "/containerd.types.rs"));
             }
             pub mod services {
+                pub mod containers {
+                    pub mod v1 {
+                        include!(concat!(env!("OUT_DIR"), "/containerd.services.containers.v1.rs"));
+                    }
+                }
+                pub mod events {
+                    pub mod v1 {
+                        include!(concat!(env!("OUT_DIR"), "/containerd.services.events.v1.rs"));
+                    }
+                }
                 pub mod sandbox {
                     pub mod v1 {
                         include!(concat!(env!("OUT_DIR"), "/containerd.services.sandbox.v1.rs"));
+                    }
+                }
+                pub mod snapshots {
+                    pub mod v1 {
+                        include!(concat!(env!("OUT_DIR"), "/containerd.services.snapshots.v1.rs"));
+                    }
+                }
+                pub mod version {
+                    pub mod v1 {
+                        include!(concat!(env!("OUT_DIR"), "/containerd.services.version.v1.rs"));
                     }
                 }
             }
@@ -77,6 +97,15 @@ pub mod transfer {
 #[cfg(feature = "grpc")]
 pub mod sandbox {
     pub use crate::generated::grpc::containerd::{services::sandbox::v1::*, types};
+}
+
+/// The services of containerd that the controller calls, by their package's name.
+#[cfg(feature = "grpc")]
+pub mod containerd {
+    pub use crate::generated::grpc::containerd::{
+        services::{containers::v1 as containers, events::v1 as events, snapshots::v1 as snapshots, version::v1 as version},
+        types,
+    };
 }
 
 /// CRI, `runtime.v1`.

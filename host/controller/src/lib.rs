@@ -1,1 +1,143 @@
-//! TODO
+//! The controller: containerd's sandbox Controller, served by `pericarp serve`.
+//!
+//! It makes, watches and removes pods' machines and answers their guests; see ARCHITECTURE.md. [`serve`] is
+//! the whole of it.
+
+pub mod config;
+
+mod cgroup;
+mod errors;
+mod events;
+mod guest;
+mod machine;
+mod metrics;
+mod mounts;
+mod notify;
+mod pod;
+mod server;
+mod size;
+mod source;
+mod spec;
+mod timeline;
+mod undo;
+
+use std::{
+    fs::{DirBuilder, File},
+    io,
+    os::unix::fs::DirBuilderExt as _,
+    path::PathBuf,
+    sync::Arc,
+};
+
+use pericarp_protos::sandbox::controller_server::ControllerServer;
+use thiserror::Error;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::{Channel, Endpoint, Server};
+
+use crate::{
+    config::Config,
+    events::Forwarder,
+    pod::{Node, record},
+    server::Sandboxes,
+    size::Host,
+    source::Containerd,
+};
+
+/// The controller cannot serve.
+#[derive(Debug, Error)]
+pub enum ServeError {
+    #[error("cannot make the run directory {path}")]
+    RunDir {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("another controller is serving {path}; stop it first")]
+    Running { path: PathBuf },
+    #[error("cannot take over the pods in {path}")]
+    Adopt {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("cannot listen on {path}")]
+    Listen {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("cannot use containerd's socket {path}")]
+    Containerd {
+        path: PathBuf,
+        #[source]
+        source: tonic::transport::Error,
+    },
+    #[error("serving containerd failed")]
+    Serve(#[source] tonic::transport::Error),
+    #[error("cannot wait for signals")]
+    Signals(#[source] io::Error),
+}
+
+/// Serves until SIGTERM or SIGINT. Pods go on without the controller.
+pub async fn serve(config: Config) -> Result<(), ServeError> {
+    let path = config.run_dir.clone();
+    DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(&path)
+        .map_err(|source| ServeError::RunDir { path: path.clone(), source })?;
+    let _lock = lock(&config)?;
+    let channel = containerd(&config)?;
+    let node = Arc::new(Node {
+        source: Arc::new(Containerd::new(channel.clone())),
+        forwarder: Forwarder::new(channel),
+        host: Host::read(),
+        config,
+    });
+    let adopted = record::adopt_all(&node).await.map_err(|source| ServeError::Adopt { path, source })?;
+
+    let socket = node.config.controller_socket();
+    let listener = listen(&socket).map_err(|source| ServeError::Listen { path: socket.clone(), source })?;
+    let mut terminate = signal(SignalKind::terminate()).map_err(ServeError::Signals)?;
+    let mut interrupt = signal(SignalKind::interrupt()).map_err(ServeError::Signals)?;
+    tracing::info!(socket = %socket.display(), pods = adopted.len(), "serving containerd");
+    notify::ready();
+    let server = Server::builder()
+        .add_service(ControllerServer::new(Sandboxes::new(node, adopted)))
+        .serve_with_incoming(UnixListenerStream::new(listener));
+    // Not a graceful shutdown: that would wait for containerd's open `Wait` calls, which it makes again.
+    tokio::select! {
+        result = server => result.map_err(ServeError::Serve),
+        _ = terminate.recv() => Ok(()),
+        _ = interrupt.recv() => Ok(()),
+    }
+}
+
+/// One controller to a run directory. The lock ends with the process.
+fn lock(config: &Config) -> Result<File, ServeError> {
+    use rustix::fs::{FlockOperation, flock};
+    let path = config.run_dir.join("controller.lock");
+    let file = File::create(&path).map_err(|source| ServeError::RunDir { path: path.clone(), source })?;
+    flock(&file, FlockOperation::NonBlockingLockExclusive)
+        .map_err(|_| ServeError::Running { path: config.run_dir.clone() })?;
+    Ok(file)
+}
+
+fn listen(socket: &std::path::Path) -> io::Result<tokio::net::UnixListener> {
+    match std::fs::remove_file(socket) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let listener = machine::bind(socket)?;
+    listener.set_nonblocking(true)?;
+    tokio::net::UnixListener::from_std(listener)
+}
+
+/// A channel that connects when it is first used, and again when containerd was restarted.
+fn containerd(config: &Config) -> Result<Channel, ServeError> {
+    let path = config.containerd_address.clone();
+    Endpoint::try_from(format!("unix://{}", path.display()))
+        .map(|endpoint| endpoint.connect_lazy())
+        .map_err(|source| ServeError::Containerd { path, source })
+}

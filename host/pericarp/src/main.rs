@@ -7,10 +7,12 @@ use std::{
         unix::net::UnixListener,
     },
     path::{Path, PathBuf},
+    process::ExitCode,
 };
 
 use anyhow::{Context as _, bail};
 use clap::{Args, Parser, Subcommand};
+use pericarp_controller::config::Config;
 use pericarp_vmm::MachineConfig;
 
 /// One KVM microVM around every Kubernetes pod.
@@ -23,6 +25,12 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Command {
+    /// Run the controller: serve containerd's sandboxes on this node.
+    Serve {
+        /// The configuration file (TOML). Without it, the defaults hold if there is none in its usual place.
+        #[arg(long)]
+        config: Option<PathBuf>,
+    },
     /// Run one machine until it ends. The controller starts this; by hand it is for looking into a
     /// machine on its own.
     Vmm {
@@ -61,15 +69,47 @@ impl ControlSocket {
     }
 }
 
-fn main() -> anyhow::Result<()> {
+/// The controller waits far more than it works: two threads serve any number of pods.
+const CONTROLLER_THREADS: usize = 2;
+
+/// Where the configuration usually is.
+const CONFIG: &str = "/etc/pericarp/config.toml";
+
+fn main() -> ExitCode {
     let process_start_ns = pericarp_vmm::monotonic_ns();
+    match run(process_start_ns) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // One line: the controller quotes a machine's last words.
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(process_start_ns: u64) -> anyhow::Result<()> {
     match Arguments::parse().command {
+        Command::Serve { config } => serve(config.as_deref()),
         Command::Vmm { config, control } => vmm(&config, control, process_start_ns),
     }
 }
 
+fn serve(path: Option<&Path>) -> anyhow::Result<()> {
+    let config = Config::load(path.unwrap_or(Path::new(CONFIG)), path.is_none())?;
+    log_to_stderr(&config.log);
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(CONTROLLER_THREADS)
+        .enable_all()
+        .build()
+        .context("cannot start the controller's threads")?;
+    runtime.block_on(pericarp_controller::serve(config))?;
+    // What still runs in the background ends with the process; pods go on.
+    runtime.shutdown_background();
+    Ok(())
+}
+
 fn vmm(config: &Path, control: ControlSocket, process_start_ns: u64) -> anyhow::Result<()> {
-    log_to_stderr();
+    log_to_stderr("info");
     let text = fs::read_to_string(config).with_context(|| format!("cannot read {}", config.display()))?;
     let config: MachineConfig = serde_json::from_str(&text)
         .with_context(|| format!("{} is not a machine's description", config.display()))?;
@@ -79,8 +119,9 @@ fn vmm(config: &Path, control: ControlSocket, process_start_ns: u64) -> anyhow::
     std::process::exit(0);
 }
 
-fn log_to_stderr() {
+/// `default` is a filter such as "info"; the environment's `PERICARP_LOG` wins.
+fn log_to_stderr(default: &str) {
     use tracing_subscriber::{EnvFilter, fmt};
-    let filter = EnvFilter::try_from_env("PERICARP_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_env("PERICARP_LOG").unwrap_or_else(|_| EnvFilter::new(default));
     fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
 }

@@ -1,0 +1,104 @@
+//! The cgroup that a pod's machine is accounted in.
+//!
+//! kubelet makes a cgroup for each pod and names it in `cgroup_parent`; the machine goes into a child of
+//! it, so that the pod's limits hold for the machine and `PodSandboxStats` counts it.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io,
+    path::{Path, PathBuf},
+};
+
+const ROOT: &str = "/sys/fs/cgroup";
+
+/// A pod's cgroup (version 2).
+pub struct Cgroup {
+    path: PathBuf,
+}
+
+impl Cgroup {
+    /// Makes the cgroup of sandbox `id`. `None` on a host without cgroup v2: machines are not accounted
+    /// there.
+    pub fn make(parent: &str, id: &str) -> io::Result<Option<Cgroup>> {
+        if !Path::new(ROOT).join("cgroup.controllers").exists() {
+            return Ok(None);
+        }
+        let path = Path::new(ROOT).join(relative(parent, id));
+        fs::create_dir_all(&path)?;
+        Ok(Some(Cgroup { path }))
+    }
+
+    /// Where it is, for whoever removes it.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What a process writes "0" to in order to enter.
+    pub fn entrance(&self) -> io::Result<File> {
+        OpenOptions::new().write(true).open(self.path.join("cgroup.procs"))
+    }
+}
+
+/// Removes the cgroup, and the parent if it is our own and empty.
+pub fn remove(path: &Path) -> io::Result<()> {
+    match fs::remove_dir(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    if let Some(parent) = path.parent().filter(|parent| *parent == Path::new(ROOT).join(OWN_PARENT)) {
+        // Other pods may still be in it.
+        let _ = fs::remove_dir(parent);
+    }
+    Ok(())
+}
+
+/// Parent for pods that name none.
+const OWN_PARENT: &str = "pericarp";
+
+/// The cgroup's path below the root. A systemd slice stands for the path of all its prefixes
+/// (systemd.slice(5)): `a-b.slice` lies in `a.slice`.
+fn relative(parent: &str, id: &str) -> PathBuf {
+    let mut path = PathBuf::new();
+    let components = Path::new(parent).components().filter_map(|component| match component {
+        std::path::Component::Normal(name) => name.to_str(),
+        _ => None,
+    });
+    for component in components {
+        match component.strip_suffix(".slice") {
+            Some(slice) if path.as_os_str().is_empty() && !slice.is_empty() => {
+                let ends = slice.match_indices('-').map(|(index, _)| index).chain([slice.len()]);
+                path.extend(ends.map(|end| format!("{}.slice", &slice[..end])));
+            }
+            _ => path.push(component),
+        }
+    }
+    if path.as_os_str().is_empty() {
+        path.push(OWN_PARENT);
+    }
+    path.push(format!("pericarp-{id}"));
+    path
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_plain_parent_is_used_as_it_is() {
+        assert_eq!(relative("/kubepods/pod1", "x"), Path::new("kubepods/pod1/pericarp-x"));
+    }
+
+    #[test]
+    fn a_systemd_slice_is_unfolded() {
+        assert_eq!(
+            relative("kubepods-burstable-pod1.slice", "x"),
+            Path::new("kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice/pericarp-x")
+        );
+    }
+
+    #[test]
+    fn a_parent_cannot_lead_out_of_the_hierarchy() {
+        assert_eq!(relative("/../../etc", "x"), Path::new("etc/pericarp-x"));
+        assert_eq!(relative("", "x"), Path::new("pericarp/pericarp-x"));
+    }
+}

@@ -1,0 +1,215 @@
+//! The controller's conversations with a guest: the service that the agent calls, and the agent's own.
+//!
+//! The guest is not trusted: each call to it has a time limit, what it sends is capped by ttrpc's message
+//! limit (4 MiB), and it can hold only so many connections.
+
+use std::{
+    io,
+    path::Path,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use pericarp_protos::{
+    agent::{AgentClient, ConfigureRequest, Event, EventsRequest},
+    guest,
+    host::{
+        Host, PrepareContainerRequest, PrepareContainerResponse, ReadyRequest, ReadyResponse, ReleaseContainerRequest,
+        ReleaseContainerResponse, create_host,
+    },
+    ttrpc::{
+        self,
+        asynchronous::{Client, ClientStreamReceiver, Server, TtrpcContext, transport::{Listener, Socket}},
+        context,
+    },
+};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf},
+    net::{UnixListener, UnixStream},
+    sync::{OwnedSemaphorePermit, Semaphore},
+};
+use tokio_stream::{StreamExt as _, wrappers::UnixListenerStream};
+
+/// Limit of a call to the agent.
+const CALL_TIMEOUT: Duration = Duration::from_secs(5);
+/// Connections that a guest may have to its host service at the same time. The agent uses one.
+const CONNECTIONS_MAX: usize = 4;
+/// `OK 4294967295\n`
+const ANSWER_MAX: usize = 14;
+
+/// What the host service asks of the pod that it belongs to.
+#[async_trait]
+pub trait Requests: Send + Sync {
+    /// The agent is up; it took this long from its first instruction.
+    fn ready(&self, since_init: Duration, kernel: &str);
+    /// Makes a container's file systems appear; answers with its spec.
+    async fn prepare(&self, container: &str) -> Result<Vec<u8>, (ttrpc::Code, String)>;
+    /// Undoes it.
+    async fn release(&self, container: &str) -> Result<(), (ttrpc::Code, String)>;
+}
+
+/// Serves a guest's requests on its pod's socket. The service ends when the answer is dropped.
+pub async fn serve(listener: std::os::unix::net::UnixListener, requests: Arc<dyn Requests>) -> ttrpc::Result<Server> {
+    let listener = listen(listener).map_err(|error| ttrpc::Error::Others(error.to_string()))?;
+    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    // A connection beyond the limit is closed at once.
+    let bounded = UnixListenerStream::new(listener).filter_map(move |accepted| match accepted {
+        Ok(stream) => slots.clone().try_acquire_owned().ok().map(|slot| Ok(Bounded { stream, _slot: slot })),
+        Err(error) => Some(Err(error)),
+    });
+    let mut server = Server::new()
+        .add_listener(Listener::new(bounded))
+        .register_service(create_host(Arc::new(HostService { requests })));
+    server.start().await?;
+    Ok(server)
+}
+
+fn listen(listener: std::os::unix::net::UnixListener) -> io::Result<UnixListener> {
+    listener.set_nonblocking(true)?;
+    UnixListener::from_std(listener)
+}
+
+struct HostService {
+    requests: Arc<dyn Requests>,
+}
+
+fn status((code, message): (ttrpc::Code, String)) -> ttrpc::Error {
+    ttrpc::Error::RpcStatus(ttrpc::get_status(code, message))
+}
+
+#[async_trait]
+impl Host for HostService {
+    async fn ready(&self, _context: &TtrpcContext, request: ReadyRequest) -> ttrpc::Result<ReadyResponse> {
+        self.requests.ready(Duration::from_nanos(request.since_init_ns), &request.kernel_release);
+        Ok(ReadyResponse::default())
+    }
+
+    async fn prepare_container(
+        &self,
+        _context: &TtrpcContext,
+        request: PrepareContainerRequest,
+    ) -> ttrpc::Result<PrepareContainerResponse> {
+        let spec = self.requests.prepare(&request.container_id).await.map_err(status)?;
+        Ok(PrepareContainerResponse { spec, ..PrepareContainerResponse::default() })
+    }
+
+    async fn release_container(
+        &self,
+        _context: &TtrpcContext,
+        request: ReleaseContainerRequest,
+    ) -> ttrpc::Result<ReleaseContainerResponse> {
+        self.requests.release(&request.container_id).await.map_err(status)?;
+        Ok(ReleaseContainerResponse::default())
+    }
+}
+
+/// A connection that holds one of a guest's slots.
+struct Bounded {
+    stream: UnixStream,
+    _slot: OwnedSemaphorePermit,
+}
+
+impl AsyncRead for Bounded {
+    fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for Bounded {
+    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+}
+
+/// The agent of one guest.
+#[derive(Clone)]
+pub struct Agent {
+    client: AgentClient,
+}
+
+impl Agent {
+    /// Connects through the machine's vsock socket.
+    pub async fn connect(socket: &Path) -> io::Result<Agent> {
+        let connect = dial(socket, guest::AGENT_PORT);
+        let stream = tokio::time::timeout(CALL_TIMEOUT, connect)
+            .await
+            .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "the guest's agent does not accept the connection"))??;
+        Ok(Agent { client: AgentClient::new(Client::new(Socket::from(stream))) })
+    }
+
+    /// Makes the guest into the pod.
+    pub async fn configure(&self, request: &ConfigureRequest) -> ttrpc::Result<()> {
+        self.client.configure(context::with_duration(CALL_TIMEOUT), request).await.map(drop)
+    }
+
+    /// What happens in the guest, as long as it lives.
+    pub async fn events(&self, after_sequence: u64) -> ttrpc::Result<ClientStreamReceiver<Event>> {
+        let request = EventsRequest { after_sequence, ..EventsRequest::default() };
+        self.client.events(context::with_timeout(0), &request).await
+    }
+}
+
+/// Connects to a port of the guest: `CONNECT <port>\n`, then `OK …\n`, then the stream.
+async fn dial(socket: &Path, port: u32) -> io::Result<UnixStream> {
+    let mut stream = UnixStream::connect(socket).await?;
+    stream.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
+    let mut answer = Vec::with_capacity(ANSWER_MAX);
+    // One byte at a time: what follows the line belongs to the stream.
+    while answer.last() != Some(&b'\n') {
+        if answer.len() == ANSWER_MAX {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "the machine's vsock socket gives no answer that can be read"));
+        }
+        answer.push(stream.read_u8().await?);
+    }
+    if answer.starts_with(b"OK ") {
+        Ok(stream)
+    } else {
+        Err(io::ErrorKind::ConnectionRefused.into())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn answered_with(answer: &'static [u8]) -> io::Result<UnixStream> {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vsock.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let machine = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut line = [0; 13];
+            stream.read_exact(&mut line).await.unwrap();
+            assert_eq!(&line, b"CONNECT 1024\n");
+            stream.write_all(answer).await.unwrap();
+        });
+        let result = dial(&path, 1024).await;
+        machine.await.unwrap();
+        result
+    }
+
+    #[tokio::test]
+    async fn what_follows_the_answer_belongs_to_the_stream() {
+        let mut stream = answered_with(b"OK 1073741824\nhello").await.unwrap();
+        let mut rest = String::new();
+        stream.read_to_string(&mut rest).await.unwrap();
+        assert_eq!(rest, "hello");
+    }
+
+    #[tokio::test]
+    async fn an_endless_answer_is_given_up() {
+        let error = answered_with(&[b'x'; 100]).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+    }
+}

@@ -1,0 +1,235 @@
+//! A machine's process as the controller sees it: spawned, watched through a pidfd, asked over its
+//! control socket.
+
+use std::{
+    fs::{self, File, OpenOptions, Permissions},
+    io,
+    os::{
+        fd::{AsFd as _, AsRawFd as _, OwnedFd},
+        unix::{
+            fs::{OpenOptionsExt as _, PermissionsExt as _},
+            net::UnixListener,
+            process::CommandExt as _,
+        },
+    },
+    path::Path,
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use pericarp_protos::{
+    ttrpc::{self, asynchronous::Client, context},
+    vmm::{MachineClient, StatusRequest, StatusResponse},
+};
+use pericarp_vmm::MachineConfig;
+use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid};
+use tokio::io::{Interest, unix::AsyncFd};
+
+/// Names of a pod's files in its directory.
+pub mod file {
+    pub const CONFIG: &str = "machine.json";
+    pub const CONTROL: &str = "vmm.sock";
+    pub const VSOCK: &str = "vsock.sock";
+    pub const CONSOLE: &str = "console.log";
+    pub const LOG: &str = "vmm.log";
+    pub const SHARE: &str = "share";
+    pub const STATE: &str = "state.json";
+}
+
+/// Limit of every call to a machine's control socket.
+const CONTROL_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How a machine's process ended, as far as that can be known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// It exited by itself, with this code.
+    Code(i32),
+    /// A signal ended it.
+    Signal(i32),
+    /// It was no child of this controller, so nobody told.
+    Unknown,
+}
+
+impl Exit {
+    /// As a shell would report it; what `Controller.Wait` answers.
+    pub fn status(self) -> u32 {
+        match self {
+            Exit::Code(code) => code.unsigned_abs(),
+            Exit::Signal(signal) => 128 + signal.unsigned_abs(),
+            Exit::Unknown => 255,
+        }
+    }
+}
+
+/// A machine's process. Dropping this changes nothing: machines outlive the controller.
+pub struct Machine {
+    pid: Pid,
+    pidfd: AsyncFd<OwnedFd>,
+}
+
+/// Binds a socket of a pod, for the controller's user alone.
+pub fn bind(path: &Path) -> io::Result<UnixListener> {
+    let listener = UnixListener::bind(path)?;
+    fs::set_permissions(path, Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
+impl Machine {
+    /// Starts `pericarp vmm` in the pod's directory. `control` is the socket that it serves; `entrance`
+    /// the `cgroup.procs` of the cgroup that it belongs to.
+    pub fn spawn(directory: &Path, config: &MachineConfig, control: &UnixListener, entrance: Option<File>) -> io::Result<Machine> {
+        let path = directory.join(file::CONFIG);
+        fs::write(&path, serde_json::to_vec_pretty(config)?)?;
+        let log = OpenOptions::new().create(true).append(true).mode(0o600).open(directory.join(file::LOG))?;
+        let mut command = Command::new("/proc/self/exe");
+        command
+            .arg0("pericarp")
+            .arg("vmm")
+            .arg("--config")
+            .arg(&path)
+            .arg("--control-fd")
+            .current_dir("/")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log);
+        // A descriptor without the flag that closes it on exec exists only in the child.
+        let inherited = control.as_fd().try_clone_to_owned()?;
+        command.arg(inherited.as_raw_fd().to_string());
+        let enter = move || {
+            if let Some(entrance) = &entrance {
+                rustix::io::write(entrance, b"0")?;
+            }
+            // A session of its own: what is sent to the controller's group does not reach it.
+            rustix::process::setsid()?;
+            Ok(rustix::io::fcntl_setfd(&inherited, rustix::io::FdFlags::empty())?)
+        };
+        // SAFETY: between fork and exec, only system calls are made; nothing is allocated or locked.
+        unsafe { command.pre_exec(enter) };
+        let child = command.spawn()?;
+        let pid = Pid::from_child(&child);
+        // A child that is not waited for keeps its pid, so this cannot be another process.
+        Machine::new(pid, pidfd_open(pid, PidfdFlags::NONBLOCK)?)
+    }
+
+    /// A machine that an earlier controller has started.
+    pub fn adopt(pid: Pid, pidfd: OwnedFd) -> io::Result<Machine> {
+        Machine::new(pid, pidfd)
+    }
+
+    fn new(pid: Pid, pidfd: OwnedFd) -> io::Result<Machine> {
+        // SAFETY: an owned descriptor stands for the same open file until it is dropped.
+        let pidfd = unsafe { AsyncFd::register_with_interest(pidfd, Interest::READABLE) }?;
+        Ok(Machine { pid, pidfd })
+    }
+
+    /// The process id, for messages and for containerd.
+    pub fn pid(&self) -> u32 {
+        self.pid.as_raw_nonzero().get().unsigned_abs()
+    }
+
+    /// Another descriptor of the process, to kill it with.
+    pub fn pidfd(&self) -> io::Result<OwnedFd> {
+        self.pidfd.get_ref().try_clone()
+    }
+
+    /// Waits for the end of the process and takes its exit status.
+    pub async fn exited(&self) -> io::Result<Exit> {
+        // Readable means ended, and stays so.
+        let _ = self.pidfd.readable().await?;
+        reap(self.pidfd.get_ref())
+    }
+}
+
+fn reap(pidfd: &OwnedFd) -> io::Result<Exit> {
+    match waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED | WaitIdOptions::NOHANG) {
+        Ok(Some(status)) => Ok(match (status.exit_status(), status.terminating_signal()) {
+            (Some(code), _) => Exit::Code(code),
+            (None, Some(signal)) => Exit::Signal(signal),
+            (None, None) => Exit::Unknown,
+        }),
+        // Not ours, or already taken.
+        Ok(None) | Err(rustix::io::Errno::CHILD) => Ok(Exit::Unknown),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
+/// Kills a machine and waits until it is gone. Blocks for the milliseconds that the kernel needs to free a
+/// guest's memory.
+pub fn kill(pidfd: &OwnedFd) -> io::Result<()> {
+    /// Far more than any machine takes to die; reached only if the host's kernel is stuck.
+    const LIMIT: rustix::event::Timespec = rustix::event::Timespec { tv_sec: 10, tv_nsec: 0 };
+    match pidfd_send_signal(pidfd, Signal::KILL) {
+        Ok(()) | Err(rustix::io::Errno::SRCH) => {}
+        Err(errno) => return Err(errno.into()),
+    }
+    let mut poll = [rustix::event::PollFd::new(pidfd, rustix::event::PollFlags::IN)];
+    loop {
+        match rustix::event::poll(&mut poll, Some(&LIMIT)) {
+            Ok(0) => return Err(io::Error::new(io::ErrorKind::TimedOut, "the machine does not end")),
+            Ok(_) => return Ok(()),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+/// Asks a machine for its boot times and numbers.
+pub async fn status(directory: &Path) -> ttrpc::Result<StatusResponse> {
+    let address = format!("unix://{}", directory.join(file::CONTROL).display());
+    let connect = Client::connect(&address);
+    let client = tokio::time::timeout(CONTROL_TIMEOUT, connect)
+        .await
+        .map_err(|_| ttrpc::Error::Others("the machine's control socket does not answer".into()))??;
+    MachineClient::new(client)
+        .status(context::with_duration(CONTROL_TIMEOUT), &StatusRequest::default())
+        .await
+}
+
+/// The last lines of a pod's log file, at most `limit` bytes, as text.
+pub fn tail(path: &Path, limit: u64) -> String {
+    use std::io::{Read as _, Seek as _, SeekFrom};
+    let read = || -> io::Result<Vec<u8>> {
+        let mut file = File::open(path)?;
+        let length = file.metadata()?.len();
+        file.seek(SeekFrom::Start(length.saturating_sub(limit)))?;
+        let mut bytes = Vec::new();
+        file.take(limit).read_to_end(&mut bytes)?;
+        Ok(bytes)
+    };
+    let bytes = read().unwrap_or_default();
+    // A guest wrote this: nothing in it may move a terminal's cursor or split a log.
+    String::from_utf8_lossy(&bytes)
+        .chars()
+        .map(|character| if character == '\n' || !character.is_control() { character } else { ' ' })
+        .collect::<String>()
+        .trim()
+        .to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tail_of_a_log_is_bounded_and_has_no_control_characters() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), "first\nsecond \x1b[2J\nlast\n").unwrap();
+        assert_eq!(tail(file.path(), 1000), "first\nsecond  [2J\nlast");
+        assert_eq!(tail(file.path(), 5), "last");
+        assert_eq!(tail(Path::new("/no/such/log"), 5), "");
+    }
+
+    #[test]
+    fn exit_statuses_are_a_shells() {
+        assert_eq!((Exit::Code(3).status(), Exit::Signal(9).status()), (3, 137));
+    }
+
+    #[tokio::test]
+    async fn a_killed_process_is_reported_with_its_signal() {
+        let child = Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = Pid::from_child(&child);
+        let machine = Machine::new(pid, pidfd_open(pid, PidfdFlags::NONBLOCK).unwrap()).unwrap();
+        kill(&machine.pidfd().unwrap()).unwrap();
+        assert_eq!(machine.exited().await.unwrap(), Exit::Signal(9));
+    }
+}

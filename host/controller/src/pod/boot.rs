@@ -1,0 +1,290 @@
+//! Starting a pod.
+
+use std::{
+    fs::{self, DirBuilder},
+    io,
+    os::unix::{fs::DirBuilderExt as _, net::UnixListener},
+    sync::Arc,
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use pericarp_protos::{
+    agent::{ConfigureRequest, Dns},
+    guest, ttrpc,
+};
+use pericarp_vmm::{ConsoleConfig, MachineConfig, ShareConfig, VsockConfig, monotonic_ns};
+use thiserror::Error;
+use tokio::sync::oneshot;
+
+use super::{Ended, Phase, Pod, PodError, Ready, record};
+use crate::{
+    cgroup::{self, Cgroup},
+    guest::{self as guest_calls, Agent, Requests},
+    machine::{self, Machine, file},
+    mounts,
+    undo::Undo,
+};
+
+/// Bytes of a log that an error quotes.
+const QUOTE_MAX: u64 = 600;
+
+/// A pod's machine cannot be started.
+#[derive(Debug, Error)]
+pub enum BootError {
+    #[error("cannot make its {what}")]
+    Make {
+        what: &'static str,
+        #[source]
+        source: io::Error,
+    },
+    #[error("the machine ended before its guest was ready: {message}")]
+    MachineEnded { message: String },
+    #[error("the guest was not ready after {seconds} s; the last it printed: {console:?}")]
+    NotReady { seconds: u64, console: String },
+    #[error("the guest's agent cannot be reached")]
+    Connect(#[source] io::Error),
+    #[error("the guest's agent does not make the guest into the pod")]
+    Configure(#[source] ttrpc::Error),
+}
+
+fn make(what: &'static str) -> impl FnOnce(io::Error) -> BootError {
+    move |source| BootError::Make { what, source }
+}
+
+impl Pod {
+    /// Starts the machine and makes its guest into the pod. On an error nothing is left of it.
+    pub async fn start(self: &Arc<Self>) -> Result<(), PodError> {
+        let start = monotonic_ns();
+        let _lifecycle = self.lifecycle.lock().await;
+        {
+            let mut state = self.state();
+            if state.phase != Phase::Created {
+                return Err(PodError::Phase { pod: self.name(), phase: state.phase.clone() });
+            }
+            state.phase = Phase::Starting;
+            state.marks.start = start;
+        }
+        let booted = self.boot().await;
+        match booted {
+            Ok(pid) => {
+                let mut state = self.state();
+                state.marks.end = monotonic_ns();
+                // A machine that ended in this instant keeps its end.
+                if state.phase == Phase::Starting {
+                    state.phase = Phase::Running { pid };
+                }
+                drop(state);
+                self.report_timeline();
+                Ok(())
+            }
+            Err(source) => {
+                self.state().phase = Phase::Ended;
+                if let Err(error) = self.undo_all().await {
+                    tracing::error!(pod = self.id, %error, "cannot undo a failed start");
+                }
+                Err(PodError::Boot { pod: self.name(), source })
+            }
+        }
+    }
+
+    async fn boot(self: &Arc<Self>) -> Result<u32, BootError> {
+        let (ready_sender, ready) = oneshot::channel();
+        self.state().ready = Some(ready_sender);
+        let (machine, host_listener) = self.make_machine()?;
+        let pid = machine.pid();
+        self.watch(machine);
+        let service = guest_calls::serve(host_listener, Arc::new(GuestRequests(self.clone())))
+            .await
+            .map_err(|error| BootError::Make { what: "host service", source: io::Error::other(error) })?;
+        self.state().host_service = Some(service);
+
+        let ready = self.wait_until_ready(ready).await?;
+        let agent = Agent::connect(&self.directory.join(file::VSOCK)).await.map_err(BootError::Connect)?;
+        agent.configure(&self.configuration()).await.map_err(BootError::Configure)?;
+        {
+            let mut state = self.state();
+            state.marks.ready = ready.at;
+            state.marks.since_init = u64::try_from(ready.since_init.as_nanos()).unwrap_or(0);
+            state.marks.configured = monotonic_ns();
+        }
+        self.follow_events(agent);
+        record::write(self, pid).map_err(make("state file"))?;
+        Ok(pid)
+    }
+
+    /// Makes everything on the host that the machine needs, and the machine. What is made is undone by the
+    /// pod's undo lists.
+    fn make_machine(&self) -> Result<(Machine, UnixListener), BootError> {
+        let directory = &self.directory;
+        let mut running = Undo::default();
+        DirBuilder::new().mode(0o700).create(directory).map_err(make("directory"))?;
+        self.state().directory = self.undo_directory();
+
+        let share = directory.join(file::SHARE);
+        fs::create_dir(&share).map_err(make("share"))?;
+        running.push("unmount the pod's file systems", {
+            let share = share.clone();
+            move || mounts::unmount_tree(&share)
+        });
+        let made = self.spawn(&mut running);
+        // Registered before any error is returned, so that it is undone.
+        self.state().running = running;
+        made
+    }
+
+    fn spawn(&self, running: &mut Undo) -> Result<(Machine, UnixListener), BootError> {
+        let directory = &self.directory;
+        mounts::make_private(&directory.join(file::SHARE)).map_err(make("share"))?;
+        let control = machine::bind(&directory.join(file::CONTROL)).map_err(make("control socket"))?;
+        let host_service = machine::bind(&host_service_path(directory)).map_err(make("host service socket"))?;
+        let parent = self.config.linux.as_ref().map_or("", |linux| linux.cgroup_parent.as_str());
+        let cgroup = Cgroup::make(parent, &self.id).map_err(make("cgroup"))?;
+        let entrance = match &cgroup {
+            Some(cgroup) => {
+                let path = cgroup.path().to_owned();
+                running.push("remove the pod's cgroup", move || cgroup::remove(&path));
+                Some(cgroup.entrance().map_err(make("cgroup"))?)
+            }
+            None => None,
+        };
+        let machine = Machine::spawn(directory, &self.machine_config(), &control, entrance).map_err(make("machine process"))?;
+        let pidfd = machine.pidfd().map_err(make("machine process"))?;
+        running.push("end the pod's machine", move || machine::kill(&pidfd));
+        Ok((machine, host_service))
+    }
+
+    /// The step that removes the pod's directory.
+    pub(super) fn undo_directory(&self) -> Undo {
+        let mut undo = Undo::default();
+        let directory = self.directory.clone();
+        undo.push("remove the pod's directory", move || mounts::remove_tree(&directory));
+        undo
+    }
+
+    fn machine_config(&self) -> MachineConfig {
+        let config = &self.node.config;
+        MachineConfig {
+            id: self.id.clone(),
+            kernel: config.kernel.clone(),
+            initramfs: config.initramfs.clone(),
+            cmdline: config.kernel_cmdline.clone(),
+            vcpus: self.size.vcpus,
+            memory_mib: self.size.memory_mib,
+            console: ConsoleConfig {
+                path: self.directory.join(file::CONSOLE),
+                limit_bytes: config.console_limit_kib << 10,
+            },
+            vsock: VsockConfig { path: self.directory.join(file::VSOCK), host_ports: vec![guest::HOST_PORT] },
+            share: Some(ShareConfig { tag: guest::SHARE_TAG.into(), directory: self.directory.join(file::SHARE) }),
+        }
+    }
+
+    fn configuration(&self) -> ConfigureRequest {
+        let dns = self.config.dns_config.clone().unwrap_or_default();
+        let hostname = if self.config.hostname.is_empty() {
+            // As containerd does for its own sandboxes.
+            rustix::system::uname().nodename().to_string_lossy().into_owned()
+        } else {
+            self.config.hostname.clone()
+        };
+        ConfigureRequest {
+            sandbox_id: self.id.clone(),
+            hostname,
+            dns: Some(Dns { servers: dns.servers, searches: dns.searches, options: dns.options, ..Dns::default() }).into(),
+            sysctls: self.config.linux.clone().unwrap_or_default().sysctls,
+            ..ConfigureRequest::default()
+        }
+    }
+
+    async fn wait_until_ready(&self, ready: oneshot::Receiver<Ready>) -> Result<Ready, BootError> {
+        let timeout = self.node.config.ready_timeout();
+        tokio::select! {
+            ready = ready => ready.map_err(|_| self.machine_ended()),
+            _ended = self.wait() => Err(self.machine_ended()),
+            () = tokio::time::sleep(timeout) => {
+                let console = machine::tail(&self.directory.join(file::CONSOLE), QUOTE_MAX);
+                Err(BootError::NotReady { seconds: timeout.as_secs(), console })
+            }
+        }
+    }
+
+    /// Why the machine ended, in its own last words if it had any.
+    fn machine_ended(&self) -> BootError {
+        let log = machine::tail(&self.directory.join(file::LOG), QUOTE_MAX);
+        let words = log.lines().rev().find_map(|line| line.strip_prefix("error: ")).map(str::to_owned);
+        let message = words.unwrap_or_else(|| {
+            let console = machine::tail(&self.directory.join(file::CONSOLE), QUOTE_MAX);
+            format!("the last its guest printed: {console:?}")
+        });
+        BootError::MachineEnded { message }
+    }
+
+    /// Records the end of the machine when it comes.
+    pub(super) fn watch(self: &Arc<Self>, machine: Machine) {
+        let pod = self.clone();
+        tokio::spawn(async move {
+            let exit = machine.exited().await.unwrap_or(machine::Exit::Unknown);
+            pod.has_ended(exit);
+        });
+    }
+
+    fn has_ended(&self, exit: machine::Exit) {
+        let mut state = self.state();
+        let expected = state.phase == Phase::Ended;
+        state.phase = Phase::Ended;
+        // Whoever waits for `Ready` learns of the end by the channel's.
+        state.ready = None;
+        if expected {
+            tracing::info!(pod = self.id, ?exit, "machine stopped");
+        } else {
+            let console = machine::tail(&self.directory.join(file::CONSOLE), QUOTE_MAX);
+            tracing::warn!(pod = self.id, ?exit, console, "machine ended unexpectedly");
+            state.reason = Some(format!("the machine ended unexpectedly ({exit:?}); its console: {console}"));
+        }
+        drop(state);
+        self.ended.send_replace(Some(Ended { exit, at: std::time::SystemTime::now() }));
+    }
+
+    /// Asks the machine for its part of the timeline, after containerd has its answer.
+    fn report_timeline(self: &Arc<Self>) {
+        let pod = self.clone();
+        tokio::spawn(async move {
+            let status = machine::status(&pod.directory).await;
+            match (pod.timeline(status.as_ref().ok()), status) {
+                (Some(timeline), _) => tracing::info!(pod = pod.id, name = pod.name(), ?timeline, "pod started"),
+                (None, Err(error)) => tracing::warn!(pod = pod.id, %error, "pod started, its machine tells no times"),
+                (None, Ok(_)) => tracing::warn!(pod = pod.id, "pod started, its machine tells no times"),
+            }
+        });
+    }
+}
+
+/// Where the guest's connections to the host service arrive.
+pub(super) fn host_service_path(directory: &std::path::Path) -> std::path::PathBuf {
+    directory.join(format!("{}_{}", file::VSOCK, guest::HOST_PORT))
+}
+
+/// The guest's requests, taken to its pod.
+pub(super) struct GuestRequests(pub Arc<Pod>);
+
+#[async_trait]
+impl Requests for GuestRequests {
+    fn ready(&self, since_init: Duration, kernel: &str) {
+        let mut state = self.0.state();
+        // Long enough for any kernel's release.
+        state.guest_kernel = kernel.chars().take(128).collect();
+        if let Some(ready) = state.ready.take() {
+            // The receiver is gone only when the start was given up.
+            let _ = ready.send(Ready { at: monotonic_ns(), since_init });
+        }
+    }
+
+    async fn prepare(&self, container: &str) -> Result<Vec<u8>, (ttrpc::Code, String)> {
+        self.0.prepare_container(container).await.map_err(|error| error.into_status(&self.0))
+    }
+
+    async fn release(&self, container: &str) -> Result<(), (ttrpc::Code, String)> {
+        self.0.release_container(container).await.map_err(|error| error.into_status(&self.0))
+    }
+}

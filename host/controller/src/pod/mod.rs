@@ -1,0 +1,307 @@
+//! A pod: its machine, its directory, its containers' file systems.
+//!
+//! [`boot`] starts it, [`containers`] serves the guest's requests, [`teardown`] ends it, [`record`] is what is
+//! on disk about it.
+
+mod boot;
+mod containers;
+pub mod record;
+mod teardown;
+
+use std::{
+    collections::HashMap,
+    path::PathBuf,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, SystemTime},
+};
+
+use pericarp_protos::{cri, ttrpc::asynchronous::Server, vmm::StatusResponse};
+use serde_json::json;
+use thiserror::Error;
+use tokio::sync::{Mutex as AsyncMutex, oneshot, watch};
+
+pub use self::boot::BootError;
+use crate::{
+    config::Config,
+    events::Forwarder,
+    machine::{self, Exit, file},
+    size::{self, Host, Size},
+    source::ContainerSource,
+    timeline::{ContainerTimeline, Marks, PodTimeline},
+    undo::Undo,
+};
+
+/// What all pods share.
+pub struct Node {
+    pub config: Config,
+    pub source: Arc<dyn ContainerSource>,
+    pub forwarder: Forwarder,
+    pub host: Host,
+}
+
+/// Where a pod is in its life. It only ever goes forward.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Phase {
+    /// containerd has told of it.
+    Created,
+    /// The machine is being started.
+    Starting,
+    /// The agent serves.
+    Running { pid: u32 },
+    /// The machine has ended, by itself or by `Stop`.
+    Ended,
+}
+
+/// The end of a pod's machine.
+#[derive(Clone, Copy, Debug)]
+pub struct Ended {
+    pub exit: Exit,
+    pub at: SystemTime,
+}
+
+/// Why a request about a pod fails. Each names the pod.
+#[derive(Debug, Error)]
+pub enum PodError {
+    #[error("{pod}: hostNetwork cannot be given to a pod in a machine of its own: the host's network would have to be inside it; remove hostNetwork, or use the runc runtime for this pod")]
+    HostNetwork { pod: String },
+    #[error("{pod}: the host's {namespace} namespace cannot be shared with a machine; remove {field} from the pod")]
+    HostNamespace { pod: String, namespace: &'static str, field: &'static str },
+    #[error("{pod}")]
+    Size {
+        pod: String,
+        #[source]
+        source: size::Error,
+    },
+    #[error("{pod} cannot be started: it is {phase:?}")]
+    Phase { pod: String, phase: Phase },
+    #[error("{pod} cannot be started")]
+    Boot {
+        pod: String,
+        #[source]
+        source: BootError,
+    },
+    #[error("{pod} cannot be taken down")]
+    Teardown {
+        pod: String,
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// A pod and everything that belongs to it.
+pub struct Pod {
+    pub id: String,
+    /// containerd's namespace, usually `k8s.io`.
+    pub namespace: String,
+    pub config: cri::PodSandboxConfig,
+    pub netns: String,
+    pub size: Size,
+    pub created_at: SystemTime,
+    directory: PathBuf,
+    node: Arc<Node>,
+    /// Start, stop and shutdown, one at a time.
+    lifecycle: AsyncMutex<()>,
+    /// Changes to the share, one at a time.
+    share: AsyncMutex<()>,
+    state: Mutex<State>,
+    ended: watch::Sender<Option<Ended>>,
+}
+
+/// What changes in a pod's life. Never locked across a wait.
+struct State {
+    phase: Phase,
+    /// Takes down what runs: machine, mounts, cgroup, sockets.
+    running: Undo,
+    /// Removes the directory.
+    directory: Undo,
+    /// Answers the guest; ends with the pod.
+    host_service: Option<Server>,
+    /// Where the agent's `Ready` goes.
+    ready: Option<oneshot::Sender<Ready>>,
+    marks: Marks,
+    timeline: Option<PodTimeline>,
+    containers: HashMap<String, ContainerTimeline>,
+    /// The last event that was taken from the agent.
+    last_event: u64,
+    guest_kernel: String,
+    /// Why the machine ended, where it was not asked to.
+    reason: Option<String>,
+}
+
+/// The agent's first word, with the time at which it arrived.
+struct Ready {
+    at: u64,
+    since_init: Duration,
+}
+
+impl Pod {
+    /// Checks what is asked for and takes note of it; nothing is made yet.
+    pub fn new(id: String, namespace: String, config: cri::PodSandboxConfig, netns: String, node: Arc<Node>) -> Result<Pod, PodError> {
+        let pod = name_of(&config, &id);
+        refuse_host_namespaces(&pod, &config)?;
+        let size = Size::of(&config, &node.config, node.host).map_err(|source| PodError::Size { pod, source })?;
+        Ok(Pod {
+            directory: node.config.run_dir.join(&id),
+            id,
+            namespace,
+            config,
+            netns,
+            size,
+            created_at: SystemTime::now(),
+            node,
+            lifecycle: AsyncMutex::new(()),
+            share: AsyncMutex::new(()),
+            state: Mutex::new(State {
+                phase: Phase::Created,
+                running: Undo::default(),
+                directory: Undo::default(),
+                host_service: None,
+                ready: None,
+                marks: Marks::default(),
+                timeline: None,
+                containers: HashMap::new(),
+                last_event: 0,
+                guest_kernel: String::new(),
+                reason: None,
+            }),
+            ended: watch::Sender::new(None),
+        })
+    }
+
+    /// "pod namespace/name (id)", for messages.
+    pub fn name(&self) -> String {
+        name_of(&self.config, &self.id)
+    }
+
+    /// The address on which containerd reaches the tasks.
+    pub fn address(&self) -> String {
+        let socket = self.directory.join(file::VSOCK);
+        format!("ttrpc+hvsock://{}:{}", socket.display(), pericarp_protos::guest::AGENT_PORT)
+    }
+
+    pub fn phase(&self) -> Phase {
+        self.state().phase.clone()
+    }
+
+    /// Resolves when the machine has ended; at once if it has.
+    pub async fn wait(&self) -> Ended {
+        let mut ended = self.ended.subscribe();
+        loop {
+            if let Some(ended) = *ended.borrow_and_update() {
+                return ended;
+            }
+            // The sender is part of this pod, which is borrowed here.
+            let _ = ended.changed().await;
+        }
+    }
+
+    /// When and how the machine ended, if it has.
+    pub fn end(&self) -> Option<Ended> {
+        *self.ended.borrow()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        // Nothing panics while it holds this; if something did, the numbers in it would still be sound.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn node(&self) -> &Node {
+        &self.node
+    }
+
+    pub(crate) fn last_event(&self) -> u64 {
+        self.state().last_event
+    }
+
+    pub(crate) fn set_last_event(&self, sequence: u64) {
+        self.state().last_event = sequence;
+    }
+
+    /// Changes a prepared container's timeline; `None` if the guest speaks of one that is not.
+    pub(crate) fn with_container_timeline(
+        &self,
+        id: &str,
+        change: impl FnOnce(&mut ContainerTimeline),
+    ) -> Option<ContainerTimeline> {
+        let mut state = self.state();
+        let timeline = state.containers.get_mut(id)?;
+        change(timeline);
+        Some(*timeline)
+    }
+
+    /// What `crictl inspectp` prints: the keys that containerd's own sandboxes have, and the machine.
+    pub async fn verbose_info(&self) -> serde_json::Value {
+        let running = matches!(self.phase(), Phase::Running { .. });
+        let machine = if running { machine::status(&self.directory).await.ok() } else { None };
+        let timeline = self.timeline(machine.as_ref());
+        let state = self.state();
+        let pid = match state.phase {
+            Phase::Running { pid } => pid,
+            _ => 0,
+        };
+        json!({
+            "pid": pid,
+            "processStatus": if running { "running" } else { "stopped" },
+            "netNamespaceClosed": !self.netns.is_empty() && !std::path::Path::new(&self.netns).exists(),
+            "runtimeHandler": "pericarp",
+            "runtimeType": "io.containerd.pericarp.v1",
+            "runtimeOptions": null,
+            "config": self.config,
+            "runtimeSpec": null,
+            "cniResult": null,
+            "pericarp": {
+                "directory": self.directory,
+                "vcpus": self.size.vcpus,
+                "memoryMib": self.size.memory_mib,
+                "residentBytes": machine.as_ref().map(|machine| machine.resident_bytes),
+                "devices": machine.as_ref().map(|machine| {
+                    machine.devices.iter().map(|device| (device.device.clone(), json!(device.counters))).collect::<serde_json::Map<_, _>>()
+                }),
+                "guestKernel": state.guest_kernel,
+                "bootTimeline": timeline,
+                "containers": state.containers,
+                "reason": state.reason,
+            },
+        })
+    }
+
+    /// The boot timeline, once the machine has told its part.
+    fn timeline(&self, machine: Option<&StatusResponse>) -> Option<PodTimeline> {
+        let mut state = self.state();
+        if state.timeline.is_none()
+            && state.marks.end > 0
+            && let Some(boot) = machine.and_then(|machine| machine.boot.as_ref())
+        {
+            state.timeline = Some(PodTimeline::new(&state.marks, boot));
+        }
+        state.timeline
+    }
+}
+
+/// "pod namespace/name (id)".
+fn name_of(config: &cri::PodSandboxConfig, id: &str) -> String {
+    let metadata = config.metadata.clone().unwrap_or_default();
+    format!("pod {}/{} ({id})", metadata.namespace, metadata.name)
+}
+
+fn refuse_host_namespaces(pod: &str, config: &cri::PodSandboxConfig) -> Result<(), PodError> {
+    let options = config
+        .linux
+        .as_ref()
+        .and_then(|linux| linux.security_context.as_ref())
+        .and_then(|context| context.namespace_options.clone())
+        .unwrap_or_default();
+    let host = cri::NamespaceMode::Node as i32;
+    if options.network == host {
+        return Err(PodError::HostNetwork { pod: pod.to_owned() });
+    }
+    for (mode, namespace, field) in [(options.pid, "PID", "hostPID"), (options.ipc, "IPC", "hostIPC")] {
+        if mode == host {
+            return Err(PodError::HostNamespace { pod: pod.to_owned(), namespace, field });
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,65 @@
+//! Ending a pod.
+
+use std::{io, sync::Arc};
+
+use super::{Ended, Phase, Pod, PodError};
+use crate::{machine::Exit, undo::Undo};
+
+impl Pod {
+    /// Ends the machine and unmounts everything; the directory with its logs stays. Stopping twice is no
+    /// error.
+    pub async fn stop(self: &Arc<Self>) -> Result<(), PodError> {
+        let _lifecycle = self.lifecycle.lock().await;
+        self.end_phase();
+        self.undo_running().await.map_err(|source| PodError::Teardown { pod: self.name(), source })
+    }
+
+    /// Removes everything of the pod.
+    pub async fn shutdown(self: &Arc<Self>) -> Result<(), PodError> {
+        let _lifecycle = self.lifecycle.lock().await;
+        self.end_phase();
+        self.undo_all().await.map_err(|source| PodError::Teardown { pod: self.name(), source })
+    }
+
+    fn end_phase(&self) {
+        let mut state = self.state();
+        let had_machine = matches!(state.phase, Phase::Running { .. } | Phase::Starting | Phase::Ended);
+        state.phase = Phase::Ended;
+        state.host_service = None;
+        drop(state);
+        if !had_machine {
+            // Nobody else would tell those who wait.
+            let ended = Ended { exit: Exit::Code(0), at: std::time::SystemTime::now() };
+            self.ended.send_replace(Some(ended));
+        }
+    }
+
+    async fn undo_running(&self) -> io::Result<()> {
+        // Nobody prepares a container meanwhile, and afterwards the phase forbids it.
+        let _share = self.share.lock().await;
+        let undo = std::mem::take(&mut self.state().running);
+        let (undo, result) = run(undo).await;
+        self.state().running = undo;
+        self.state().containers.clear();
+        result
+    }
+
+    pub(super) async fn undo_all(&self) -> io::Result<()> {
+        self.undo_running().await?;
+        self.state().host_service = None;
+        let undo = std::mem::take(&mut self.state().directory);
+        let (undo, result) = run(undo).await;
+        self.state().directory = undo;
+        result
+    }
+}
+
+/// Runs undo steps where blocking is allowed. What could not be undone comes back.
+async fn run(mut undo: Undo) -> (Undo, io::Result<()>) {
+    let task = tokio::task::spawn_blocking(move || {
+        let result = undo.run();
+        (undo, result)
+    });
+    // A step that panics takes the rest of its list with it.
+    task.await.unwrap_or_else(|error| (Undo::default(), Err(io::Error::other(error))))
+}

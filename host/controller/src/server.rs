@@ -1,0 +1,245 @@
+//! `containerd.services.sandbox.v1.Controller`: what containerd asks of the controller.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::SystemTime,
+};
+
+use pericarp_protos::{
+    cri,
+    sandbox::{
+        ControllerCreateRequest, ControllerCreateResponse, ControllerMetricsRequest, ControllerMetricsResponse,
+        ControllerPlatformRequest, ControllerPlatformResponse, ControllerShutdownRequest, ControllerShutdownResponse,
+        ControllerStartRequest, ControllerStartResponse, ControllerStatusRequest, ControllerStatusResponse,
+        ControllerStopRequest, ControllerStopResponse, ControllerUpdateRequest, ControllerUpdateResponse,
+        ControllerWaitRequest, ControllerWaitResponse, controller_server::Controller, types,
+    },
+};
+use prost::Message as _;
+use prost_types::Timestamp;
+use tonic::{Code, Request, Response, Status, metadata::MetadataMap};
+
+use crate::{
+    errors::chain,
+    metrics,
+    pod::{BootError, Node, Phase, Pod, PodError},
+};
+
+/// The Task API's version that the agent speaks. containerd would execute a shim for any other.
+const TASK_API_VERSION: u32 = 3;
+/// What `Controller.Create.options` holds.
+const POD_CONFIG_TYPE: &str = "runtime.v1.PodSandboxConfig";
+
+/// All pods of this node, served to containerd.
+pub struct Sandboxes {
+    node: Arc<Node>,
+    pods: Mutex<HashMap<String, Arc<Pod>>>,
+}
+
+impl Sandboxes {
+    /// Starts with the pods that were taken over.
+    pub fn new(node: Arc<Node>, adopted: Vec<Arc<Pod>>) -> Sandboxes {
+        let pods = adopted.into_iter().map(|pod| (pod.id.clone(), pod)).collect();
+        Sandboxes { node, pods: Mutex::new(pods) }
+    }
+
+    fn pods(&self) -> MutexGuard<'_, HashMap<String, Arc<Pod>>> {
+        // Each change is one call on the map: it is sound even if a thread has panicked.
+        self.pods.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn pod(&self, id: &str) -> Result<Arc<Pod>, Status> {
+        self.pods().get(id).cloned().ok_or_else(|| Status::not_found(format!("there is no pod sandbox {id:?}")))
+    }
+}
+
+impl From<PodError> for Status {
+    fn from(error: PodError) -> Status {
+        let code = match &error {
+            PodError::HostNetwork { .. } | PodError::HostNamespace { .. } => Code::InvalidArgument,
+            PodError::Size { .. } => Code::ResourceExhausted,
+            PodError::Phase { .. } => Code::FailedPrecondition,
+            PodError::Boot { source: BootError::NotReady { .. }, .. } => Code::DeadlineExceeded,
+            PodError::Boot { .. } | PodError::Teardown { .. } => Code::Internal,
+        };
+        Status::new(code, chain(&error))
+    }
+}
+
+fn timestamp(time: SystemTime) -> Option<Timestamp> {
+    Some(Timestamp::from(time))
+}
+
+fn namespace(metadata: &MetadataMap) -> Result<String, Status> {
+    metadata
+        .get("containerd-namespace")
+        .and_then(|value| value.to_str().ok())
+        .map(str::to_owned)
+        .ok_or_else(|| Status::invalid_argument("the request carries no containerd namespace"))
+}
+
+/// The pod's configuration as CRI gave it to containerd.
+fn pod_config(request: &ControllerCreateRequest) -> Result<cri::PodSandboxConfig, Status> {
+    let id = &request.sandbox_id;
+    let options = request
+        .options
+        .as_ref()
+        .ok_or_else(|| Status::invalid_argument(format!("pod sandbox {id:?} comes without a PodSandboxConfig")))?;
+    if options.type_url.trim_start_matches("types.googleapis.com/") != POD_CONFIG_TYPE {
+        let kind = &options.type_url;
+        return Err(Status::invalid_argument(format!("pod sandbox {id:?} comes with a {kind}; {POD_CONFIG_TYPE} is expected")));
+    }
+    cri::PodSandboxConfig::decode(options.value.as_slice())
+        .map_err(|error| Status::invalid_argument(format!("pod sandbox {id:?}: its PodSandboxConfig cannot be read: {error}")))
+}
+
+/// Whether an id can be a directory's name, and short enough for the sockets in it.
+fn check_id(id: &str) -> Result<(), Status> {
+    let plain = id.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'));
+    if plain && (1..=64).contains(&id.len()) {
+        Ok(())
+    } else {
+        Err(Status::invalid_argument(format!("pod sandbox id {id:?} is not 1 to 64 letters, digits, dashes and underscores")))
+    }
+}
+
+#[tonic::async_trait]
+impl Controller for Sandboxes {
+    async fn create(&self, request: Request<ControllerCreateRequest>) -> Result<Response<ControllerCreateResponse>, Status> {
+        let namespace = namespace(request.metadata())?;
+        let request = request.into_inner();
+        check_id(&request.sandbox_id)?;
+        let config = pod_config(&request)?;
+        let id = request.sandbox_id;
+        let pod = Pod::new(id.clone(), namespace, config, request.netns_path, self.node.clone())?;
+        match self.pods().entry(id.clone()) {
+            std::collections::hash_map::Entry::Occupied(known) => {
+                Err(Status::already_exists(format!("{} exists already", known.get().name())))
+            }
+            std::collections::hash_map::Entry::Vacant(free) => {
+                tracing::info!(pod = id, name = pod.name(), size = ?pod.size, "pod created");
+                free.insert(Arc::new(pod));
+                Ok(Response::new(ControllerCreateResponse { sandbox_id: id }))
+            }
+        }
+    }
+
+    async fn start(&self, request: Request<ControllerStartRequest>) -> Result<Response<ControllerStartResponse>, Status> {
+        let id = request.into_inner().sandbox_id;
+        let pod = self.pod(&id)?;
+        // On a task of its own: a client that goes away must not leave a pod half made.
+        let starting = pod.clone();
+        let started = tokio::spawn(async move { starting.start().await })
+            .await
+            .map_err(|_| Status::internal(format!("{} cannot be started: the controller failed", pod.name())))?;
+        if let Err(error) = started {
+            let forget = matches!(error, PodError::Boot { .. });
+            let status = Status::from(error);
+            tracing::warn!(pod = id, error = status.message(), "pod failed to start");
+            if forget {
+                self.pods().remove(&id);
+            }
+            return Err(status);
+        }
+        let pid = match pod.phase() {
+            Phase::Running { pid } => pid,
+            _ => 0,
+        };
+        Ok(Response::new(ControllerStartResponse {
+            sandbox_id: id,
+            pid,
+            created_at: timestamp(pod.created_at),
+            labels: HashMap::new(),
+            address: pod.address(),
+            version: TASK_API_VERSION,
+        }))
+    }
+
+    async fn platform(&self, _request: Request<ControllerPlatformRequest>) -> Result<Response<ControllerPlatformResponse>, Status> {
+        let platform = types::Platform { os: "linux".into(), architecture: "amd64".into(), ..types::Platform::default() };
+        Ok(Response::new(ControllerPlatformResponse { platform: Some(platform) }))
+    }
+
+    async fn stop(&self, request: Request<ControllerStopRequest>) -> Result<Response<ControllerStopResponse>, Status> {
+        let pod = self.pod(&request.into_inner().sandbox_id)?;
+        pod.stop().await?;
+        Ok(Response::new(ControllerStopResponse {}))
+    }
+
+    async fn wait(&self, request: Request<ControllerWaitRequest>) -> Result<Response<ControllerWaitResponse>, Status> {
+        let ended = self.pod(&request.into_inner().sandbox_id)?.wait().await;
+        Ok(Response::new(ControllerWaitResponse { exit_status: ended.exit.status(), exited_at: timestamp(ended.at) }))
+    }
+
+    async fn status(&self, request: Request<ControllerStatusRequest>) -> Result<Response<ControllerStatusResponse>, Status> {
+        let request = request.into_inner();
+        let pod = self.pod(&request.sandbox_id)?;
+        let mut info = HashMap::new();
+        if request.verbose {
+            info.insert("info".to_owned(), pod.verbose_info().await.to_string());
+        }
+        let (state, pid) = match pod.phase() {
+            Phase::Running { pid } => ("SANDBOX_READY", pid),
+            Phase::Created | Phase::Starting | Phase::Ended => ("SANDBOX_NOTREADY", 0),
+        };
+        Ok(Response::new(ControllerStatusResponse {
+            sandbox_id: request.sandbox_id,
+            pid,
+            state: state.into(),
+            info,
+            created_at: timestamp(pod.created_at),
+            exited_at: pod.end().and_then(|ended| timestamp(ended.at)),
+            extra: None,
+            address: pod.address(),
+            version: TASK_API_VERSION,
+        }))
+    }
+
+    async fn shutdown(&self, request: Request<ControllerShutdownRequest>) -> Result<Response<ControllerShutdownResponse>, Status> {
+        let id = request.into_inner().sandbox_id;
+        let pod = self.pod(&id)?;
+        pod.shutdown().await?;
+        self.pods().remove(&id);
+        tracing::info!(pod = id, name = pod.name(), "pod removed");
+        Ok(Response::new(ControllerShutdownResponse {}))
+    }
+
+    async fn metrics(&self, request: Request<ControllerMetricsRequest>) -> Result<Response<ControllerMetricsResponse>, Status> {
+        let pod = self.pod(&request.into_inner().sandbox_id)?;
+        let Phase::Running { pid } = pod.phase() else {
+            return Err(Status::failed_precondition(format!("{} is not running", pod.name())));
+        };
+        let metric = metrics::of_machine(&pod.id, pid)
+            .map_err(|error| Status::internal(format!("{}: cannot read its numbers: {error}", pod.name())))?;
+        Ok(Response::new(ControllerMetricsResponse { metrics: Some(metric) }))
+    }
+
+    async fn update(&self, request: Request<ControllerUpdateRequest>) -> Result<Response<ControllerUpdateResponse>, Status> {
+        // containerd's record of the sandbox has changed. Nothing in it is used here after Create, so it is
+        // enough to know the pod.
+        self.pod(&request.into_inner().sandbox_id)?;
+        Ok(Response::new(ControllerUpdateResponse {}))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_that_is_no_directory_name_is_refused() {
+        assert!(check_id("0123456789abcdef").is_ok());
+        for id in ["", "..", "a/b", "/x", &"x".repeat(65)] {
+            assert_eq!(check_id(id).unwrap_err().code(), Code::InvalidArgument, "{id:?}");
+        }
+    }
+
+    #[test]
+    fn a_request_without_a_pod_is_refused_with_its_id() {
+        let request = ControllerCreateRequest { sandbox_id: "abc".into(), ..ControllerCreateRequest::default() };
+        let status = pod_config(&request).unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument);
+        assert!(status.message().contains("abc"));
+    }
+}

@@ -1,0 +1,102 @@
+//! Where containers come from: the look-up of what a guest only names.
+
+use async_trait::async_trait;
+use pericarp_protos::containerd::{
+    containers::{GetContainerRequest, containers_client::ContainersClient},
+    snapshots::{MountsRequest, snapshots_client::SnapshotsClient},
+};
+use thiserror::Error;
+use tonic::{Code, Request, Status, transport::Channel};
+
+use crate::mounts::Mount;
+
+/// What is on record about a container.
+#[derive(Clone, Debug)]
+pub struct ContainerRecord {
+    /// The pod that it belongs to.
+    pub sandbox: String,
+    /// OCI runtime spec (JSON), for the host.
+    pub spec: Vec<u8>,
+    /// What its root filesystem is made of.
+    pub rootfs: Vec<Mount>,
+}
+
+/// The records are not to be had.
+#[derive(Debug, Error)]
+pub enum SourceError {
+    #[error("there is no container {id}")]
+    NotFound { id: String },
+    #[error("containerd does not answer when asked for {what} of container {id}")]
+    Unavailable {
+        what: &'static str,
+        id: String,
+        #[source]
+        source: Box<Status>,
+    },
+    #[error("containerd's record of container {id} has no usable {what}")]
+    Incomplete { what: &'static str, id: String },
+}
+
+/// Where containers are on record. Nothing that a guest says is believed without it.
+#[async_trait]
+pub trait ContainerSource: Send + Sync {
+    /// The record of container `id` in a namespace of containerd.
+    async fn container(&self, namespace: &str, id: &str) -> Result<ContainerRecord, SourceError>;
+}
+
+/// Containers as stock containerd keeps them.
+pub struct Containerd {
+    channel: Channel,
+}
+
+impl Containerd {
+    /// Uses a connection that is made when it is first needed, and again when it was lost.
+    pub fn new(channel: Channel) -> Containerd {
+        Containerd { channel }
+    }
+}
+
+/// Puts containerd's namespace on a request.
+pub fn in_namespace<T>(message: T, namespace: &str) -> Result<Request<T>, Status> {
+    let mut request = Request::new(message);
+    let value = namespace.parse().map_err(|_| Status::invalid_argument("the namespace is not plain text"))?;
+    request.metadata_mut().insert("containerd-namespace", value);
+    Ok(request)
+}
+
+#[async_trait]
+impl ContainerSource for Containerd {
+    async fn container(&self, namespace: &str, id: &str) -> Result<ContainerRecord, SourceError> {
+        let failed = |what| {
+            move |status: Status| match status.code() {
+                Code::NotFound => SourceError::NotFound { id: id.into() },
+                _ => SourceError::Unavailable { what, id: id.into(), source: Box::new(status) },
+            }
+        };
+        let incomplete = |what| SourceError::Incomplete { what, id: id.into() };
+        let record = in_namespace(GetContainerRequest { id: id.into() }, namespace).map_err(failed("the record"))?;
+        let container = ContainersClient::new(self.channel.clone())
+            .get(record)
+            .await
+            .map_err(failed("the record"))?
+            .into_inner()
+            .container
+            .ok_or_else(|| incomplete("record"))?;
+        let spec = container.spec.ok_or_else(|| incomplete("OCI spec"))?;
+        if container.snapshot_key.is_empty() {
+            return Err(incomplete("root filesystem"));
+        }
+        let mounts = MountsRequest { snapshotter: container.snapshotter, key: container.snapshot_key };
+        let mounts = in_namespace(mounts, namespace).map_err(failed("the root filesystem"))?;
+        let rootfs = SnapshotsClient::new(self.channel.clone())
+            .mounts(mounts)
+            .await
+            .map_err(failed("the root filesystem"))?
+            .into_inner()
+            .mounts
+            .into_iter()
+            .map(|mount| Mount { kind: mount.r#type, source: mount.source, options: mount.options })
+            .collect();
+        Ok(ContainerRecord { sandbox: container.sandbox, spec: spec.value, rootfs })
+    }
+}

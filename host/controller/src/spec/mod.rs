@@ -1,0 +1,247 @@
+//! Translates a container's OCI runtime spec, which containerd made for a process on the host, for
+//! the guest.
+//!
+//! The spec is handled as JSON and not through typed structures, so that fields which neither we nor
+//! the `oci-spec` crate know reach the guest unchanged.
+
+mod mounts;
+
+pub use mounts::{Propagation, ReadOnly, Volume};
+
+use pericarp_protos::guest::{CGROUP_PARENT, PID_NAMESPACE, SHARE_DIR};
+use serde_json::{Map, Value};
+
+/// containerd's name for its default `AppArmor` profile (`internal/cri/server`, `appArmorDefaultProfileName`).
+const DEFAULT_APPARMOR_PROFILE: &str = "cri-containerd.apparmor.d";
+
+/// `SELinux` process types that a container engine assigns by itself.
+const DEFAULT_SELINUX_TYPES: [&str; 4] = ["container_t", "container_init_t", "container_kvm_t", "spc_t"];
+
+/// Device nodes that every container has; the guest makes its own (OCI runtime spec, "Default Devices").
+const STANDARD_DEVICES: [&str; 8] = [
+    "/dev/null",
+    "/dev/zero",
+    "/dev/full",
+    "/dev/random",
+    "/dev/urandom",
+    "/dev/tty",
+    "/dev/console",
+    "/dev/ptmx",
+];
+
+/// Why a spec cannot be run in a guest.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Not a spec at all.
+    #[error("the container's OCI spec is not valid JSON")]
+    Json(#[from] serde_json::Error),
+    /// A field has another type than the OCI runtime spec gives it.
+    #[error("the container's OCI spec is malformed: {0}")]
+    Malformed(&'static str),
+    /// The spec asks for something that a pod in a machine of its own cannot have.
+    #[error("{what} cannot be used in a pericarp pod: {remedy}")]
+    Unsupported {
+        /// What the spec asks for.
+        what: String,
+        /// Why not, and what to do.
+        remedy: &'static str,
+    },
+}
+
+fn unsupported<T>(what: impl Into<String>, remedy: &'static str) -> Result<T, Error> {
+    Err(Error::Unsupported { what: what.into(), remedy })
+}
+
+/// A spec for the guest, and what has to be in the share before the guest can use it.
+#[derive(Debug)]
+pub struct Translated {
+    /// The guest's OCI runtime spec, JSON.
+    pub spec: Vec<u8>,
+    /// Directories and files of the host that the spec mounts.
+    pub volumes: Vec<Volume>,
+}
+
+/// Translates the spec of `container`, whose pod runs in the machine with process id `machine_pid`.
+///
+/// containerd made every namespace path of the spec from that process id
+/// (`internal/cri/opts`, `WithPodNamespaces`).
+pub fn translate(spec: &[u8], container: &str, machine_pid: u32) -> Result<Translated, Error> {
+    let mut spec: Value = serde_json::from_slice(spec)?;
+    let root = spec.as_object_mut().ok_or(Error::Malformed("it is not an object"))?;
+    refuse_hooks(root)?;
+    // These belong to the UTS namespace, which is the pod's and is set by the agent.
+    root.remove("hostname");
+    root.remove("domainname");
+    let read_only_root = set_root_path(root, container)?;
+    security_labels(root)?;
+    linux(root, container, machine_pid)?;
+    let volumes = mounts::translate(root, container, read_only_root)?;
+    Ok(Translated { spec: serde_json::to_vec(&spec)?, volumes })
+}
+
+/// Where the guest sees a container's part of the share.
+fn guest_directory(container: &str) -> String {
+    format!("{SHARE_DIR}/{container}")
+}
+
+fn object<'a>(
+    parent: &'a mut Map<String, Value>,
+    key: &str,
+    malformed: &'static str,
+) -> Result<Option<&'a mut Map<String, Value>>, Error> {
+    match parent.get_mut(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::Object(object)) => Ok(Some(object)),
+        Some(_) => Err(Error::Malformed(malformed)),
+    }
+}
+
+fn text<'a>(parent: &'a Map<String, Value>, key: &str) -> &'a str {
+    parent.get(key).and_then(Value::as_str).unwrap_or_default()
+}
+
+fn refuse_hooks(root: &Map<String, Value>) -> Result<(), Error> {
+    let hooks = root.get("hooks").and_then(Value::as_object);
+    let named = hooks.into_iter().flatten().find(|(_, list)| list.as_array().is_some_and(|list| !list.is_empty()));
+    match named {
+        Some((name, _)) => unsupported(
+            format!("the OCI hook {name}"),
+            "hooks run on the host, where the container is not; remove them from the base spec or the NRI plugin",
+        ),
+        None => Ok(()),
+    }
+}
+
+/// Points the root at the share; says whether it is read-only.
+fn set_root_path(root: &mut Map<String, Value>, container: &str) -> Result<bool, Error> {
+    let root = object(root, "root", "root is not an object")?.ok_or(Error::Malformed("it has no root"))?;
+    root.insert("path".into(), format!("{}/rootfs", guest_directory(container)).into());
+    Ok(root.get("readonly").and_then(Value::as_bool).unwrap_or(false))
+}
+
+/// Drops the labels that engines add on their own and refuses those that somebody chose.
+fn security_labels(root: &mut Map<String, Value>) -> Result<(), Error> {
+    if let Some(process) = object(root, "process", "process is not an object")? {
+        let profile = process.remove("apparmorProfile");
+        match profile.as_ref().and_then(Value::as_str) {
+            None | Some("" | "unconfined" | DEFAULT_APPARMOR_PROFILE) => {}
+            Some(profile) => {
+                return unsupported(
+                    format!("the AppArmor profile {profile:?}"),
+                    "the host's profiles do not exist in the guest; use RuntimeDefault or Unconfined",
+                );
+            }
+        }
+        check_selinux(process.remove("selinuxLabel").as_ref())?;
+    }
+    if let Some(linux) = object(root, "linux", "linux is not an object")? {
+        linux.remove("mountLabel");
+    }
+    Ok(())
+}
+
+fn check_selinux(label: Option<&Value>) -> Result<(), Error> {
+    let label = label.and_then(Value::as_str).unwrap_or_default();
+    let kind = label.split(':').nth(2);
+    if label.is_empty() || kind.is_some_and(|kind| DEFAULT_SELINUX_TYPES.contains(&kind)) {
+        return Ok(());
+    }
+    unsupported(
+        format!("the SELinux label {label:?}"),
+        "the guest has no SELinux policy; remove seLinuxOptions from the pod",
+    )
+}
+
+fn linux(root: &mut Map<String, Value>, container: &str, machine_pid: u32) -> Result<(), Error> {
+    let linux = object(root, "linux", "linux is not an object")?.ok_or(Error::Malformed("it has no linux section"))?;
+    linux.insert("cgroupsPath".into(), format!("{CGROUP_PARENT}/{container}").into());
+    namespaces(linux, machine_pid)?;
+    devices(linux)?;
+    if linux.remove("intelRdt").is_some_and(|rdt| !rdt.is_null()) {
+        return unsupported("an RDT class", "the guest has no resctrl; remove the RDT annotations");
+    }
+    if linux.get("rootfsPropagation").and_then(Value::as_str).is_some_and(|kind| kind.ends_with("shared")) {
+        return mounts::refuse_shared("the root file system");
+    }
+    if let Some(resources) = object(linux, "resources", "linux.resources is not an object")?
+        && let Some(cpu) = object(resources, "cpu", "linux.resources.cpu is not an object")?
+    {
+        // Numbers of the host's CPUs and memory nodes; they mean nothing to the guest's.
+        cpu.remove("cpus");
+        cpu.remove("mems");
+    }
+    Ok(())
+}
+
+fn namespaces(linux: &mut Map<String, Value>, machine_pid: u32) -> Result<(), Error> {
+    for mappings in ["uidMappings", "gidMappings"] {
+        if linux.get(mappings).and_then(Value::as_array).is_some_and(|mappings| !mappings.is_empty()) {
+            return refuse_user_namespace();
+        }
+    }
+    let Some(list) = linux.get_mut("namespaces") else { return Ok(()) };
+    let list = match list {
+        Value::Array(list) => list,
+        Value::Null => return Ok(()),
+        _ => return Err(Error::Malformed("linux.namespaces is not a list")),
+    };
+    let pod_pid = format!("/proc/{machine_pid}/ns/pid");
+    let mut kept = Vec::with_capacity(list.len());
+    for mut entry in std::mem::take(list) {
+        let namespace = entry.as_object_mut().ok_or(Error::Malformed("a namespace is not an object"))?;
+        let path = text(namespace, "path").to_owned();
+        match text(namespace, "type") {
+            // The machine is the pod: its containers share the guest's own.
+            "network" | "ipc" | "uts" => continue,
+            "pid" if path == pod_pid => {
+                namespace.insert("path".into(), PID_NAMESPACE.into());
+            }
+            // Any other process id is one that the agent reported for the container that is the
+            // target, so the path holds in the guest as it is.
+            "pid" if path.is_empty() || is_pid_namespace(&path) => {}
+            "mount" | "cgroup" | "time" if path.is_empty() => {}
+            "user" => return refuse_user_namespace(),
+            kind => {
+                return unsupported(
+                    format!("a {kind} namespace at {path:?}"),
+                    "a namespace of the host cannot be joined from inside the machine",
+                );
+            }
+        }
+        kept.push(entry);
+    }
+    *list = kept;
+    Ok(())
+}
+
+fn is_pid_namespace(path: &str) -> bool {
+    let pid = path.strip_prefix("/proc/").and_then(|path| path.strip_suffix("/ns/pid"));
+    pid.is_some_and(|pid| pid.parse::<u32>().is_ok())
+}
+
+fn refuse_user_namespace<T>() -> Result<T, Error> {
+    unsupported(
+        "a user namespace",
+        "the machine separates the pod from the host already; remove hostUsers: false from the pod",
+    )
+}
+
+fn devices(linux: &mut Map<String, Value>) -> Result<(), Error> {
+    let Some(devices) = linux.get_mut("devices").and_then(Value::as_array_mut) else { return Ok(()) };
+    for device in devices.iter() {
+        let path = device.get("path").and_then(Value::as_str).unwrap_or_default();
+        if !STANDARD_DEVICES.contains(&path) {
+            return unsupported(
+                format!("the host's device {path:?}"),
+                "a device node of the host does not exist in the machine; for privileged pods set \
+                 privileged_without_host_devices = true on the runtime in containerd's configuration",
+            );
+        }
+    }
+    // The guest's runtime makes all of them anyway, with the guest's numbers.
+    devices.clear();
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,190 @@
+//! The mounts of a spec: what stays the guest's own, and what comes from the host as a volume.
+
+use std::path::PathBuf;
+
+use pericarp_protos::guest::{ETC_DIR, SHM_DIR};
+use serde_json::{Map, Value, json};
+
+use super::{Error, guest_directory, text, unsupported};
+
+/// Files that are the pod's, not the image's.
+const POD_FILES: [&str; 3] = ["hosts", "resolv.conf", "hostname"];
+
+const SHM: &str = "/dev/shm";
+
+/// File systems that the guest's kernel makes itself.
+const GUEST_TYPES: [&str; 8] = ["proc", "sysfs", "tmpfs", "ramfs", "mqueue", "devpts", "cgroup", "cgroup2"];
+
+/// A directory or file of the host that appears in a container.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Volume {
+    /// Its place in the share is `<container id>/volumes/<index>`.
+    pub index: usize,
+    /// Path on the host, without symbolic links (containerd has resolved them).
+    pub source: PathBuf,
+    /// Path in the container, for messages.
+    pub destination: String,
+    /// Mounts below the source appear too.
+    pub recursive: bool,
+    /// Whether it may be written.
+    pub read_only: ReadOnly,
+    /// Whether mounts that the host makes below the source later appear too.
+    pub propagation: Propagation,
+}
+
+/// Whether a volume may be written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReadOnly {
+    /// It may.
+    No,
+    /// It may not; mounts below it keep their own setting, as with runc.
+    Top,
+    /// Neither it nor any mount below it.
+    Recursive,
+}
+
+/// Whether later mounts reach a volume.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Propagation {
+    /// No.
+    Private,
+    /// Those that the host makes.
+    Slave,
+}
+
+/// Rewrites `mounts` and says what has to be mounted on the host for it.
+pub(super) fn translate(
+    root: &mut Map<String, Value>,
+    container: &str,
+    read_only_root: bool,
+) -> Result<Vec<Volume>, Error> {
+    let list = match root.remove("mounts") {
+        None | Some(Value::Null) => Vec::new(),
+        Some(Value::Array(list)) => list,
+        Some(_) => return Err(Error::Malformed("mounts is not a list")),
+    };
+    let mut volumes = Vec::new();
+    let mut kept = Vec::with_capacity(list.len() + 4);
+    let mut destinations = Vec::with_capacity(list.len());
+    for mut entry in list {
+        let mount = entry.as_object_mut().ok_or(Error::Malformed("a mount is not an object"))?;
+        let destination = clean(text(mount, "destination"));
+        if !destination.starts_with('/') {
+            return Err(Error::Malformed("a mount's destination is not an absolute path"));
+        }
+        let options = options(mount)?;
+        let kind = text(mount, "type");
+        if matches!(kind, "bind" | "rbind") || options.iter().any(|option| option == "bind" || option == "rbind") {
+            let volume = volume(mount, destination.clone(), &options, volumes.len())?;
+            let path = format!("{}/volumes/{}", guest_directory(container), volume.index);
+            mount.insert("source".into(), path.into());
+            volumes.push(volume);
+        } else if !GUEST_TYPES.contains(&kind) {
+            return unsupported(
+                format!("a mount of type {kind:?} at {destination}"),
+                "only binds of the host's directories and the kernel's own file systems can be mounted",
+            );
+        } else if destination == SHM {
+            // containerd's default: a tmpfs of this container alone. In a pod it is shared.
+            continue;
+        }
+        destinations.push(destination);
+        kept.push(entry);
+    }
+    add_pod_files(&mut kept, &destinations, read_only_root);
+    root.insert("mounts".into(), Value::Array(kept));
+    Ok(volumes)
+}
+
+fn options(mount: &Map<String, Value>) -> Result<Vec<String>, Error> {
+    match mount.get("options") {
+        None | Some(Value::Null) => Ok(Vec::new()),
+        Some(Value::Array(list)) => list
+            .iter()
+            .map(|option| option.as_str().map(str::to_owned))
+            .collect::<Option<_>>()
+            .ok_or(Error::Malformed("a mount option is not a string")),
+        Some(_) => Err(Error::Malformed("a mount's options are not a list")),
+    }
+}
+
+fn volume(
+    mount: &Map<String, Value>,
+    destination: String,
+    options: &[String],
+    index: usize,
+) -> Result<Volume, Error> {
+    let source = PathBuf::from(text(mount, "source"));
+    if !source.is_absolute() {
+        return Err(Error::Malformed("the source of a bind mount is not an absolute path"));
+    }
+    for mappings in ["uidMappings", "gidMappings"] {
+        if mount.get(mappings).and_then(Value::as_array).is_some_and(|mappings| !mappings.is_empty()) {
+            return unsupported(
+                format!("an id-mapped mount at {destination}"),
+                "id mappings need a user namespace, which pods in a machine of their own do not use",
+            );
+        }
+    }
+    let has = |name: &str| options.iter().any(|option| option == name);
+    if has("rshared") || has("shared") {
+        return refuse_shared(&destination);
+    }
+    // As with mount(8), the last of two contradicting options wins.
+    let mode = options.iter().rev().find(|option| matches!(option.as_str(), "ro" | "rw" | "rro"));
+    let read_only = match mode.map(String::as_str) {
+        Some("rro") => ReadOnly::Recursive,
+        Some("ro") => ReadOnly::Top,
+        _ => ReadOnly::No,
+    };
+    Ok(Volume {
+        index,
+        source,
+        recursive: has("rbind") || text(mount, "type") == "rbind",
+        read_only,
+        propagation: if has("rslave") || has("slave") { Propagation::Slave } else { Propagation::Private },
+        destination,
+    })
+}
+
+/// Mounts made in a guest do not exist on the host.
+pub(super) fn refuse_shared<T>(what: &str) -> Result<T, Error> {
+    unsupported(
+        format!("bidirectional mount propagation of {what}"),
+        "a mount made in the machine cannot appear on the host; use HostToContainer or None",
+    )
+}
+
+/// Mounts the pod's own files and shared memory wherever the spec does not mount something itself.
+fn add_pod_files(mounts: &mut Vec<Value>, destinations: &[String], read_only_root: bool) {
+    let taken = |path: &str| destinations.iter().any(|destination| destination == path);
+    let mode = if read_only_root { "ro" } else { "rw" };
+    let bind = |destination: &str, source: String, options: &[&str]| {
+        json!({ "destination": destination, "type": "bind", "source": source, "options": options })
+    };
+    for name in POD_FILES {
+        let destination = format!("/etc/{name}");
+        if !taken(&destination) {
+            mounts.push(bind(&destination, format!("{ETC_DIR}/{name}"), &["rbind", "rprivate", mode]));
+        }
+    }
+    let dev_is_a_volume = mounts.iter().any(|mount| mount["type"] == "bind" && mount["destination"] == "/dev");
+    if !taken(SHM) && !dev_is_a_volume {
+        let options = ["rbind", "rprivate", "nosuid", "noexec", "nodev", "rw"];
+        mounts.push(bind(SHM, SHM_DIR.to_owned(), &options));
+    }
+}
+
+/// Removes repeated and trailing slashes and `.`, so that destinations can be compared.
+fn clean(path: &str) -> String {
+    let mut cleaned = String::with_capacity(path.len());
+    for part in path.split('/').filter(|part| !part.is_empty() && *part != ".") {
+        cleaned.push('/');
+        cleaned.push_str(part);
+    }
+    match (cleaned.is_empty(), path.starts_with('/')) {
+        (true, true) => "/".to_owned(),
+        (false, true) => cleaned,
+        (_, false) => path.to_owned(),
+    }
+}

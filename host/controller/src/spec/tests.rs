@@ -1,0 +1,273 @@
+use serde_json::json;
+
+use super::*;
+
+const ID: &str = "c1";
+const PID: u32 = 4711;
+
+/// The shape of what CRI in containerd 2.1 makes.
+fn spec() -> Value {
+    json!({
+        "ociVersion": "1.2.1",
+        "process": {
+            "args": ["sh"], "cwd": "/", "oomScoreAdj": 1000,
+            "apparmorProfile": "cri-containerd.apparmor.d",
+            "selinuxLabel": "system_u:system_r:container_t:s0:c1,c2",
+            "futureField": { "kept": true }
+        },
+        "root": { "path": "rootfs" },
+        "mounts": [
+            { "destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid"] },
+            { "destination": "/dev", "type": "tmpfs", "source": "tmpfs" },
+            { "destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["size=65536k"] },
+            { "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"] },
+            { "destination": "/data", "type": "bind", "source": "/var/lib/data", "options": ["rbind", "rprivate", "rw"] },
+        ],
+        "hooks": {},
+        "linux": {
+            "cgroupsPath": "/kubepods/c1",
+            "mountLabel": "system_u:object_r:container_file_t:s0",
+            "resources": { "cpu": { "shares": 2, "cpus": "6-7", "mems": "1" }, "devices": [{ "allow": false, "access": "rwm" }] },
+            "namespaces": [
+                { "type": "pid" },
+                { "type": "ipc", "path": "/proc/4711/ns/ipc" },
+                { "type": "uts", "path": "/proc/4711/ns/uts" },
+                { "type": "mount" },
+                { "type": "network", "path": "/proc/4711/ns/net" },
+                { "type": "cgroup" },
+            ],
+            "seccomp": { "defaultAction": "SCMP_ACT_ERRNO" },
+        },
+    })
+}
+
+fn run(spec: &Value) -> Result<(Value, Vec<Volume>), Error> {
+    let translated = translate(&serde_json::to_vec(spec).unwrap(), ID, PID)?;
+    Ok((serde_json::from_slice(&translated.spec).unwrap(), translated.volumes))
+}
+
+fn changed(change: impl FnOnce(&mut Value)) -> Result<(Value, Vec<Volume>), Error> {
+    let mut spec = spec();
+    change(&mut spec);
+    run(&spec)
+}
+
+#[track_caller]
+fn refused(change: impl FnOnce(&mut Value), named: &str) {
+    let error = changed(change).unwrap_err();
+    assert!(matches!(error, Error::Unsupported { .. }), "{error:?}");
+    assert!(error.to_string().contains(named), "{error}");
+}
+
+fn mount<'a>(spec: &'a Value, destination: &str) -> Option<&'a Value> {
+    spec["mounts"].as_array().unwrap().iter().find(|mount| mount["destination"] == destination)
+}
+
+fn add_mount(spec: &mut Value, mount: Value) {
+    spec["mounts"].as_array_mut().unwrap().push(mount);
+}
+
+#[test]
+fn root_and_cgroup_are_the_guests() {
+    let (spec, _) = run(&spec()).unwrap();
+    assert_eq!(spec["root"]["path"], "/run/pericarp/share/c1/rootfs");
+    assert_eq!(spec["linux"]["cgroupsPath"], "/pod/c1");
+}
+
+#[test]
+fn unknown_fields_and_seccomp_are_kept() {
+    let (spec, _) = run(&spec()).unwrap();
+    assert_eq!(spec["process"]["futureField"]["kept"], true);
+    assert_eq!(spec["linux"]["seccomp"]["defaultAction"], "SCMP_ACT_ERRNO");
+}
+
+#[test]
+fn the_pods_namespaces_are_the_guests_own() {
+    let (spec, _) = run(&spec()).unwrap();
+    assert_eq!(
+        spec["linux"]["namespaces"],
+        json!([{ "type": "pid" }, { "type": "mount" }, { "type": "cgroup" }])
+    );
+}
+
+#[test]
+fn a_pid_namespace_of_the_pod_is_made_by_the_agent() {
+    let (spec, _) = changed(|spec| {
+        spec["linux"]["namespaces"] = json!([{ "type": "pid", "path": "/proc/4711/ns/pid" }]);
+    })
+    .unwrap();
+    assert_eq!(spec["linux"]["namespaces"], json!([{ "type": "pid", "path": PID_NAMESPACE }]));
+}
+
+#[test]
+fn a_target_containers_pid_namespace_is_named_by_its_pid_in_the_guest() {
+    let target = json!([{ "type": "pid", "path": "/proc/77/ns/pid" }]);
+    let (spec, _) = changed(|spec| spec["linux"]["namespaces"] = target.clone()).unwrap();
+    assert_eq!(spec["linux"]["namespaces"], target);
+}
+
+#[test]
+fn namespaces_of_the_host_are_refused() {
+    for (kind, path) in [("pid", "/run/netns/x"), ("pid", "/proc/1/../2/ns/pid"), ("mount", "/proc/1/ns/mnt")] {
+        refused(|spec| spec["linux"]["namespaces"] = json!([{ "type": kind, "path": path }]), kind);
+    }
+    refused(|spec| spec["linux"]["namespaces"] = json!([{ "type": "user" }]), "user namespace");
+    refused(|spec| spec["linux"]["uidMappings"] = json!([{ "hostID": 1 }]), "user namespace");
+}
+
+#[test]
+fn hooks_are_refused_by_name() {
+    refused(|spec| spec["hooks"] = json!({ "createRuntime": [{ "path": "/bin/x" }] }), "createRuntime");
+    assert!(changed(|spec| spec["hooks"] = json!({ "prestart": [] })).is_ok());
+}
+
+#[test]
+fn default_security_labels_are_dropped() {
+    let (spec, _) = run(&spec()).unwrap();
+    assert!(spec["process"].get("apparmorProfile").is_none());
+    assert!(spec["process"].get("selinuxLabel").is_none());
+    assert!(spec["linux"].get("mountLabel").is_none());
+}
+
+#[test]
+fn chosen_security_labels_are_refused() {
+    refused(|spec| spec["process"]["apparmorProfile"] = json!("mine"), "\"mine\"");
+    refused(|spec| spec["process"]["selinuxLabel"] = json!("u:r:mine_t:s0"), "mine_t");
+}
+
+#[test]
+fn standard_devices_are_left_to_the_guest_and_others_are_refused() {
+    let (spec, _) = changed(|spec| spec["linux"]["devices"] = json!([{ "path": "/dev/null", "type": "c" }])).unwrap();
+    assert_eq!(spec["linux"]["devices"], json!([]));
+    refused(|spec| spec["linux"]["devices"] = json!([{ "path": "/dev/sda", "type": "b" }]), "/dev/sda");
+}
+
+#[test]
+fn the_hosts_cpu_numbers_are_dropped() {
+    let (spec, _) = run(&spec()).unwrap();
+    assert_eq!(spec["linux"]["resources"]["cpu"], json!({ "shares": 2 }));
+}
+
+#[test]
+fn a_bind_mount_becomes_a_volume_in_the_share() {
+    let (spec, volumes) = run(&spec()).unwrap();
+    let data = mount(&spec, "/data").unwrap();
+    assert_eq!(data["source"], "/run/pericarp/share/c1/volumes/0");
+    assert_eq!(data["options"], json!(["rbind", "rprivate", "rw"]));
+    assert_eq!(
+        volumes,
+        [Volume {
+            index: 0,
+            source: "/var/lib/data".into(),
+            destination: "/data".into(),
+            recursive: true,
+            read_only: ReadOnly::No,
+            propagation: Propagation::Private,
+        }]
+    );
+}
+
+#[test]
+fn volumes_are_numbered_in_the_order_of_their_mounts() {
+    let (spec, volumes) = changed(|spec| {
+        add_mount(spec, json!({ "destination": "/b", "source": "/hb", "options": ["bind"] }));
+    })
+    .unwrap();
+    assert_eq!(mount(&spec, "/b").unwrap()["source"], "/run/pericarp/share/c1/volumes/1");
+    assert_eq!((volumes[1].index, volumes[1].recursive), (1, false));
+}
+
+#[test]
+fn read_only_and_propagation_are_read_from_the_options() {
+    for (options, read_only, propagation) in [
+        (json!(["rbind", "ro"]), ReadOnly::Top, Propagation::Private),
+        (json!(["rbind", "rro"]), ReadOnly::Recursive, Propagation::Private),
+        (json!(["rbind", "ro", "rw", "rslave"]), ReadOnly::No, Propagation::Slave),
+    ] {
+        let (_, volumes) = changed(|spec| {
+            add_mount(spec, json!({ "destination": "/b", "type": "bind", "source": "/hb", "options": options }));
+        })
+        .unwrap();
+        assert_eq!((volumes[1].read_only, volumes[1].propagation), (read_only, propagation));
+    }
+}
+
+#[test]
+fn mounts_that_would_have_to_reach_the_host_are_refused() {
+    refused(
+        |spec| {
+            let options = json!(["rbind", "rshared"]);
+            add_mount(spec, json!({ "destination": "/b", "type": "bind", "source": "/hb", "options": options }));
+        },
+        "bidirectional",
+    );
+    refused(|spec| spec["linux"]["rootfsPropagation"] = json!("rshared"), "bidirectional");
+}
+
+#[test]
+fn a_relative_bind_source_is_malformed() {
+    let result = changed(|spec| add_mount(spec, json!({ "destination": "/b", "type": "bind", "source": "x" })));
+    assert!(matches!(result, Err(Error::Malformed(_))));
+}
+
+#[test]
+fn foreign_file_systems_are_refused() {
+    refused(|spec| add_mount(spec, json!({ "destination": "/n", "type": "nfs", "source": "s:/x" })), "nfs");
+}
+
+#[test]
+fn the_kernels_file_systems_stay_as_they_are() {
+    let (translated, _) = run(&spec()).unwrap();
+    for destination in ["/proc", "/dev", "/sys/fs/cgroup"] {
+        assert_eq!(mount(&translated, destination), mount(&spec(), destination));
+    }
+}
+
+#[test]
+fn the_pods_files_are_mounted() {
+    let (spec, _) = run(&spec()).unwrap();
+    assert_eq!(mount(&spec, "/etc/hosts").unwrap()["source"], "/run/pericarp/etc/hosts");
+    assert_eq!(mount(&spec, "/etc/resolv.conf").unwrap()["source"], "/run/pericarp/etc/resolv.conf");
+    assert_eq!(mount(&spec, "/etc/hostname").unwrap()["options"], json!(["rbind", "rprivate", "rw"]));
+    assert_eq!(mount(&spec, "/dev/shm").unwrap()["source"], "/run/pericarp/shm");
+}
+
+#[test]
+fn the_pods_files_are_read_only_in_a_read_only_root() {
+    let (spec, _) = changed(|spec| spec["root"]["readonly"] = json!(true)).unwrap();
+    assert_eq!(mount(&spec, "/etc/hosts").unwrap()["options"], json!(["rbind", "rprivate", "ro"]));
+}
+
+#[test]
+fn a_volume_at_a_pod_files_place_wins() {
+    let (spec, volumes) = changed(|spec| {
+        for destination in ["/etc//hosts/", "/dev/shm"] {
+            add_mount(spec, json!({ "destination": destination, "type": "bind", "source": "/h", "options": ["rbind"] }));
+        }
+        spec["mounts"].as_array_mut().unwrap().retain(|mount| mount["source"] != "shm");
+    })
+    .unwrap();
+    assert_eq!(volumes.len(), 3);
+    assert!(mount(&spec, "/etc/hosts").is_none());
+    assert_eq!(mount(&spec, "/dev/shm").unwrap()["source"], "/run/pericarp/share/c1/volumes/2");
+}
+
+#[test]
+fn nothing_is_mounted_into_a_dev_of_the_host() {
+    let (spec, _) = changed(|spec| {
+        spec["mounts"] = json!([{ "destination": "/dev", "type": "bind", "source": "/dev", "options": ["rbind"] }]);
+    })
+    .unwrap();
+    assert!(mount(&spec, "/dev/shm").is_none());
+}
+
+#[test]
+fn what_is_not_a_spec_is_an_error_not_a_panic() {
+    for text in ["", "[]", "{}", r#"{"root":1}"#, r#"{"root":{},"linux":[]}"#, r#"{"root":{},"linux":{},"mounts":{}}"#] {
+        assert!(translate(text.as_bytes(), ID, PID).is_err(), "{text}");
+    }
+    for text in [r#"[1]"#, r#"[{"destination":"x"}]"#, r#"[{"destination":"/x","type":"bind","source":"/","options":[1]}]"#] {
+        let text = format!(r#"{{"root":{{}},"linux":{{}},"mounts":{text}}}"#);
+        assert!(translate(text.as_bytes(), ID, PID).is_err(), "{text}");
+    }
+}
