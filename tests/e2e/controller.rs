@@ -8,8 +8,8 @@ use std::{
 
 use anyhow::{Context, Result};
 use pericarp_protos::sandbox::{
-    ControllerCreateRequest, ControllerMetricsRequest, ControllerPlatformRequest, ControllerShutdownRequest,
-    ControllerStartRequest, ControllerStatusRequest, ControllerStopRequest, ControllerWaitRequest,
+    ControllerCreateRequest, ControllerMetricsRequest, ControllerShutdownRequest, ControllerStartRequest,
+    ControllerStatusRequest, ControllerStopRequest, ControllerWaitRequest,
 };
 use pericarp_tests::{
     api,
@@ -41,7 +41,6 @@ fn every_call_for_an_unknown_sandbox_says_that_it_is_unknown() -> Result<()> {
             }};
         }
         unknown!(start, ControllerStartRequest);
-        unknown!(platform, ControllerPlatformRequest);
         unknown!(stop, ControllerStopRequest);
         unknown!(wait, ControllerWaitRequest);
         unknown!(status, ControllerStatusRequest);

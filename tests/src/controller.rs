@@ -16,17 +16,36 @@ use pericarp_protos::sandbox::{
 use prost::Message;
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::process::{Child, Command};
-use tonic::{Status, transport::Channel};
+use tonic::{
+    Request, Status,
+    metadata::MetadataValue,
+    service::{Interceptor, interceptor::InterceptedService},
+    transport::Channel,
+};
 
 use crate::{api, cri};
 
 /// The socket of the node's own controller.
 pub const NODE_CONTROLLER: &str = "/run/pericarp/controller.sock";
 
+/// A connection to a controller.
+pub type Client = ControllerClient<InterceptedService<Channel, InNamespace>>;
+
+/// Sends CRI's namespace with every call, as containerd does.
+#[derive(Clone, Copy, Debug)]
+pub struct InNamespace;
+
+impl Interceptor for InNamespace {
+    fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
+        request.metadata_mut().insert("containerd-namespace", MetadataValue::from_static("k8s.io"));
+        Ok(request)
+    }
+}
+
 /// Connects to a controller's socket.
-pub async fn connect(socket: &Path) -> Result<ControllerClient<Channel>> {
+pub async fn connect(socket: &Path) -> Result<Client> {
     let socket = socket.to_str().context("a socket path in UTF-8")?;
-    Ok(ControllerClient::new(cri::connect(socket).await?))
+    Ok(ControllerClient::with_interceptor(cri::connect(socket).await?, InNamespace))
 }
 
 /// What containerd puts into `Create`: the pod's CRI configuration.
@@ -40,7 +59,7 @@ pub struct Controller {
     /// Its run directory.
     pub run_dir: PathBuf,
     /// A connection to it.
-    pub client: ControllerClient<Channel>,
+    pub client: Client,
 }
 
 impl Controller {
