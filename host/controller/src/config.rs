@@ -126,10 +126,11 @@ impl Config {
     }
 
     fn check(&self, path: &Path) -> Result<(), Error> {
-        let wrong = |key, problem: &str| {
-            Err(Error::Value { path: path.into(), key, problem: problem.to_owned() })
-        };
-        for (key, file) in [("run_dir", &self.run_dir), ("kernel", &self.kernel), ("initramfs", &self.initramfs)] {
+        let wrong =
+            |key, problem: &str| Err(Error::Value { path: path.into(), key, problem: problem.to_owned() });
+        for (key, file) in
+            [("run_dir", &self.run_dir), ("kernel", &self.kernel), ("initramfs", &self.initramfs)]
+        {
             if !file.is_absolute() {
                 return wrong(key, "must be an absolute path");
             }
@@ -177,7 +178,10 @@ mod tests {
     #[test]
     fn a_key_that_does_not_exist_is_named_in_the_error() {
         let error = parse("run_dri = '/x'").unwrap_err();
-        assert!(matches!(&error, Error::Parse { source, .. } if source.message().contains("run_dri")), "{error:?}");
+        assert!(
+            matches!(&error, Error::Parse { source, .. } if source.message().contains("run_dri")),
+            "{error:?}"
+        );
     }
 
     #[test]
@@ -189,7 +193,9 @@ mod tests {
 
     #[test]
     fn values_that_cannot_work_are_refused() {
-        for text in ["run_dir = 'run'", "run_dir = '/a:b'", "[defaults]\nvcpus = 0", "[defaults]\nmemory_mib = 3"] {
+        for text in
+            ["run_dir = 'run'", "run_dir = '/a:b'", "[defaults]\nvcpus = 0", "[defaults]\nmemory_mib = 3"]
+        {
             assert!(matches!(parse(text), Err(Error::Value { .. })), "{text}");
         }
     }

@@ -26,10 +26,14 @@ impl Forwarder {
     async fn forward(&self, namespace: &str, event: &Event, task: &TaskEvent) -> Result<(), tonic::Status> {
         let payload = task.payload.as_ref();
         let envelope = Envelope {
-            timestamp: event.timestamp.as_ref().map(|time| prost_types::Timestamp { seconds: time.seconds, nanos: time.nanos }),
+            timestamp: event
+                .timestamp
+                .as_ref()
+                .map(|time| prost_types::Timestamp { seconds: time.seconds, nanos: time.nanos }),
             namespace: namespace.to_owned(),
             topic: task.topic.clone(),
-            event: payload.map(|any| prost_types::Any { type_url: any.type_url.clone(), value: any.value.clone() }),
+            event: payload
+                .map(|any| prost_types::Any { type_url: any.type_url.clone(), value: any.value.clone() }),
         };
         let request = in_namespace(ForwardRequest { envelope: Some(envelope) }, namespace)?;
         EventsClient::new(self.channel.clone()).forward(request).await.map(drop)
@@ -69,7 +73,7 @@ impl Pod {
     }
 
     fn take_timing(&self, timing: &ContainerTiming) {
-        let milliseconds = timing.duration_ns as f64 / 1e6;
+        let milliseconds = crate::timeline::milliseconds(timing.duration_ns);
         let phase = timing.phase.enum_value_or_default();
         let known = self.with_container_timeline(&timing.container_id, |timeline| match phase {
             Phase::PHASE_CREATE => timeline.create = Some(milliseconds),

@@ -17,12 +17,15 @@ use pericarp_protos::{
     agent::{AgentClient, ConfigureRequest, Event, EventsRequest},
     guest,
     host::{
-        Host, PrepareContainerRequest, PrepareContainerResponse, ReadyRequest, ReadyResponse, ReleaseContainerRequest,
-        ReleaseContainerResponse, create_host,
+        Host, PrepareContainerRequest, PrepareContainerResponse, ReadyRequest, ReadyResponse,
+        ReleaseContainerRequest, ReleaseContainerResponse, create_host,
     },
     ttrpc::{
         self,
-        asynchronous::{Client, ClientStreamReceiver, Server, TtrpcContext, transport::{Listener, Socket}},
+        asynchronous::{
+            Client, ClientStreamReceiver, Server, TtrpcContext,
+            transport::{Listener, Socket},
+        },
         context,
     },
 };
@@ -52,7 +55,10 @@ pub trait Requests: Send + Sync {
 }
 
 /// Serves a guest's requests on its pod's socket. The service ends when the answer is dropped.
-pub async fn serve(listener: std::os::unix::net::UnixListener, requests: Arc<dyn Requests>) -> ttrpc::Result<Server> {
+pub async fn serve(
+    listener: std::os::unix::net::UnixListener,
+    requests: Arc<dyn Requests>,
+) -> ttrpc::Result<Server> {
     let listener = listen(listener).map_err(|error| ttrpc::Error::Others(error.to_string()))?;
     let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     // A connection beyond the limit is closed at once.
@@ -113,13 +119,21 @@ struct Bounded {
 }
 
 impl AsyncRead for Bounded {
-    fn poll_read(mut self: Pin<&mut Self>, context: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_read(context, buffer)
     }
 }
 
 impl AsyncWrite for Bounded {
-    fn poll_write(mut self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write(context, bytes)
     }
 
@@ -142,9 +156,9 @@ impl Agent {
     /// Connects through the machine's vsock socket.
     pub async fn connect(socket: &Path) -> io::Result<Agent> {
         let connect = dial(socket, guest::AGENT_PORT);
-        let stream = tokio::time::timeout(CALL_TIMEOUT, connect)
-            .await
-            .map_err(|_| io::Error::new(io::ErrorKind::TimedOut, "the guest's agent does not accept the connection"))??;
+        let stream = tokio::time::timeout(CALL_TIMEOUT, connect).await.map_err(|_| {
+            io::Error::new(io::ErrorKind::TimedOut, "the guest's agent does not accept the connection")
+        })??;
         Ok(Agent { client: AgentClient::new(Client::new(Socket::from(stream))) })
     }
 
@@ -168,15 +182,14 @@ async fn dial(socket: &Path, port: u32) -> io::Result<UnixStream> {
     // One byte at a time: what follows the line belongs to the stream.
     while answer.last() != Some(&b'\n') {
         if answer.len() == ANSWER_MAX {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "the machine's vsock socket gives no answer that can be read"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "the machine's vsock socket gives no answer that can be read",
+            ));
         }
         answer.push(stream.read_u8().await?);
     }
-    if answer.starts_with(b"OK ") {
-        Ok(stream)
-    } else {
-        Err(io::ErrorKind::ConnectionRefused.into())
-    }
+    if answer.starts_with(b"OK ") { Ok(stream) } else { Err(io::ErrorKind::ConnectionRefused.into()) }
 }
 
 #[cfg(test)]

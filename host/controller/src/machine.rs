@@ -22,7 +22,9 @@ use pericarp_protos::{
     vmm::{MachineClient, StatusRequest, StatusResponse},
 };
 use pericarp_vmm::MachineConfig;
-use rustix::process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid};
+use rustix::process::{
+    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
+};
 use tokio::io::{Interest, unix::AsyncFd};
 
 /// Names of a pod's files in its directory.
@@ -77,7 +79,12 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
 impl Machine {
     /// Starts `pericarp vmm` in the pod's directory. `control` is the socket that it serves; `entrance`
     /// the `cgroup.procs` of the cgroup that it belongs to.
-    pub fn spawn(directory: &Path, config: &MachineConfig, control: &UnixListener, entrance: Option<File>) -> io::Result<Machine> {
+    pub fn spawn(
+        directory: &Path,
+        config: &MachineConfig,
+        control: &UnixListener,
+        entrance: Option<File>,
+    ) -> io::Result<Machine> {
         let path = directory.join(file::CONFIG);
         fs::write(&path, serde_json::to_vec_pretty(config)?)?;
         let log = OpenOptions::new().create(true).append(true).mode(0o600).open(directory.join(file::LOG))?;

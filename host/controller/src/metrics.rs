@@ -2,6 +2,7 @@
 
 use std::{fs, path::Path};
 
+use pericarp_protos::sandbox::types::Metric;
 use prost::{Message as _, Name};
 
 /// `io.containerd.cgroups.v2.Metrics` of containerd's cgroups module (`cgroup2/stats/metrics.proto`),
@@ -90,12 +91,22 @@ pub struct Memory {
     pub swap_usage: u64,
 }
 
+/// A pod's numbers as containerd wants them.
+pub fn of_pod(id: &str, cgroup: &Path) -> Metric {
+    Metric {
+        timestamp: Some(std::time::SystemTime::now().into()),
+        id: id.to_owned(),
+        data: Some(Metrics::read(cgroup).to_any()),
+    }
+}
+
 impl Metrics {
     /// Reads a cgroup's files. A controller that is not enabled is left out.
     pub fn read(cgroup: &Path) -> Metrics {
         let file = |name: &str| fs::read_to_string(cgroup.join(name)).ok();
         let number = |name: &str| file(name)?.trim().parse::<u64>().ok();
-        let pids = number("pids.current").map(|current| Pids { current, limit: number("pids.max").unwrap_or(0) });
+        let pids =
+            number("pids.current").map(|current| Pids { current, limit: number("pids.max").unwrap_or(0) });
         let cpu = file("cpu.stat").map(|stat| {
             let get = |key: &str| field(&stat, key);
             Cpu {
@@ -132,9 +143,7 @@ impl Metrics {
 }
 
 fn field(stat: &str, key: &str) -> u64 {
-    stat.lines()
-        .find_map(|line| line.strip_prefix(key)?.strip_prefix(' ')?.trim().parse().ok())
-        .unwrap_or(0)
+    stat.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' ')?.trim().parse().ok()).unwrap_or(0)
 }
 
 #[cfg(test)]
@@ -152,7 +161,10 @@ mod tests {
         let metrics = Metrics::read(cgroup.path());
         assert_eq!(metrics.cpu.as_ref().map(|cpu| (cpu.usage_usec, cpu.system_usec)), Some((120, 20)));
         let memory = metrics.memory.clone().unwrap();
-        assert_eq!((memory.usage, memory.usage_limit, memory.file, memory.inactive_file), (4096, u64::MAX, 7, 5));
+        assert_eq!(
+            (memory.usage, memory.usage_limit, memory.file, memory.inactive_file),
+            (4096, u64::MAX, 7, 5)
+        );
         assert_eq!(metrics.pids, None);
         assert_eq!(metrics.to_any().type_url, "io.containerd.cgroups.v2.Metrics");
     }

@@ -10,8 +10,8 @@ use std::{
 use rustix::{
     fs::CWD,
     mount::{
-        FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
-        fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, mount_bind,
+        FsMountFlags, FsOpenFlags, MountAttrFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags,
+        UnmountFlags, fsconfig_create, fsconfig_set_flag, fsconfig_set_string, fsmount, fsopen, mount_bind,
         mount_change, move_mount, open_tree, unmount,
     },
 };
@@ -101,10 +101,12 @@ fn lower_layers(context: impl std::os::fd::AsFd, layers: &str) -> Result<(), Ove
     /// Most that one string parameter of the new mount API holds.
     const STRING_MAX: usize = 255;
     if layers.len() <= STRING_MAX {
-        return fsconfig_set_string(&context, "lowerdir", layers).map_err(|errno| OverlayError::System(errno.into()));
+        return fsconfig_set_string(&context, "lowerdir", layers)
+            .map_err(|errno| OverlayError::System(errno.into()));
     }
     for layer in layers.split(':') {
-        fsconfig_set_string(&context, "lowerdir+", layer).map_err(|errno| OverlayError::System(errno.into()))?;
+        fsconfig_set_string(&context, "lowerdir+", layer)
+            .map_err(|errno| OverlayError::System(errno.into()))?;
     }
     Ok(())
 }
@@ -128,7 +130,8 @@ pub fn bind(source: &Path, target: &Path, recursive: bool, access: Access, slave
     }
     // Changed while it is in no tree yet: nobody ever sees it with more rights.
     let tree = open_tree(CWD, source, flags)?;
-    let mut attributes = libc::mount_attr { attr_set: 0, attr_clr: 0, propagation: libc::MS_PRIVATE, userns_fd: 0 };
+    let mut attributes =
+        libc::mount_attr { attr_set: 0, attr_clr: 0, propagation: libc::MS_PRIVATE, userns_fd: 0 };
     if slave {
         attributes.propagation = libc::MS_SLAVE;
     }
@@ -184,7 +187,9 @@ pub fn unmount_tree(directory: &Path) -> io::Result<()> {
     }
     match mounts_below(directory)?.first() {
         None => Ok(()),
-        Some(left) => Err(io::Error::new(io::ErrorKind::ResourceBusy, format!("{} is still mounted", left.display()))),
+        Some(left) => {
+            Err(io::Error::new(io::ErrorKind::ResourceBusy, format!("{} is still mounted", left.display())))
+        }
     }
 }
 

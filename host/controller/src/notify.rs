@@ -1,6 +1,12 @@
 //! Tells systemd that the service is up (`sd_notify(3)`).
 
-use std::{env, io, os::{linux::net::SocketAddrExt as _, unix::net::{SocketAddr, UnixDatagram}}};
+use std::{
+    env, io,
+    os::{
+        linux::net::SocketAddrExt as _,
+        unix::net::{SocketAddr, UnixDatagram},
+    },
+};
 
 /// Sends `READY=1`, if the service manager wants to know.
 pub fn ready() {

@@ -9,11 +9,12 @@ use std::{
 use pericarp_protos::{
     cri,
     sandbox::{
-        ControllerCreateRequest, ControllerCreateResponse, ControllerMetricsRequest, ControllerMetricsResponse,
-        ControllerPlatformRequest, ControllerPlatformResponse, ControllerShutdownRequest, ControllerShutdownResponse,
-        ControllerStartRequest, ControllerStartResponse, ControllerStatusRequest, ControllerStatusResponse,
-        ControllerStopRequest, ControllerStopResponse, ControllerUpdateRequest, ControllerUpdateResponse,
-        ControllerWaitRequest, ControllerWaitResponse, controller_server::Controller, types,
+        ControllerCreateRequest, ControllerCreateResponse, ControllerMetricsRequest,
+        ControllerMetricsResponse, ControllerPlatformRequest, ControllerPlatformResponse,
+        ControllerShutdownRequest, ControllerShutdownResponse, ControllerStartRequest,
+        ControllerStartResponse, ControllerStatusRequest, ControllerStatusResponse, ControllerStopRequest,
+        ControllerStopResponse, ControllerUpdateRequest, ControllerUpdateResponse, ControllerWaitRequest,
+        ControllerWaitResponse, controller_server::Controller, types,
     },
 };
 use prost::Message as _;
@@ -50,7 +51,10 @@ impl Sandboxes {
     }
 
     fn pod(&self, id: &str) -> Result<Arc<Pod>, Status> {
-        self.pods().get(id).cloned().ok_or_else(|| Status::not_found(format!("there is no pod sandbox {id:?}")))
+        self.pods()
+            .get(id)
+            .cloned()
+            .ok_or_else(|| Status::not_found(format!("there is no pod sandbox {id:?}")))
     }
 }
 
@@ -82,16 +86,18 @@ fn namespace(metadata: &MetadataMap) -> Result<String, Status> {
 /// The pod's configuration as CRI gave it to containerd.
 fn pod_config(request: &ControllerCreateRequest) -> Result<cri::PodSandboxConfig, Status> {
     let id = &request.sandbox_id;
-    let options = request
-        .options
-        .as_ref()
-        .ok_or_else(|| Status::invalid_argument(format!("pod sandbox {id:?} comes without a PodSandboxConfig")))?;
+    let options = request.options.as_ref().ok_or_else(|| {
+        Status::invalid_argument(format!("pod sandbox {id:?} comes without a PodSandboxConfig"))
+    })?;
     if options.type_url.trim_start_matches("types.googleapis.com/") != POD_CONFIG_TYPE {
         let kind = &options.type_url;
-        return Err(Status::invalid_argument(format!("pod sandbox {id:?} comes with a {kind}; {POD_CONFIG_TYPE} is expected")));
+        return Err(Status::invalid_argument(format!(
+            "pod sandbox {id:?} comes with a {kind}; {POD_CONFIG_TYPE} is expected"
+        )));
     }
-    cri::PodSandboxConfig::decode(options.value.as_slice())
-        .map_err(|error| Status::invalid_argument(format!("pod sandbox {id:?}: its PodSandboxConfig cannot be read: {error}")))
+    cri::PodSandboxConfig::decode(options.value.as_slice()).map_err(|error| {
+        Status::invalid_argument(format!("pod sandbox {id:?}: its PodSandboxConfig cannot be read: {error}"))
+    })
 }
 
 /// Whether an id can be a directory's name, and short enough for the sockets in it.
@@ -100,13 +106,18 @@ fn check_id(id: &str) -> Result<(), Status> {
     if plain && (1..=64).contains(&id.len()) {
         Ok(())
     } else {
-        Err(Status::invalid_argument(format!("pod sandbox id {id:?} is not 1 to 64 letters, digits, dashes and underscores")))
+        Err(Status::invalid_argument(format!(
+            "pod sandbox id {id:?} is not 1 to 64 letters, digits, dashes and underscores"
+        )))
     }
 }
 
 #[tonic::async_trait]
 impl Controller for Sandboxes {
-    async fn create(&self, request: Request<ControllerCreateRequest>) -> Result<Response<ControllerCreateResponse>, Status> {
+    async fn create(
+        &self,
+        request: Request<ControllerCreateRequest>,
+    ) -> Result<Response<ControllerCreateResponse>, Status> {
         let namespace = namespace(request.metadata())?;
         let request = request.into_inner();
         check_id(&request.sandbox_id)?;
@@ -125,14 +136,17 @@ impl Controller for Sandboxes {
         }
     }
 
-    async fn start(&self, request: Request<ControllerStartRequest>) -> Result<Response<ControllerStartResponse>, Status> {
+    async fn start(
+        &self,
+        request: Request<ControllerStartRequest>,
+    ) -> Result<Response<ControllerStartResponse>, Status> {
         let id = request.into_inner().sandbox_id;
         let pod = self.pod(&id)?;
         // On a task of its own: a client that goes away must not leave a pod half made.
         let starting = pod.clone();
-        let started = tokio::spawn(async move { starting.start().await })
-            .await
-            .map_err(|_| Status::internal(format!("{} cannot be started: the controller failed", pod.name())))?;
+        let started = tokio::spawn(async move { starting.start().await }).await.map_err(|_| {
+            Status::internal(format!("{} cannot be started: the controller failed", pod.name()))
+        })?;
         if let Err(error) = started {
             let forget = matches!(error, PodError::Boot { .. });
             let status = Status::from(error);
@@ -156,23 +170,42 @@ impl Controller for Sandboxes {
         }))
     }
 
-    async fn platform(&self, _request: Request<ControllerPlatformRequest>) -> Result<Response<ControllerPlatformResponse>, Status> {
-        let platform = types::Platform { os: "linux".into(), architecture: "amd64".into(), ..types::Platform::default() };
+    async fn platform(
+        &self,
+        _request: Request<ControllerPlatformRequest>,
+    ) -> Result<Response<ControllerPlatformResponse>, Status> {
+        let platform = types::Platform {
+            os: "linux".into(),
+            architecture: "amd64".into(),
+            ..types::Platform::default()
+        };
         Ok(Response::new(ControllerPlatformResponse { platform: Some(platform) }))
     }
 
-    async fn stop(&self, request: Request<ControllerStopRequest>) -> Result<Response<ControllerStopResponse>, Status> {
+    async fn stop(
+        &self,
+        request: Request<ControllerStopRequest>,
+    ) -> Result<Response<ControllerStopResponse>, Status> {
         let pod = self.pod(&request.into_inner().sandbox_id)?;
         pod.stop().await?;
         Ok(Response::new(ControllerStopResponse {}))
     }
 
-    async fn wait(&self, request: Request<ControllerWaitRequest>) -> Result<Response<ControllerWaitResponse>, Status> {
+    async fn wait(
+        &self,
+        request: Request<ControllerWaitRequest>,
+    ) -> Result<Response<ControllerWaitResponse>, Status> {
         let ended = self.pod(&request.into_inner().sandbox_id)?.wait().await;
-        Ok(Response::new(ControllerWaitResponse { exit_status: ended.exit.status(), exited_at: timestamp(ended.at) }))
+        Ok(Response::new(ControllerWaitResponse {
+            exit_status: ended.exit.status(),
+            exited_at: timestamp(ended.at),
+        }))
     }
 
-    async fn status(&self, request: Request<ControllerStatusRequest>) -> Result<Response<ControllerStatusResponse>, Status> {
+    async fn status(
+        &self,
+        request: Request<ControllerStatusRequest>,
+    ) -> Result<Response<ControllerStatusResponse>, Status> {
         let request = request.into_inner();
         let pod = self.pod(&request.sandbox_id)?;
         let mut info = HashMap::new();
@@ -196,7 +229,10 @@ impl Controller for Sandboxes {
         }))
     }
 
-    async fn shutdown(&self, request: Request<ControllerShutdownRequest>) -> Result<Response<ControllerShutdownResponse>, Status> {
+    async fn shutdown(
+        &self,
+        request: Request<ControllerShutdownRequest>,
+    ) -> Result<Response<ControllerShutdownResponse>, Status> {
         let id = request.into_inner().sandbox_id;
         let pod = self.pod(&id)?;
         pod.shutdown().await?;
@@ -205,17 +241,24 @@ impl Controller for Sandboxes {
         Ok(Response::new(ControllerShutdownResponse {}))
     }
 
-    async fn metrics(&self, request: Request<ControllerMetricsRequest>) -> Result<Response<ControllerMetricsResponse>, Status> {
+    async fn metrics(
+        &self,
+        request: Request<ControllerMetricsRequest>,
+    ) -> Result<Response<ControllerMetricsResponse>, Status> {
         let pod = self.pod(&request.into_inner().sandbox_id)?;
-        let Phase::Running { pid } = pod.phase() else {
+        if !matches!(pod.phase(), Phase::Running { .. }) {
             return Err(Status::failed_precondition(format!("{} is not running", pod.name())));
-        };
-        let metric = metrics::of_machine(&pod.id, pid)
-            .map_err(|error| Status::internal(format!("{}: cannot read its numbers: {error}", pod.name())))?;
-        Ok(Response::new(ControllerMetricsResponse { metrics: Some(metric) }))
+        }
+        let cgroup = pod.cgroup().ok_or_else(|| {
+            Status::unimplemented(format!("{} has no numbers: they need cgroup v2 on the host", pod.name()))
+        })?;
+        Ok(Response::new(ControllerMetricsResponse { metrics: Some(metrics::of_pod(&pod.id, &cgroup)) }))
     }
 
-    async fn update(&self, request: Request<ControllerUpdateRequest>) -> Result<Response<ControllerUpdateResponse>, Status> {
+    async fn update(
+        &self,
+        request: Request<ControllerUpdateRequest>,
+    ) -> Result<Response<ControllerUpdateResponse>, Status> {
         // containerd's record of the sandbox has changed. Nothing in it is used here after Create, so it is
         // enough to know the pod.
         self.pod(&request.into_inner().sandbox_id)?;
@@ -237,7 +280,8 @@ mod tests {
 
     #[test]
     fn a_request_without_a_pod_is_refused_with_its_id() {
-        let request = ControllerCreateRequest { sandbox_id: "abc".into(), ..ControllerCreateRequest::default() };
+        let request =
+            ControllerCreateRequest { sandbox_id: "abc".into(), ..ControllerCreateRequest::default() };
         let status = pod_config(&request).unwrap_err();
         assert_eq!(status.code(), Code::InvalidArgument);
         assert!(status.message().contains("abc"));

@@ -70,7 +70,9 @@ pub enum Error {
         whose: Limiter,
     },
     /// More memory than allowed.
-    #[error("the pod asks for {asked} MiB of memory, and {limit} MiB are the most that {whose} allows; ask for less")]
+    #[error(
+        "the pod asks for {asked} MiB of memory, and {limit} MiB are the most that {whose} allows; ask for less"
+    )]
     Memory {
         /// What the pod asks for.
         asked: u64,
@@ -146,7 +148,10 @@ fn annotation(pod: &PodSandboxConfig, key: &'static str, minimum: u32) -> Result
 }
 
 /// Whole CPUs for the CPU time that pod and overhead may use; `None` if the pod has no limit.
-fn cpus(resources: Option<&LinuxContainerResources>, overhead: Option<&LinuxContainerResources>) -> Option<u64> {
+fn cpus(
+    resources: Option<&LinuxContainerResources>,
+    overhead: Option<&LinuxContainerResources>,
+) -> Option<u64> {
     let milli = |resources: Option<&LinuxContainerResources>| {
         let resources = resources?;
         let quota = u64::try_from(resources.cpu_quota).ok().filter(|quota| *quota > 0)?;
@@ -158,7 +163,10 @@ fn cpus(resources: Option<&LinuxContainerResources>, overhead: Option<&LinuxCont
 }
 
 /// MiB that pod and overhead may use; `None` if the pod has no limit.
-fn memory(resources: Option<&LinuxContainerResources>, overhead: Option<&LinuxContainerResources>) -> Option<u64> {
+fn memory(
+    resources: Option<&LinuxContainerResources>,
+    overhead: Option<&LinuxContainerResources>,
+) -> Option<u64> {
     let bytes = |resources: Option<&LinuxContainerResources>| {
         u64::try_from(resources?.memory_limit_in_bytes).ok().filter(|limit| *limit > 0)
     };
@@ -225,7 +233,8 @@ mod tests {
 
     #[test]
     fn annotations_win() {
-        let pod = pod(resources(100_000, 1 << 30), None, &[(VCPUS_ANNOTATION, "2"), (MEMORY_ANNOTATION, "300")]);
+        let pod =
+            pod(resources(100_000, 1 << 30), None, &[(VCPUS_ANNOTATION, "2"), (MEMORY_ANNOTATION, "300")]);
         assert_eq!(size(&pod), Ok(Size { vcpus: 2, memory_mib: 300 }));
     }
 

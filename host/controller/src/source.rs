@@ -74,7 +74,8 @@ impl ContainerSource for Containerd {
             }
         };
         let incomplete = |what| SourceError::Incomplete { what, id: id.into() };
-        let record = in_namespace(GetContainerRequest { id: id.into() }, namespace).map_err(failed("the record"))?;
+        let record =
+            in_namespace(GetContainerRequest { id: id.into() }, namespace).map_err(failed("the record"))?;
         let container = ContainersClient::new(self.channel.clone())
             .get(record)
             .await

@@ -137,18 +137,21 @@ impl Pod {
         let directory = &self.directory;
         mounts::make_private(&directory.join(file::SHARE)).map_err(make("share"))?;
         let control = machine::bind(&directory.join(file::CONTROL)).map_err(make("control socket"))?;
-        let host_service = machine::bind(&host_service_path(directory)).map_err(make("host service socket"))?;
+        let host_service =
+            machine::bind(&host_service_path(directory)).map_err(make("host service socket"))?;
         let parent = self.config.linux.as_ref().map_or("", |linux| linux.cgroup_parent.as_str());
         let cgroup = Cgroup::make(parent, &self.id).map_err(make("cgroup"))?;
         let entrance = match &cgroup {
             Some(cgroup) => {
                 let path = cgroup.path().to_owned();
+                self.state().cgroup = Some(path.clone());
                 running.push("remove the pod's cgroup", move || cgroup::remove(&path));
                 Some(cgroup.entrance().map_err(make("cgroup"))?)
             }
             None => None,
         };
-        let machine = Machine::spawn(directory, &self.machine_config(), &control, entrance).map_err(make("machine process"))?;
+        let machine = Machine::spawn(directory, &self.machine_config(), &control, entrance)
+            .map_err(make("machine process"))?;
         let pidfd = machine.pidfd().map_err(make("machine process"))?;
         running.push("end the pod's machine", move || machine::kill(&pidfd));
         Ok((machine, host_service))
@@ -176,7 +179,10 @@ impl Pod {
                 limit_bytes: config.console_limit_kib << 10,
             },
             vsock: VsockConfig { path: self.directory.join(file::VSOCK), host_ports: vec![guest::HOST_PORT] },
-            share: Some(ShareConfig { tag: guest::SHARE_TAG.into(), directory: self.directory.join(file::SHARE) }),
+            share: Some(ShareConfig {
+                tag: guest::SHARE_TAG.into(),
+                directory: self.directory.join(file::SHARE),
+            }),
         }
     }
 
@@ -191,7 +197,13 @@ impl Pod {
         ConfigureRequest {
             sandbox_id: self.id.clone(),
             hostname,
-            dns: Some(Dns { servers: dns.servers, searches: dns.searches, options: dns.options, ..Dns::default() }).into(),
+            dns: Some(Dns {
+                servers: dns.servers,
+                searches: dns.searches,
+                options: dns.options,
+                ..Dns::default()
+            })
+            .into(),
             sysctls: self.config.linux.clone().unwrap_or_default().sysctls,
             ..ConfigureRequest::default()
         }
@@ -252,8 +264,12 @@ impl Pod {
         tokio::spawn(async move {
             let status = machine::status(&pod.directory).await;
             match (pod.timeline(status.as_ref().ok()), status) {
-                (Some(timeline), _) => tracing::info!(pod = pod.id, name = pod.name(), ?timeline, "pod started"),
-                (None, Err(error)) => tracing::warn!(pod = pod.id, %error, "pod started, its machine tells no times"),
+                (Some(timeline), _) => {
+                    tracing::info!(pod = pod.id, name = pod.name(), ?timeline, "pod started")
+                }
+                (None, Err(error)) => {
+                    tracing::warn!(pod = pod.id, %error, "pod started, its machine tells no times")
+                }
                 (None, Ok(_)) => tracing::warn!(pod = pod.id, "pod started, its machine tells no times"),
             }
         });

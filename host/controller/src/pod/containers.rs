@@ -61,13 +61,17 @@ impl ContainerError {
     pub fn into_status(self, pod: &Pod) -> (ttrpc::Code, String) {
         use ttrpc::Code;
         let code = match &self {
-            ContainerError::NotOfThisPod { .. } | ContainerError::Source(SourceError::NotFound { .. }) => Code::NOT_FOUND,
-            ContainerError::Source(SourceError::Unavailable { .. }) => Code::UNAVAILABLE,
-            ContainerError::Spec(_) | ContainerError::VolumeMissing { .. } | ContainerError::VolumeKind { .. } => {
-                Code::INVALID_ARGUMENT
+            ContainerError::NotOfThisPod { .. } | ContainerError::Source(SourceError::NotFound { .. }) => {
+                Code::NOT_FOUND
             }
+            ContainerError::Source(SourceError::Unavailable { .. }) => Code::UNAVAILABLE,
+            ContainerError::Spec(_)
+            | ContainerError::VolumeMissing { .. }
+            | ContainerError::VolumeKind { .. } => Code::INVALID_ARGUMENT,
             ContainerError::Ended | ContainerError::Rootfs(_) => Code::FAILED_PRECONDITION,
-            ContainerError::Source(_) | ContainerError::Volume { .. } | ContainerError::Directory { .. } => Code::INTERNAL,
+            ContainerError::Source(_) | ContainerError::Volume { .. } | ContainerError::Directory { .. } => {
+                Code::INTERNAL
+            }
         };
         (code, format!("{}: {}", pod.name(), chain(&self)))
     }
@@ -90,12 +94,14 @@ impl Pod {
         let translated = spec::translate(&record.spec, id, pid)?;
         let directory = self.container_directory(id);
         // Mounting may wait for a disk: not on the runtime's own threads.
-        let mounted = tokio::task::spawn_blocking(move || mount_all(&directory, &record.rootfs, &translated.volumes))
-            .await
-            .map_err(|_| ContainerError::Ended)?;
+        let mounted =
+            tokio::task::spawn_blocking(move || mount_all(&directory, &record.rootfs, &translated.volumes))
+                .await
+                .map_err(|_| ContainerError::Ended)?;
         mounted?;
         let elapsed = begun.elapsed();
-        self.state().containers.entry(id.to_owned()).or_default().prepare = Some(elapsed.as_secs_f64() * 1e3);
+        self.state().containers.entry(id.to_owned()).or_default().prepare =
+            Some(elapsed.as_secs_f64() * 1000.0);
         tracing::info!(pod = self.id, container = id, ?elapsed, "container prepared");
         Ok(translated.spec)
     }
@@ -108,7 +114,9 @@ impl Pod {
         let _share = self.share.lock().await;
         let directory = self.container_directory(id);
         self.state().containers.remove(id);
-        tokio::task::spawn_blocking(move || unmount_all(&directory)).await.map_err(|_| ContainerError::Ended)?
+        tokio::task::spawn_blocking(move || unmount_all(&directory))
+            .await
+            .map_err(|_| ContainerError::Ended)?
     }
 
     fn container_directory(&self, id: &str) -> PathBuf {
@@ -179,8 +187,16 @@ fn mount_volume(volume: &Volume, target: &Path) -> Result<(), ContainerError> {
         ReadOnly::Top => Access::ReadOnly,
         ReadOnly::Recursive => Access::RecursiveReadOnly,
     };
-    made.and_then(|()| mounts::bind(&volume.source, target, volume.recursive, access, volume.propagation == Propagation::Slave))
-        .map_err(|source| ContainerError::Volume { source_path, destination, source })
+    made.and_then(|()| {
+        mounts::bind(
+            &volume.source,
+            target,
+            volume.recursive,
+            access,
+            volume.propagation == Propagation::Slave,
+        )
+    })
+    .map_err(|source| ContainerError::Volume { source_path, destination, source })
 }
 
 fn unservable(kind: FileType) -> Option<&'static str> {
@@ -227,7 +243,9 @@ mod tests {
             propagation: Propagation::Private,
         };
         let error = mount_volume(&volume, &directory.path().join("0")).unwrap_err();
-        assert!(error.to_string().ends_with("for /run/x.sock is a socket, which cannot reach into a machine"));
+        assert!(
+            error.to_string().ends_with("for /run/x.sock is a socket, which cannot reach into a machine")
+        );
     }
 
     #[test]

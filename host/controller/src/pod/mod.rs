@@ -62,9 +62,13 @@ pub struct Ended {
 /// Why a request about a pod fails. Each names the pod.
 #[derive(Debug, Error)]
 pub enum PodError {
-    #[error("{pod}: hostNetwork cannot be given to a pod in a machine of its own: the host's network would have to be inside it; remove hostNetwork, or use the runc runtime for this pod")]
+    #[error(
+        "{pod}: hostNetwork cannot be given to a pod in a machine of its own: the host's network would have to be inside it; remove hostNetwork, or use the runc runtime for this pod"
+    )]
     HostNetwork { pod: String },
-    #[error("{pod}: the host's {namespace} namespace cannot be shared with a machine; remove {field} from the pod")]
+    #[error(
+        "{pod}: the host's {namespace} namespace cannot be shared with a machine; remove {field} from the pod"
+    )]
     HostNamespace { pod: String, namespace: &'static str, field: &'static str },
     #[error("{pod}")]
     Size {
@@ -112,6 +116,8 @@ struct State {
     phase: Phase,
     /// Takes down what runs: machine, mounts, cgroup, sockets.
     running: Undo,
+    /// The machine's cgroup, once there is one.
+    cgroup: Option<PathBuf>,
     /// Removes the directory.
     directory: Undo,
     /// Answers the guest; ends with the pod.
@@ -136,10 +142,17 @@ struct Ready {
 
 impl Pod {
     /// Checks what is asked for and takes note of it; nothing is made yet.
-    pub fn new(id: String, namespace: String, config: cri::PodSandboxConfig, netns: String, node: Arc<Node>) -> Result<Pod, PodError> {
+    pub fn new(
+        id: String,
+        namespace: String,
+        config: cri::PodSandboxConfig,
+        netns: String,
+        node: Arc<Node>,
+    ) -> Result<Pod, PodError> {
         let pod = name_of(&config, &id);
         refuse_host_namespaces(&pod, &config)?;
-        let size = Size::of(&config, &node.config, node.host).map_err(|source| PodError::Size { pod, source })?;
+        let size =
+            Size::of(&config, &node.config, node.host).map_err(|source| PodError::Size { pod, source })?;
         Ok(Pod {
             directory: node.config.run_dir.join(&id),
             id,
@@ -154,6 +167,7 @@ impl Pod {
             state: Mutex::new(State {
                 phase: Phase::Created,
                 running: Undo::default(),
+                cgroup: None,
                 directory: Undo::default(),
                 host_service: None,
                 ready: None,
@@ -203,6 +217,11 @@ impl Pod {
     fn state(&self) -> MutexGuard<'_, State> {
         // Nothing panics while it holds this; if something did, the numbers in it would still be sound.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The cgroup that has the pod's numbers; `None` on a host without cgroup v2.
+    pub fn cgroup(&self) -> Option<PathBuf> {
+        self.state().cgroup.clone()
     }
 
     pub(crate) fn node(&self) -> &Node {

@@ -11,7 +11,10 @@ use pericarp_protos::cri;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use serde::{Deserialize, Serialize};
 
-use super::{Node, Phase, Pod, boot::{GuestRequests, host_service_path}};
+use super::{
+    Node, Phase, Pod,
+    boot::{GuestRequests, host_service_path},
+};
 use crate::{
     cgroup,
     guest::{self, Agent},
@@ -67,7 +70,8 @@ fn start_time(pid: u32) -> io::Result<u64> {
 
 fn cgroup_of(pid: u32) -> io::Result<Option<PathBuf>> {
     let groups = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
-    let path = groups.lines().find_map(|line| line.strip_prefix("0::/")).filter(|path| path.contains("pericarp-"));
+    let path =
+        groups.lines().find_map(|line| line.strip_prefix("0::/")).filter(|path| path.contains("pericarp-"));
     Ok(path.map(|path| Path::new("/sys/fs/cgroup").join(path)))
 }
 
@@ -88,7 +92,9 @@ pub async fn adopt_all(node: &Arc<Node>) -> io::Result<Vec<Arc<Pod>>> {
                     tracing::info!(pod = pod.id, name = pod.name(), "pod taken over");
                     pods.push(pod);
                 }
-                Err(error) => tracing::error!(directory = %directory.display(), %error, "cannot take a pod over"),
+                Err(error) => {
+                    tracing::error!(directory = %directory.display(), %error, "cannot take a pod over")
+                }
             },
             (record, None) => clean_up(&directory, record.ok().as_ref()),
             (Err(_), Some(_)) => {}
@@ -116,11 +122,13 @@ fn running_machine(record: &Record) -> Option<Machine> {
 }
 
 async fn adopt(node: &Arc<Node>, record: Record, machine: Machine) -> io::Result<Arc<Pod>> {
-    let pod = Pod::new(record.id, record.namespace, record.config, record.netns, node.clone()).map_err(io::Error::other)?;
+    let pod = Pod::new(record.id, record.namespace, record.config, record.netns, node.clone())
+        .map_err(io::Error::other)?;
     let pod = Arc::new(pod);
     let mut running = Undo::default();
     let share = pod.directory.join(file::SHARE);
     running.push("unmount the pod's file systems", move || mounts::unmount_tree(&share));
+    let cgroup = record.cgroup.clone();
     if let Some(path) = record.cgroup {
         running.push("remove the pod's cgroup", move || cgroup::remove(&path));
     }
@@ -131,11 +139,14 @@ async fn adopt(node: &Arc<Node>, record: Record, machine: Machine) -> io::Result
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    let service = guest::serve(machine::bind(&socket)?, Arc::new(GuestRequests(pod.clone()))).await.map_err(io::Error::other)?;
+    let service = guest::serve(machine::bind(&socket)?, Arc::new(GuestRequests(pod.clone())))
+        .await
+        .map_err(io::Error::other)?;
     {
         let mut state = pod.state();
         state.phase = Phase::Running { pid: machine.pid() };
         state.running = running;
+        state.cgroup = cgroup;
         state.directory = pod.undo_directory();
         state.host_service = Some(service);
     }
@@ -155,7 +166,9 @@ fn clean_up(directory: &Path, record: Option<&Record>) {
         .and_then(|()| mounts::remove_tree(directory));
     match cleaned {
         Ok(()) => tracing::info!(directory = %directory.display(), "removed what a pod had left"),
-        Err(error) => tracing::error!(directory = %directory.display(), %error, "cannot remove what a pod has left"),
+        Err(error) => {
+            tracing::error!(directory = %directory.display(), %error, "cannot remove what a pod has left")
+        }
     }
 }
 

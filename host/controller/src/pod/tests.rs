@@ -31,10 +31,17 @@ fn node(run_dir: &std::path::Path) -> Arc<Node> {
 
 fn config(network: cri::NamespaceMode) -> cri::PodSandboxConfig {
     cri::PodSandboxConfig {
-        metadata: Some(cri::PodSandboxMetadata { name: "web".into(), namespace: "default".into(), ..Default::default() }),
+        metadata: Some(cri::PodSandboxMetadata {
+            name: "web".into(),
+            namespace: "default".into(),
+            ..Default::default()
+        }),
         linux: Some(cri::LinuxPodSandboxConfig {
             security_context: Some(cri::LinuxSandboxSecurityContext {
-                namespace_options: Some(cri::NamespaceOption { network: network as i32, ..Default::default() }),
+                namespace_options: Some(cri::NamespaceOption {
+                    network: network as i32,
+                    ..Default::default()
+                }),
                 ..Default::default()
             }),
             ..Default::default()
@@ -52,7 +59,8 @@ fn pod(run_dir: &std::path::Path) -> Arc<Pod> {
 async fn a_pod_on_the_hosts_network_is_refused_with_its_name_and_what_to_do() {
     let directory = tempfile::tempdir().unwrap();
     let config = config(cri::NamespaceMode::Node);
-    let error = Pod::new("abc".into(), "k8s.io".into(), config, String::new(), node(directory.path())).err().unwrap();
+    let error =
+        Pod::new("abc".into(), "k8s.io".into(), config, String::new(), node(directory.path())).err().unwrap();
     let text = error.to_string();
     assert!(text.contains("default/web") && text.contains("remove hostNetwork"), "{text}");
 }

@@ -102,7 +102,8 @@ fn text<'a>(parent: &'a Map<String, Value>, key: &str) -> &'a str {
 
 fn refuse_hooks(root: &Map<String, Value>) -> Result<(), Error> {
     let hooks = root.get("hooks").and_then(Value::as_object);
-    let named = hooks.into_iter().flatten().find(|(_, list)| list.as_array().is_some_and(|list| !list.is_empty()));
+    let named =
+        hooks.into_iter().flatten().find(|(_, list)| list.as_array().is_some_and(|list| !list.is_empty()));
     match named {
         Some((name, _)) => unsupported(
             format!("the OCI hook {name}"),
@@ -153,7 +154,8 @@ fn check_selinux(label: Option<&Value>) -> Result<(), Error> {
 }
 
 fn linux(root: &mut Map<String, Value>, container: &str, machine_pid: u32) -> Result<(), Error> {
-    let linux = object(root, "linux", "linux is not an object")?.ok_or(Error::Malformed("it has no linux section"))?;
+    let linux = object(root, "linux", "linux is not an object")?
+        .ok_or(Error::Malformed("it has no linux section"))?;
     linux.insert("cgroupsPath".into(), format!("{CGROUP_PARENT}/{container}").into());
     namespaces(linux, machine_pid)?;
     devices(linux)?;

@@ -74,7 +74,9 @@ pub(super) fn translate(
         }
         let options = options(mount)?;
         let kind = text(mount, "type");
-        if matches!(kind, "bind" | "rbind") || options.iter().any(|option| option == "bind" || option == "rbind") {
+        if matches!(kind, "bind" | "rbind")
+            || options.iter().any(|option| option == "bind" || option == "rbind")
+        {
             let volume = volume(mount, destination.clone(), &options, volumes.len())?;
             let path = format!("{}/volumes/{}", guest_directory(container), volume.index);
             mount.insert("source".into(), path.into());
@@ -159,16 +161,15 @@ pub(super) fn refuse_shared<T>(what: &str) -> Result<T, Error> {
 fn add_pod_files(mounts: &mut Vec<Value>, destinations: &[String], read_only_root: bool) {
     let taken = |path: &str| destinations.iter().any(|destination| destination == path);
     let mode = if read_only_root { "ro" } else { "rw" };
-    let bind = |destination: &str, source: String, options: &[&str]| {
-        json!({ "destination": destination, "type": "bind", "source": source, "options": options })
-    };
+    let bind = |destination: &str, source: String, options: &[&str]| json!({ "destination": destination, "type": "bind", "source": source, "options": options });
     for name in POD_FILES {
         let destination = format!("/etc/{name}");
         if !taken(&destination) {
             mounts.push(bind(&destination, format!("{ETC_DIR}/{name}"), &["rbind", "rprivate", mode]));
         }
     }
-    let dev_is_a_volume = mounts.iter().any(|mount| mount["type"] == "bind" && mount["destination"] == "/dev");
+    let dev_is_a_volume =
+        mounts.iter().any(|mount| mount["type"] == "bind" && mount["destination"] == "/dev");
     if !taken(SHM) && !dev_is_a_volume {
         let options = ["rbind", "rprivate", "nosuid", "noexec", "nodev", "rw"];
         mounts.push(bind(SHM, SHM_DIR.to_owned(), &options));

@@ -108,7 +108,8 @@ fn a_target_containers_pid_namespace_is_named_by_its_pid_in_the_guest() {
 
 #[test]
 fn namespaces_of_the_host_are_refused() {
-    for (kind, path) in [("pid", "/run/netns/x"), ("pid", "/proc/1/../2/ns/pid"), ("mount", "/proc/1/ns/mnt")] {
+    for (kind, path) in [("pid", "/run/netns/x"), ("pid", "/proc/1/../2/ns/pid"), ("mount", "/proc/1/ns/mnt")]
+    {
         refused(|spec| spec["linux"]["namespaces"] = json!([{ "type": kind, "path": path }]), kind);
     }
     refused(|spec| spec["linux"]["namespaces"] = json!([{ "type": "user" }]), "user namespace");
@@ -137,7 +138,8 @@ fn chosen_security_labels_are_refused() {
 
 #[test]
 fn standard_devices_are_left_to_the_guest_and_others_are_refused() {
-    let (spec, _) = changed(|spec| spec["linux"]["devices"] = json!([{ "path": "/dev/null", "type": "c" }])).unwrap();
+    let (spec, _) =
+        changed(|spec| spec["linux"]["devices"] = json!([{ "path": "/dev/null", "type": "c" }])).unwrap();
     assert_eq!(spec["linux"]["devices"], json!([]));
     refused(|spec| spec["linux"]["devices"] = json!([{ "path": "/dev/sda", "type": "b" }]), "/dev/sda");
 }
@@ -185,7 +187,10 @@ fn read_only_and_propagation_are_read_from_the_options() {
         (json!(["rbind", "ro", "rw", "rslave"]), ReadOnly::No, Propagation::Slave),
     ] {
         let (_, volumes) = changed(|spec| {
-            add_mount(spec, json!({ "destination": "/b", "type": "bind", "source": "/hb", "options": options }));
+            add_mount(
+                spec,
+                json!({ "destination": "/b", "type": "bind", "source": "/hb", "options": options }),
+            );
         })
         .unwrap();
         assert_eq!((volumes[1].read_only, volumes[1].propagation), (read_only, propagation));
@@ -197,7 +202,10 @@ fn mounts_that_would_have_to_reach_the_host_are_refused() {
     refused(
         |spec| {
             let options = json!(["rbind", "rshared"]);
-            add_mount(spec, json!({ "destination": "/b", "type": "bind", "source": "/hb", "options": options }));
+            add_mount(
+                spec,
+                json!({ "destination": "/b", "type": "bind", "source": "/hb", "options": options }),
+            );
         },
         "bidirectional",
     );
@@ -206,7 +214,8 @@ fn mounts_that_would_have_to_reach_the_host_are_refused() {
 
 #[test]
 fn a_relative_bind_source_is_malformed() {
-    let result = changed(|spec| add_mount(spec, json!({ "destination": "/b", "type": "bind", "source": "x" })));
+    let result =
+        changed(|spec| add_mount(spec, json!({ "destination": "/b", "type": "bind", "source": "x" })));
     assert!(matches!(result, Err(Error::Malformed(_))));
 }
 
@@ -242,7 +251,10 @@ fn the_pods_files_are_read_only_in_a_read_only_root() {
 fn a_volume_at_a_pod_files_place_wins() {
     let (spec, volumes) = changed(|spec| {
         for destination in ["/etc//hosts/", "/dev/shm"] {
-            add_mount(spec, json!({ "destination": destination, "type": "bind", "source": "/h", "options": ["rbind"] }));
+            add_mount(
+                spec,
+                json!({ "destination": destination, "type": "bind", "source": "/h", "options": ["rbind"] }),
+            );
         }
         spec["mounts"].as_array_mut().unwrap().retain(|mount| mount["source"] != "shm");
     })
@@ -255,7 +267,8 @@ fn a_volume_at_a_pod_files_place_wins() {
 #[test]
 fn nothing_is_mounted_into_a_dev_of_the_host() {
     let (spec, _) = changed(|spec| {
-        spec["mounts"] = json!([{ "destination": "/dev", "type": "bind", "source": "/dev", "options": ["rbind"] }]);
+        spec["mounts"] =
+            json!([{ "destination": "/dev", "type": "bind", "source": "/dev", "options": ["rbind"] }]);
     })
     .unwrap();
     assert!(mount(&spec, "/dev/shm").is_none());
@@ -263,10 +276,21 @@ fn nothing_is_mounted_into_a_dev_of_the_host() {
 
 #[test]
 fn what_is_not_a_spec_is_an_error_not_a_panic() {
-    for text in ["", "[]", "{}", r#"{"root":1}"#, r#"{"root":{},"linux":[]}"#, r#"{"root":{},"linux":{},"mounts":{}}"#] {
+    for text in [
+        "",
+        "[]",
+        "{}",
+        r#"{"root":1}"#,
+        r#"{"root":{},"linux":[]}"#,
+        r#"{"root":{},"linux":{},"mounts":{}}"#,
+    ] {
         assert!(translate(text.as_bytes(), ID, PID).is_err(), "{text}");
     }
-    for text in [r#"[1]"#, r#"[{"destination":"x"}]"#, r#"[{"destination":"/x","type":"bind","source":"/","options":[1]}]"#] {
+    for text in [
+        r#"[1]"#,
+        r#"[{"destination":"x"}]"#,
+        r#"[{"destination":"/x","type":"bind","source":"/","options":[1]}]"#,
+    ] {
         let text = format!(r#"{{"root":{{}},"linux":{{}},"mounts":{text}}}"#);
         assert!(translate(text.as_bytes(), ID, PID).is_err(), "{text}");
     }
