@@ -1,0 +1,245 @@
+//! A container's cgroup (cgroup v2; kernel: `Documentation/admin-guide/cgroup-v2.rst`).
+
+mod oom;
+mod stats;
+
+use std::{
+    fs, io,
+    path::{Component, Path, PathBuf},
+    time::Duration,
+};
+
+use libcgroups::common::{
+    AnyCgroupManager, CgroupConfig, CgroupManager, ControllerOpt, create_cgroup_manager,
+};
+use oci_spec::runtime::LinuxResources;
+use tokio::io::{Interest, unix::AsyncFd};
+
+pub use oom::OomWatcher;
+
+/// Where the hierarchy is mounted.
+pub const ROOT: &str = "/sys/fs/cgroup";
+
+/// How long processes that were sent SIGKILL may take to be gone.
+const KILL_LIMIT: Duration = Duration::from_secs(10);
+
+/// Something that cannot be done to a cgroup.
+#[derive(Debug, thiserror::Error)]
+pub enum CgroupError {
+    /// `linux.cgroupsPath` is missing, or names something other than a cgroup below the root.
+    #[error("cgroupsPath {0:?} does not name a cgroup")]
+    Path(PathBuf),
+    /// A file of the cgroup could not be read or written.
+    #[error("cgroup {path:?}: cannot {what}: {source}")]
+    Io {
+        /// The cgroup.
+        path: PathBuf,
+        /// What was being done.
+        what: &'static str,
+        /// What went wrong.
+        source: io::Error,
+    },
+    /// The resource limits were refused.
+    #[error("cgroup {path:?}: cannot set resource limits: {message}")]
+    Limits {
+        /// The cgroup.
+        path: PathBuf,
+        /// What the kernel or libcgroups objected to.
+        message: String,
+    },
+    /// Processes survive SIGKILL, for example in an uninterruptible read.
+    #[error("cgroup {0:?} still has processes {limit} s after they were killed", limit = KILL_LIMIT.as_secs())]
+    Busy(PathBuf),
+}
+
+/// Makes `parent` (a path below the root of the hierarchy) able to hold containers' cgroups with
+/// every controller that the kernel has.
+pub fn delegate(parent: &str) -> io::Result<()> {
+    let root = Path::new(ROOT);
+    let enable: String = fs::read_to_string(root.join("cgroup.controllers"))?
+        .split_whitespace()
+        .map(|controller| format!("+{controller} "))
+        .collect();
+    let parent = root.join(parent.trim_start_matches('/'));
+    fs::create_dir_all(&parent)?;
+    for cgroup in [root, &parent] {
+        fs::write(cgroup.join("cgroup.subtree_control"), &enable)?;
+    }
+    Ok(())
+}
+
+/// One cgroup, made by [`Cgroup::create`] and removed by [`Cgroup::remove`].
+#[derive(Debug, Clone)]
+pub struct Cgroup {
+    /// As the OCI spec has it: absolute, below [`ROOT`].
+    path: PathBuf,
+    directory: PathBuf,
+}
+
+impl Cgroup {
+    /// Makes the cgroup that the OCI spec's `linux.cgroupsPath` names.
+    ///
+    /// When memory runs out in it, all of its processes are killed: a container that lost one of
+    /// them at random is of no use.
+    pub fn create(path: Option<&Path>) -> Result<Self, CgroupError> {
+        let cgroup = Self::existing(path)?;
+        fs::create_dir_all(&cgroup.directory).map_err(cgroup.error("create it"))?;
+        match fs::write(cgroup.directory.join("memory.oom.group"), "1") {
+            // A kernel without the memory controller.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EACCES | libc::EPERM)) => {
+            }
+            result => result.map_err(cgroup.error("set memory.oom.group"))?,
+        }
+        Ok(cgroup)
+    }
+
+    /// The cgroup of that name, which somebody else has made.
+    pub fn existing(path: Option<&Path>) -> Result<Self, CgroupError> {
+        let path = path.unwrap_or(Path::new(""));
+        let mut directory = PathBuf::from(ROOT);
+        let mut depth = 0;
+        for component in path.components() {
+            match component {
+                Component::RootDir | Component::CurDir => {}
+                Component::Normal(name) => {
+                    directory.push(name);
+                    depth += 1;
+                }
+                _ => return Err(CgroupError::Path(path.to_owned())),
+            }
+        }
+        if depth == 0 {
+            return Err(CgroupError::Path(path.to_owned()));
+        }
+        Ok(Self { path: path.to_owned(), directory })
+    }
+
+    /// The configuration with which libcontainer finds this cgroup.
+    pub fn config(&self, container_id: &str) -> CgroupConfig {
+        CgroupConfig {
+            cgroup_path: self.path.clone(),
+            systemd_cgroup: false,
+            container_name: container_id.to_owned(),
+        }
+    }
+
+    /// The cgroup's directory.
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// Changes resource limits; limits that `resources` does not name stay.
+    pub fn update(&self, resources: &LinuxResources) -> Result<(), CgroupError> {
+        let limits = |error: &dyn std::fmt::Display| CgroupError::Limits {
+            path: self.path.clone(),
+            message: error.to_string(),
+        };
+        let manager: AnyCgroupManager =
+            create_cgroup_manager(self.config("")).map_err(|error| limits(&error))?;
+        manager
+            .apply(&ControllerOpt {
+                resources,
+                disable_oom_killer: false,
+                oom_score_adj: None,
+                freezer_state: None,
+            })
+            .map_err(|error| limits(&error))
+    }
+
+    /// Every process in the cgroup and in those below it, as the guest numbers them.
+    pub fn pids(&self) -> Result<Vec<u32>, CgroupError> {
+        let mut pids = Vec::new();
+        collect_pids(&self.directory, &mut pids).map_err(self.error("list its processes"))?;
+        Ok(pids)
+    }
+
+    /// Sends SIGKILL to every process in it.
+    pub fn kill(&self) -> Result<(), CgroupError> {
+        fs::write(self.directory.join("cgroup.kill"), "1").map_err(self.error("kill its processes"))
+    }
+
+    /// Stops or continues every process in it, and waits until that has happened.
+    pub async fn freeze(&self, freeze: bool) -> Result<(), CgroupError> {
+        let what = if freeze { "freeze it" } else { "thaw it" };
+        fs::write(self.directory.join("cgroup.freeze"), if freeze { "1" } else { "0" })
+            .map_err(self.error(what))?;
+        self.wait_for(if freeze { "frozen 1" } else { "frozen 0" }).await.map_err(self.error(what))
+    }
+
+    /// Kills what is left in the cgroup and removes it. A cgroup that is already gone is no error.
+    pub async fn remove(&self) -> Result<(), CgroupError> {
+        if !self.directory.exists() {
+            return Ok(());
+        }
+        self.kill()?;
+        match tokio::time::timeout(KILL_LIMIT, self.wait_for("populated 0")).await {
+            Ok(waited) => waited.map_err(self.error("wait for its processes"))?,
+            Err(_) => return Err(CgroupError::Busy(self.path.clone())),
+        }
+        remove_tree(&self.directory).map_err(self.error("remove it"))
+    }
+
+    /// Waits until `cgroup.events` has the line; the kernel announces each change (POLLPRI).
+    async fn wait_for(&self, line: &str) -> io::Result<()> {
+        let file = fs::File::open(self.directory.join("cgroup.events"))?;
+        let holds = |mut file: &fs::File| -> io::Result<bool> {
+            let mut content = String::new();
+            io::Seek::rewind(&mut file)?;
+            io::Read::read_to_string(&mut file, &mut content)?;
+            Ok(content.lines().any(|present| present == line))
+        };
+        if holds(&file)? {
+            return Ok(());
+        }
+        // SAFETY: a `File` keeps its descriptor open, and the same, until it is dropped.
+        let events = unsafe { AsyncFd::register_with_interest(file, Interest::PRIORITY) }?;
+        while !holds(events.get_ref())? {
+            events.ready(Interest::PRIORITY).await?.clear_ready();
+        }
+        Ok(())
+    }
+
+    fn error(&self, what: &'static str) -> impl FnOnce(io::Error) -> CgroupError + use<> {
+        let path = self.path.clone();
+        move |source| CgroupError::Io { path, what, source }
+    }
+}
+
+fn collect_pids(directory: &Path, pids: &mut Vec<u32>) -> io::Result<()> {
+    let listed = fs::read_to_string(directory.join("cgroup.procs"))?;
+    pids.extend(listed.lines().filter_map(|pid| pid.parse::<u32>().ok()));
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            collect_pids(&entry.path(), pids)?;
+        }
+    }
+    Ok(())
+}
+
+/// Removes a cgroup and those that the container made below it.
+fn remove_tree(directory: &Path) -> io::Result<()> {
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            remove_tree(&entry.path())?;
+        }
+    }
+    fs::remove_dir(directory)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_cgroup_path_stays_below_the_root() {
+        let cgroup = Cgroup::existing(Some(Path::new("/pod/abc"))).unwrap();
+        assert_eq!(cgroup.directory(), Path::new("/sys/fs/cgroup/pod/abc"));
+        for path in ["", "/", "/pod/../..", "../x", "."] {
+            let error = Cgroup::existing(Some(Path::new(path))).unwrap_err();
+            assert!(matches!(error, CgroupError::Path(_)), "{path}: {error}");
+        }
+        assert!(Cgroup::existing(None).is_err());
+    }
+}

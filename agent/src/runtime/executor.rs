@@ -1,0 +1,133 @@
+//! The last steps of a container's process: finding the program and becoming it.
+
+use std::{
+    ffi::CString,
+    io::{self, Write},
+    os::unix::fs::MetadataExt,
+    path::{Path, PathBuf},
+};
+
+use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
+use nix::{
+    fcntl::{AT_FDCWD, AtFlags},
+    sys::signal::{SigHandler, Signal, signal},
+    unistd::{AccessFlags, execv, faccessat},
+};
+use oci_spec::runtime::{Process, Spec};
+
+/// Runs programs as runc does, with its error texts: clients look for them.
+#[derive(Clone)]
+pub struct GuestExecutor;
+
+impl Executor for GuestExecutor {
+    /// Runs inside the container's root, as the container's user, before the process is reported as
+    /// created: a command that does not exist is an error of `Create`, not of `Start`.
+    fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
+        program(spec).map(drop).map_err(ExecutorValidationError::ArgValidationError)
+    }
+
+    fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
+        let (path, arguments) = program(spec).map_err(|text| ExecutorError::Other(text.clone()))?;
+        let path = c_string(path.as_os_str().as_encoded_bytes())?;
+        let arguments =
+            arguments.iter().map(|argument| c_string(argument.as_bytes())).collect::<Result<Vec<_>, _>>()?;
+        // Rust's runtime ignores SIGPIPE, and an ignored signal stays ignored in the new program.
+        // SAFETY: sets a default disposition; no handler of ours runs.
+        let _ = unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) };
+        let Err(errno) = execv(&path, &arguments);
+        let text = format!("exec {}: {}", path.to_string_lossy(), errno.desc().to_lowercase());
+        // For a container nobody reads the error any more: like runc, leave it in its log.
+        let _ = writeln!(io::stderr(), "{text}");
+        Err(ExecutorError::Other(text))
+    }
+}
+
+fn c_string(bytes: &[u8]) -> Result<CString, ExecutorError> {
+    CString::new(bytes).map_err(|_| ExecutorError::InvalidArg)
+}
+
+fn program(spec: &Spec) -> Result<(PathBuf, &[String]), String> {
+    let process = spec.process().as_ref().ok_or("the spec has no process")?;
+    let arguments = process.args().as_deref().unwrap_or_default();
+    let name = arguments.first().ok_or("the process has no arguments")?;
+    Ok((look_up(name, search_path(process))?, arguments))
+}
+
+fn search_path(process: &Process) -> &str {
+    let environment = process.env().as_deref().unwrap_or_default();
+    environment.iter().rev().find_map(|variable| variable.strip_prefix("PATH=")).unwrap_or_default()
+}
+
+/// Go's `exec.LookPath`, which runc uses.
+fn look_up(name: &str, search_path: &str) -> Result<PathBuf, String> {
+    if name.contains('/') {
+        let path = PathBuf::from(name);
+        return match executable(&path) {
+            Ok(()) => Ok(path),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                Err(format!("exec: {name:?}: stat {name}: no such file or directory"))
+            }
+            Err(error) => Err(format!("exec: {name:?}: {}", description(&error))),
+        };
+    }
+    search_path
+        .split(':')
+        .map(|directory| Path::new(if directory.is_empty() { "." } else { directory }).join(name))
+        .find(|path| executable(path).is_ok())
+        .ok_or_else(|| format!("exec: {name:?}: executable file not found in $PATH"))
+}
+
+fn executable(path: &Path) -> io::Result<()> {
+    let metadata = path.metadata()?;
+    if metadata.is_dir() {
+        return Err(io::Error::from_raw_os_error(libc::EISDIR));
+    }
+    match faccessat(AT_FDCWD, path, AccessFlags::X_OK, AtFlags::AT_EACCESS) {
+        // A kernel or seccomp profile without faccessat2: root needs one x bit, others are told by exec.
+        Err(nix::Error::ENOSYS | nix::Error::EPERM) if metadata.mode() & 0o111 != 0 => Ok(()),
+        Err(nix::Error::ENOSYS | nix::Error::EPERM) => Err(io::ErrorKind::PermissionDenied.into()),
+        result => Ok(result?),
+    }
+}
+
+/// The errors that Go prints without Rust's addition of a number.
+fn description(error: &io::Error) -> String {
+    match error.raw_os_error() {
+        Some(number) => nix::Error::from_raw(number).desc().to_lowercase(),
+        None => error.kind().to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::unix::fs::PermissionsExt};
+
+    use super::*;
+
+    fn file(directory: &Path, name: &str, mode: u32) {
+        let path = directory.join(name);
+        fs::write(&path, "").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+    }
+
+    #[test]
+    fn a_program_is_looked_for_as_runc_does() {
+        let (first, second) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        file(first.path(), "tool", 0o644);
+        file(second.path(), "tool", 0o755);
+        let search_path = format!("{}:{}", first.path().display(), second.path().display());
+        assert_eq!(look_up("tool", &search_path).unwrap(), second.path().join("tool"));
+        assert_eq!(
+            look_up("nope", &search_path).unwrap_err(),
+            "exec: \"nope\": executable file not found in $PATH"
+        );
+        assert_eq!(
+            look_up("/no/such", &search_path).unwrap_err(),
+            "exec: \"/no/such\": stat /no/such: no such file or directory"
+        );
+        let data = first.path().join("tool").display().to_string();
+        assert_eq!(look_up(&data, "").unwrap_err(), format!("exec: {data:?}: permission denied"));
+        let directory = first.path().display().to_string();
+        assert_eq!(look_up(&directory, "").unwrap_err(), format!("exec: {directory:?}: is a directory"));
+    }
+}

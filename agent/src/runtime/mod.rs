@@ -1,0 +1,132 @@
+//! Makes container processes.
+//!
+//! libcontainer forks, and forks of an asynchronous server are no good, so each process is made by
+//! a short-lived run of the agent's own binary (the helper). It reads one [`Request`] from a socket,
+//! lets libcontainer do its work and answers with a pid or an error. The container's process is a
+//! child of the agent itself (`CLONE_PARENT`), which therefore learns how it exits.
+
+mod executor;
+pub mod helper;
+pub mod pause;
+mod protocol;
+
+use std::{
+    io,
+    os::fd::{AsRawFd, OwnedFd},
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use rustix::io::FdFlags;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::UnixStream,
+};
+
+pub use protocol::{Action, Request, START_SOCKET};
+
+use crate::task::Exits;
+
+/// Where the guest's boot puts the agent's binary.
+pub const AGENT_PATH: &str = "/pericarp-agent";
+
+/// First argument of a helper; the numbers of its descriptors follow.
+pub const HELPER_ARGUMENT: &str = "container";
+
+/// First argument of a PID namespace's first process.
+pub const PAUSE_ARGUMENT: &str = "pause";
+
+/// Stands for "no console" in a helper's arguments.
+const NO_CONSOLE: &str = "-";
+
+/// How long a helper may take. Far more than any container needs: it is there so that a hanging
+/// file system ends in an error.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// Why a container process was not made.
+#[derive(Debug, thiserror::Error)]
+pub enum RuntimeError {
+    /// The helper could not be started or spoken to.
+    #[error("cannot run the process that makes containers: {0}")]
+    Helper(#[from] io::Error),
+    /// The helper died.
+    #[error("the process that makes containers ended with status {0}")]
+    Died(u32),
+    /// The helper hung.
+    #[error("no container process after {} s", LIMIT.as_secs())]
+    Timeout,
+    /// libcontainer refused or failed; the text is its own.
+    #[error("{0}")]
+    Container(String),
+}
+
+/// The descriptors of a process to be made.
+pub struct Descriptors {
+    /// stdin, stdout and stderr; with a console these are not used.
+    pub stdio: [OwnedFd; 3],
+    /// A socket over which the console's master comes back.
+    pub console: Option<OwnedFd>,
+}
+
+/// Makes a process and answers with its pid in the guest.
+///
+/// The caller must hold what [`Exits::expect`] gives, so that no exit is missed.
+pub async fn launch(exits: &Exits, request: &Request, descriptors: Descriptors) -> Result<i32, RuntimeError> {
+    let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
+    let pid = spawn(&theirs.into(), descriptors)?;
+    let exit = exits.wait_for(pid);
+    let request = serde_json::to_vec(request).map_err(io::Error::from)?;
+    tokio::select! {
+        biased;
+        answer = tokio::time::timeout(LIMIT, converse(ours, &request)) => match answer {
+            Ok(Ok(answer)) => answer.map_err(RuntimeError::Container),
+            Ok(Err(error)) => Err(error.into()),
+            Err(_) => {
+                // It has been reaped if this fails.
+                let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::SIGKILL);
+                Err(RuntimeError::Timeout)
+            }
+        },
+        exit = exit => Err(RuntimeError::Died(exit.map_or(u32::MAX, |exit| exit.status))),
+    }
+}
+
+fn spawn(channel: &OwnedFd, descriptors: Descriptors) -> io::Result<i32> {
+    let Descriptors { stdio: [stdin, stdout, stderr], console } = descriptors;
+    // The agent has one thread: nothing else can start a process, and so inherit these, before
+    // they are closed at the end of this function.
+    rustix::io::fcntl_setfd(channel, FdFlags::empty())?;
+    let console_argument = match &console {
+        Some(console) => {
+            rustix::io::fcntl_setfd(console, FdFlags::empty())?;
+            console.as_raw_fd().to_string()
+        }
+        None => NO_CONSOLE.to_owned(),
+    };
+    let program = if std::process::id() == 1 { AGENT_PATH } else { "/proc/self/exe" };
+    let child = Command::new(program)
+        .arg(HELPER_ARGUMENT)
+        .arg(channel.as_raw_fd().to_string())
+        .arg(console_argument)
+        .env_clear()
+        .stdin(Stdio::from(stdin))
+        .stdout(Stdio::from(stdout))
+        .stderr(Stdio::from(stderr))
+        .spawn()?;
+    Ok(child.id().cast_signed())
+}
+
+async fn converse(
+    channel: std::os::unix::net::UnixStream,
+    request: &[u8],
+) -> io::Result<Result<i32, String>> {
+    channel.set_nonblocking(true)?;
+    let mut channel = UnixStream::from_std(channel)?;
+    channel.write_all(&protocol::length(request.len())?).await?;
+    channel.write_all(request).await?;
+    let mut length = [0; protocol::LENGTH];
+    channel.read_exact(&mut length).await?;
+    let mut answer = vec![0; protocol::checked_length(length)?];
+    channel.read_exact(&mut answer).await?;
+    Ok(serde_json::from_slice(&answer)?)
+}

@@ -1,0 +1,268 @@
+//! One ttrpc connection.
+
+use std::{collections::HashMap, sync::Arc, time::Duration};
+
+use pericarp_protos::ttrpc::{
+    self, Code, Response, Status,
+    r#async::TtrpcContext,
+    proto::{
+        Codec, FLAG_NO_DATA, FLAG_REMOTE_CLOSED, GenMessage, GenMessageError, MESSAGE_TYPE_DATA,
+        MESSAGE_TYPE_REQUEST, MessageHeader, Request,
+    },
+};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, AsyncWriteExt, BufReader, WriteHalf},
+    sync::{mpsc, watch},
+};
+
+use super::Services;
+
+/// Messages that may wait for the socket, and messages that may wait for one stream's handler.
+const QUEUE: usize = 16;
+
+/// The peer has gone away; nothing more can be sent to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the connection is closed")]
+pub struct Disconnected;
+
+/// What comes in on a stream.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Incoming {
+    /// One encoded message.
+    Message(Vec<u8>),
+    /// The client will send no more.
+    End,
+}
+
+/// The agent's side of one stream. Dropping it ends the stream for the client.
+pub struct ServerStream {
+    incoming: mpsc::Receiver<Incoming>,
+    outgoing: mpsc::Sender<GenMessage>,
+    disconnected: watch::Receiver<bool>,
+    id: u32,
+    open: bool,
+}
+
+impl ServerStream {
+    /// The next message; `None` once the connection is gone. Cancel safe.
+    pub async fn receive(&mut self) -> Option<Incoming> {
+        self.incoming.recv().await
+    }
+
+    /// Sends one message to the client; waits while the connection is congested.
+    pub async fn send(&self, message: &impl protobuf::Message) -> Result<(), Disconnected> {
+        let payload = message.encode().map_err(|_| Disconnected)?;
+        let header = MessageHeader::new_data(self.id, length(&payload));
+        self.outgoing.send(GenMessage { header, payload }).await.map_err(|_| Disconnected)
+    }
+
+    /// Ends the stream: the client reads EOF after everything that was sent before.
+    pub async fn close(&mut self) {
+        if std::mem::take(&mut self.open) {
+            // Nobody is left to be told if this fails.
+            let _ = self.outgoing.send(end_of_stream(self.id)).await;
+        }
+    }
+
+    /// Ends the stream with an error.
+    pub async fn fail(mut self, code: Code, message: &str) {
+        self.open = false;
+        let _ = self.outgoing.send(failure(self.id, ttrpc::get_status(code, message))).await;
+    }
+
+    /// Completes when the connection is gone.
+    pub fn disconnected(&self) -> impl Future<Output = ()> + Send + use<> {
+        let mut disconnected = self.disconnected.clone();
+        async move {
+            // An error means that the connection's task has ended: gone as well.
+            let _ = disconnected.wait_for(|gone| *gone).await;
+        }
+    }
+}
+
+impl Drop for ServerStream {
+    fn drop(&mut self) {
+        if self.open {
+            // With a congested connection the client is not told; it finds out when it closes.
+            let _ = self.outgoing.try_send(end_of_stream(self.id));
+        }
+    }
+}
+
+/// Serves one connection until its peer closes it.
+pub async fn serve(socket: impl AsyncRead + AsyncWrite + Send + 'static, services: Arc<Services>) {
+    let (reader, writer) = tokio::io::split(socket);
+    let mut reader = BufReader::new(reader);
+    let (outgoing, queue) = mpsc::channel(QUEUE);
+    let (gone, disconnected) = watch::channel(false);
+    tokio::spawn(write(writer, queue));
+    let mut connection = Connection { services, outgoing, disconnected, streams: HashMap::new() };
+    loop {
+        match GenMessage::read_from(&mut reader).await {
+            Ok(message) => connection.handle(message).await,
+            Err(GenMessageError::ReturnError(header, error)) => {
+                connection.refuse(header.stream_id, Code::INVALID_ARGUMENT, &error.to_string()).await;
+            }
+            Err(GenMessageError::InternalError(_)) => break,
+        }
+    }
+    let _ = gone.send(true);
+}
+
+struct Connection {
+    services: Arc<Services>,
+    outgoing: mpsc::Sender<GenMessage>,
+    disconnected: watch::Receiver<bool>,
+    streams: HashMap<u32, mpsc::Sender<Incoming>>,
+}
+
+impl Connection {
+    async fn handle(&mut self, message: GenMessage) {
+        match message.header.type_ {
+            MESSAGE_TYPE_REQUEST => self.request(message).await,
+            MESSAGE_TYPE_DATA => self.data(message).await,
+            // A newer protocol may have more types; Go's server ignores them as well.
+            _ => {}
+        }
+    }
+
+    /// Hands a message to its stream, in the order of arrival; a slow stream holds up its
+    /// connection. A message for a stream that has ended is late, not wrong.
+    async fn data(&mut self, message: GenMessage) {
+        let id = message.header.stream_id;
+        let Some(stream) = self.streams.get(&id) else { return };
+        let flags = message.header.flags;
+        let mut alive = true;
+        if flags & FLAG_NO_DATA == 0 {
+            alive = stream.send(Incoming::Message(message.payload)).await.is_ok();
+        }
+        let ended = flags & FLAG_REMOTE_CLOSED != 0;
+        if alive && ended {
+            alive = stream.send(Incoming::End).await.is_ok();
+        }
+        // After its end the sender is kept: dropping it means that the connection is gone.
+        if !alive {
+            self.streams.remove(&id);
+        }
+    }
+
+    async fn request(&mut self, message: GenMessage) {
+        let id = message.header.stream_id;
+        let request = match Request::decode(&message.payload) {
+            Ok(request) => request,
+            Err(error) => {
+                return self.refuse(id, Code::INVALID_ARGUMENT, &format!("not a request: {error}")).await;
+            }
+        };
+        let key = (request.service.clone(), request.method.clone());
+        if let Some(open) = self.services.streams.get(&key) {
+            let (sender, incoming) = mpsc::channel(QUEUE);
+            self.streams.retain(|_, stream| !stream.is_closed());
+            self.streams.insert(id, sender);
+            open(
+                request.payload,
+                ServerStream {
+                    incoming,
+                    outgoing: self.outgoing.clone(),
+                    disconnected: self.disconnected.clone(),
+                    id,
+                    open: true,
+                },
+            );
+        } else if self.services.unary.get(&key.0).is_some_and(|service| service.methods.contains_key(&key.1))
+        {
+            tokio::spawn(call(
+                Arc::clone(&self.services),
+                message.header,
+                request,
+                self.outgoing.clone(),
+                self.disconnected.clone(),
+            ));
+        } else {
+            self.refuse(id, Code::UNIMPLEMENTED, &format!("/{}/{} is not served here", key.0, key.1)).await;
+        }
+    }
+
+    async fn refuse(&self, stream_id: u32, code: Code, message: &str) {
+        let _ = self.outgoing.send(failure(stream_id, ttrpc::get_status(code, message))).await;
+    }
+}
+
+/// Runs one unary call. It is carried through when its client goes away (half a container helps
+/// nobody), except for the one call that may wait for ever.
+async fn call(
+    services: Arc<Services>,
+    header: MessageHeader,
+    request: Request,
+    outgoing: mpsc::Sender<GenMessage>,
+    mut disconnected: watch::Receiver<bool>,
+) {
+    let Some(method) =
+        services.unary.get(&request.service).and_then(|service| service.methods.get(&request.method))
+    else {
+        return;
+    };
+    let abandonable = request.method == "Wait";
+    let timeout = u64::try_from(request.timeout_nano).ok().filter(|nanoseconds| *nanoseconds > 0);
+    let context = TtrpcContext { mh: header, timeout_nano: request.timeout_nano, ..Default::default() };
+    let deadline = async {
+        match timeout {
+            Some(nanoseconds) => tokio::time::sleep(Duration::from_nanos(nanoseconds)).await,
+            None => std::future::pending().await,
+        }
+    };
+    let answer = tokio::select! {
+        answer = method.handler(context, request) => answer,
+        () = deadline => Err(super::status(Code::DEADLINE_EXCEEDED, "the caller's deadline has passed")),
+        _ = disconnected.wait_for(|gone| *gone), if abandonable => return,
+    };
+    let payload = answer.unwrap_or_else(|error| match error {
+        ttrpc::Error::RpcStatus(status) => response(status),
+        other => response(ttrpc::get_status(Code::UNKNOWN, other)),
+    });
+    let _ = outgoing.send(response_message(header.stream_id, &payload)).await;
+}
+
+/// Writes what is queued, each message in one piece, until nobody can queue any more.
+async fn write<S: AsyncWrite>(mut socket: WriteHalf<S>, mut queue: mpsc::Receiver<GenMessage>) {
+    let mut buffer = Vec::new();
+    while let Some(message) = queue.recv().await {
+        buffer.clear();
+        buffer.extend_from_slice(&message.header.length.to_be_bytes());
+        buffer.extend_from_slice(&message.header.stream_id.to_be_bytes());
+        buffer.extend_from_slice(&[message.header.type_, message.header.flags]);
+        buffer.extend_from_slice(&message.payload);
+        if socket.write_all(&buffer).await.is_err() {
+            return;
+        }
+    }
+    let _ = socket.shutdown().await;
+}
+
+fn response(status: Status) -> Response {
+    let mut response = Response::new();
+    response.status = protobuf::MessageField::some(status);
+    response
+}
+
+fn response_message(stream_id: u32, response: &Response) -> GenMessage {
+    // Encoding into memory fails only for messages beyond 2 GiB, which no answer comes near.
+    let payload = response.encode().unwrap_or_default();
+    GenMessage { header: MessageHeader::new_response(stream_id, length(&payload)), payload }
+}
+
+fn failure(stream_id: u32, status: Status) -> GenMessage {
+    response_message(stream_id, &response(status))
+}
+
+fn end_of_stream(stream_id: u32) -> GenMessage {
+    let mut header = MessageHeader::new_data(stream_id, 0);
+    header.set_flags(FLAG_REMOTE_CLOSED | FLAG_NO_DATA);
+    GenMessage { header, payload: Vec::new() }
+}
+
+fn length(payload: &[u8]) -> u32 {
+    u32::try_from(payload.len()).unwrap_or(u32::MAX)
+}
+
+use pericarp_protos::protobuf;

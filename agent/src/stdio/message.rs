@@ -1,0 +1,95 @@
+//! The messages inside a stream (containerd: `api/types/transfer/streaming.proto`).
+
+use pericarp_protos::{
+    protobuf::{Message, well_known_types::any::Any},
+    streaming::StreamInit,
+    transfer::{Data, WindowUpdate},
+};
+
+/// The most that one message carries: what containerd itself sends, and the least that its reader
+/// takes at once. Of a larger message its reader counts only what fits, and so grants too little.
+pub const CHUNK: usize = 32 << 10;
+
+/// A message that a client sends.
+#[derive(Debug, PartialEq, Eq)]
+pub enum FromClient {
+    /// The first: which stream this is.
+    Init(String),
+    /// So many more bytes of output may be sent.
+    Credit(usize),
+    /// Some input.
+    Data(Vec<u8>),
+    /// Something else, or something broken.
+    Unknown,
+}
+
+impl FromClient {
+    /// Decodes what came in on a stream.
+    pub fn decode(message: &[u8]) -> Self {
+        let Ok(any) = Any::parse_from_bytes(message) else { return Self::Unknown };
+        let decoded = match any.type_url.rsplit('/').next() {
+            Some("containerd.services.streaming.v1.StreamInit") => {
+                StreamInit::parse_from_bytes(&any.value).map(|init| Self::Init(init.id))
+            }
+            Some("containerd.types.transfer.WindowUpdate") => WindowUpdate::parse_from_bytes(&any.value)
+                .map(|window| Self::Credit(usize::try_from(window.update).unwrap_or(0))),
+            Some("containerd.types.transfer.Data") => {
+                Data::parse_from_bytes(&any.value).map(|data| Self::Data(data.data))
+            }
+            _ => return Self::Unknown,
+        };
+        decoded.unwrap_or(Self::Unknown)
+    }
+}
+
+/// The answer to [`FromClient::Init`]. containerd takes any message.
+pub fn acknowledgement() -> Any {
+    Any::new()
+}
+
+/// Some output.
+pub fn data(bytes: &[u8]) -> Any {
+    let mut data = Data::new();
+    data.data = bytes.to_vec();
+    any("containerd.types.transfer.Data", &data)
+}
+
+/// Permission to send so many more bytes of input.
+pub fn credit(bytes: usize) -> Any {
+    let mut window = WindowUpdate::new();
+    window.update = i32::try_from(bytes).unwrap_or(i32::MAX);
+    any("containerd.types.transfer.WindowUpdate", &window)
+}
+
+fn any(name: &str, message: &impl Message) -> Any {
+    let mut any = Any::new();
+    name.clone_into(&mut any.type_url);
+    // Encoding into memory fails only beyond 2 GiB.
+    any.value = message.write_to_bytes().unwrap_or_default();
+    any
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_encoded_can_be_decoded() {
+        let encode = |any: Any| any.write_to_bytes().unwrap();
+        assert_eq!(FromClient::decode(&encode(data(b"abc"))), FromClient::Data(b"abc".to_vec()));
+        assert_eq!(FromClient::decode(&encode(credit(65536))), FromClient::Credit(65536));
+        let mut prefixed = credit(1);
+        prefixed.type_url = format!("type.googleapis.com/{}", prefixed.type_url);
+        assert_eq!(FromClient::decode(&encode(prefixed)), FromClient::Credit(1));
+    }
+
+    #[test]
+    fn nonsense_is_recognised_as_such() {
+        assert_eq!(FromClient::decode(b"\xff\xff\xff"), FromClient::Unknown);
+        assert_eq!(FromClient::decode(b""), FromClient::Unknown);
+        let mut negative = WindowUpdate::new();
+        negative.update = -5;
+        let negative = any("containerd.types.transfer.WindowUpdate", &negative).write_to_bytes().unwrap();
+        assert_eq!(FromClient::decode(&negative), FromClient::Credit(0));
+    }
+}

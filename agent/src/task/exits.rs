@@ -1,0 +1,156 @@
+//! Reaps every process of the guest and tells who waits for one how it ended.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::SystemTime,
+};
+
+use nix::{
+    errno::Errno,
+    sys::wait::{WaitPidFlag, WaitStatus, waitpid},
+};
+use tokio::sync::oneshot;
+
+/// How many exits are kept for processes whose pid is about to become known.
+const EARLY_LIMIT: usize = 1024;
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Exit {
+    /// The exit code, or 128 plus the number of the signal that killed it.
+    pub status: u32,
+    /// When the agent learned it.
+    pub at: SystemTime,
+}
+
+impl Exit {
+    /// An exit at this moment.
+    pub fn now(status: u32) -> Self {
+        Self { status, at: SystemTime::now() }
+    }
+}
+
+/// The bookkeeping of exits.
+#[derive(Default)]
+pub struct Exits(Mutex<Book>);
+
+#[derive(Default)]
+struct Book {
+    waiting: HashMap<i32, oneshot::Sender<Exit>>,
+    early: VecDeque<(i32, Exit)>,
+    expecting: usize,
+}
+
+/// While this is held, exits of processes that nobody waits for yet are kept.
+pub struct Expectation(Arc<Exits>);
+
+impl Exits {
+    /// Nothing known yet.
+    pub fn new() -> Arc<Self> {
+        Arc::default()
+    }
+
+    /// To be held while a process is made whose pid is not yet known: it may exit before.
+    pub fn expect(self: &Arc<Self>) -> Expectation {
+        self.book().expecting += 1;
+        Expectation(Arc::clone(self))
+    }
+
+    /// Resolves when the process has exited. For a process that may be gone already, an
+    /// [`Expectation`] must have been held since before it was made.
+    pub fn wait_for(&self, pid: i32) -> oneshot::Receiver<Exit> {
+        let (sender, receiver) = oneshot::channel();
+        let mut book = self.book();
+        match book.early.iter().position(|(early, _)| *early == pid).and_then(|at| book.early.remove(at)) {
+            Some((_, exit)) => {
+                // The receiver is right here.
+                let _ = sender.send(exit);
+            }
+            None => {
+                book.waiting.insert(pid, sender);
+            }
+        }
+        receiver
+    }
+
+    /// Reaps every child that has exited.
+    pub fn reap(&self) {
+        loop {
+            match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
+                Ok(WaitStatus::Exited(pid, code)) => self.exited(pid.as_raw(), code.cast_unsigned()),
+                Ok(WaitStatus::Signaled(pid, signal, _)) => {
+                    self.exited(pid.as_raw(), 128 + (signal as i32).cast_unsigned());
+                }
+                Ok(WaitStatus::StillAlive) => return,
+                Err(Errno::EINTR) | Ok(_) => {}
+                Err(_) => return,
+            }
+        }
+    }
+
+    fn exited(&self, pid: i32, status: u32) {
+        let exit = Exit::now(status);
+        let mut book = self.book();
+        if let Some(waiter) = book.waiting.remove(&pid) {
+            // A waiter that has lost interest needs no answer.
+            let _ = waiter.send(exit);
+        } else if book.expecting > 0 {
+            if book.early.len() == EARLY_LIMIT {
+                book.early.pop_front();
+            }
+            book.early.push_back((pid, exit));
+        }
+    }
+
+    fn book(&self) -> MutexGuard<'_, Book> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Expectation {
+    fn drop(&mut self) {
+        let mut book = self.0.book();
+        book.expecting -= 1;
+        if book.expecting == 0 {
+            book.early.clear();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_exit_reaches_the_one_who_waits_for_it() {
+        let exits = Exits::new();
+        let mut seven = exits.wait_for(7);
+        exits.exited(8, 1);
+        assert!(seven.try_recv().is_err());
+        exits.exited(7, 137);
+        assert_eq!(seven.try_recv().unwrap().status, 137);
+    }
+
+    #[test]
+    fn an_exit_before_the_pid_is_known_is_kept_while_it_is_expected() {
+        let exits = Exits::new();
+        let expectation = exits.expect();
+        exits.exited(7, 3);
+        assert_eq!(exits.wait_for(7).try_recv().unwrap().status, 3);
+        exits.exited(9, 1);
+        drop(expectation);
+        assert!(exits.wait_for(9).try_recv().is_err(), "an orphan's exit is no later process's");
+    }
+
+    #[test]
+    fn orphans_do_not_fill_the_memory() {
+        let exits = Exits::new();
+        let _expectation = exits.expect();
+        for pid in 0..10_000 {
+            exits.exited(pid, 0);
+        }
+        assert_eq!(exits.book().early.len(), EARLY_LIMIT);
+        assert!(exits.wait_for(9_999).try_recv().is_ok(), "the newest are kept");
+    }
+}

@@ -1,0 +1,11 @@
+//! Containers and their processes: `containerd.task.v3.Task`.
+
+mod container;
+mod error;
+mod exits;
+mod process;
+mod service;
+
+use error::TaskError;
+pub use exits::{Exit, Exits};
+pub use service::Tasks;

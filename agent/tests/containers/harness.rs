@@ -1,0 +1,418 @@
+//! The agent as containerd and the controller see it.
+
+use std::{
+    collections::HashMap,
+    fs,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{Arc, Mutex},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use containerd_shim_protos::{api, shim_async::TaskClient};
+use pericarp_protos::{
+    agent::{AgentClient, ConfigureRequest, Event, EventsRequest, event},
+    host::{
+        Host, PrepareContainerRequest, PrepareContainerResponse, ReadyRequest, ReadyResponse,
+        ReleaseContainerRequest, ReleaseContainerResponse, create_host,
+    },
+    protobuf::{Message, MessageField, well_known_types::any::Any},
+    streaming::{StreamInit, StreamingClient},
+    transfer::{Data, WindowUpdate},
+    ttrpc::{
+        self, Code,
+        r#async::{Client, ClientStream, Server, TtrpcContext},
+        context,
+    },
+};
+use serde_json::{Value, json};
+use tokio::sync::mpsc;
+
+/// No call of a test takes longer.
+pub const LIMIT: Duration = Duration::from_secs(20);
+
+/// Whether this machine can run the tests; says why not.
+pub fn can_run() -> bool {
+    let busybox = busybox().is_some();
+    let unshare = Command::new("unshare").args(["-m", "-n", "-u", "-i", "true"]).status();
+    let unshares = unshare.is_ok_and(|status| status.success());
+    if !busybox {
+        eprintln!("SKIPPED: there is no static busybox (apt-get install busybox-static)");
+    }
+    if !unshares {
+        eprintln!("SKIPPED: namespaces cannot be made here (root is needed)");
+    }
+    busybox && unshares
+}
+
+fn busybox() -> Option<PathBuf> {
+    ["/bin/busybox", "/usr/bin/busybox"].map(PathBuf::from).into_iter().find(|path| path.exists())
+}
+
+/// A running agent.
+pub struct Agent {
+    process: Child,
+    directory: tempfile::TempDir,
+    pub host: Arc<FakeHost>,
+    _server: Server,
+    pub task: TaskClient,
+    pub agent: AgentClient,
+}
+
+/// The controller's side.
+#[derive(Default)]
+pub struct FakeHost {
+    pub specs: Mutex<HashMap<String, Value>>,
+    pub released: Mutex<Vec<String>>,
+    ready: Mutex<Option<mpsc::Sender<()>>>,
+}
+
+#[async_trait]
+impl Host for FakeHost {
+    async fn ready(&self, _: &TtrpcContext, request: ReadyRequest) -> ttrpc::Result<ReadyResponse> {
+        assert!(!request.kernel_release.is_empty());
+        let ready = self.ready.lock().unwrap().take();
+        ready.expect("Ready is called once").send(()).await.unwrap();
+        Ok(ReadyResponse::new())
+    }
+
+    async fn prepare_container(
+        &self,
+        _: &TtrpcContext,
+        request: PrepareContainerRequest,
+    ) -> ttrpc::Result<PrepareContainerResponse> {
+        let specs = self.specs.lock().unwrap();
+        let Some(spec) = specs.get(&request.container_id) else {
+            let message = format!("no container {} in this pod", request.container_id);
+            return Err(ttrpc::Error::RpcStatus(ttrpc::get_status(Code::NOT_FOUND, message)));
+        };
+        let mut response = PrepareContainerResponse::new();
+        response.spec = serde_json::to_vec(spec).unwrap();
+        Ok(response)
+    }
+
+    async fn release_container(
+        &self,
+        _: &TtrpcContext,
+        request: ReleaseContainerRequest,
+    ) -> ttrpc::Result<ReleaseContainerResponse> {
+        self.released.lock().unwrap().push(request.container_id);
+        Ok(ReleaseContainerResponse::new())
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+impl Agent {
+    /// Starts an agent and configures the pod.
+    pub async fn start() -> Self {
+        let agent = Self::start_unconfigured().await;
+        agent.agent.configure(context(), &ConfigureRequest::new()).await.unwrap();
+        agent
+    }
+
+    /// Starts an agent and waits until it is ready.
+    pub async fn start_unconfigured() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        make_rootfs(&directory.path().join("rootfs"));
+        let (sender, mut ready) = mpsc::channel(1);
+        let host = Arc::new(FakeHost { ready: Mutex::new(Some(sender)), ..FakeHost::default() });
+        let host_socket = directory.path().join("host.sock");
+        let mut server = Server::new()
+            .bind(&format!("unix://{}", host_socket.display()))
+            .unwrap()
+            .register_service(create_host(Arc::clone(&host) as Arc<_>));
+        server.start().await.unwrap();
+        let agent_socket = directory.path().join("agent.sock");
+        let process = Command::new("unshare")
+            .args(["-m", "-n", "-u", "-i", "sh", "-c", SET_UP, env!("CARGO_BIN_EXE_pericarp-agent")])
+            .args([&agent_socket, &host_socket])
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        tokio::time::timeout(LIMIT, ready.recv()).await.expect("the agent says that it is ready");
+        let client = Client::connect(&format!("unix://{}", agent_socket.display())).await.unwrap();
+        Self {
+            process,
+            directory,
+            host,
+            _server: server,
+            task: TaskClient::new(client.clone()),
+            agent: AgentClient::new(client),
+        }
+    }
+
+    pub fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// Makes a container known to the controller.
+    pub fn add_container(&self, id: &str, command: &[&str]) -> Spec<'_> {
+        self.host.specs.lock().unwrap().insert(id.to_owned(), self.spec(id, command));
+        Spec { host: &self.host, id: id.to_owned() }
+    }
+
+    /// What containerd's CRI plugin makes of a plain container, translated by the controller.
+    fn spec(&self, id: &str, command: &[&str]) -> Value {
+        let capabilities = ["CAP_CHOWN", "CAP_KILL", "CAP_MKNOD", "CAP_SETUID", "CAP_SETGID"];
+        json!({
+            "ociVersion": "1.2.0",
+            "process": process(command),
+            "root": { "path": self.path().join("rootfs") },
+            "mounts": [
+                { "destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"] },
+                { "destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "strictatime", "mode=755", "size=65536k"] },
+                { "destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"] },
+                { "destination": "/dev/shm", "type": "bind", "source": "/run/pericarp/shm", "options": ["rbind", "rprivate", "rw"] },
+                { "destination": "/etc/resolv.conf", "type": "bind", "source": "/run/pericarp/etc/resolv.conf", "options": ["rbind", "rprivate", "ro"] },
+            ],
+            "linux": {
+                "cgroupsPath": format!("/pod-{}/{id}", self.process.id()),
+                "namespaces": [{ "type": "pid" }, { "type": "mount" }, { "type": "cgroup" }],
+                "maskedPaths": ["/proc/kcore", "/proc/keys"],
+                "readonlyPaths": ["/proc/sys"],
+                "resources": { "cpu": { "shares": 2 } },
+                // As small as a filter can be: it forbids to change the host's name.
+                "seccomp": {
+                    "defaultAction": "SCMP_ACT_ALLOW",
+                    "architectures": ["SCMP_ARCH_X86_64"],
+                    "syscalls": [{ "names": ["sethostname", "not_a_syscall_at_all"], "action": "SCMP_ACT_ERRNO" }],
+                },
+            },
+            "annotations": { "capabilities": capabilities.join(",") },
+        })
+    }
+
+    pub fn create_request(id: &str, streams: &[&str]) -> api::CreateTaskRequest {
+        let mut request = api::CreateTaskRequest::new();
+        request.id = id.to_owned();
+        request.bundle = format!("/host/{id}");
+        for name in streams {
+            let url = format!("ttrpc+hvsock:///host/vsock.sock:1024?streaming_id={id}-{name}");
+            match *name {
+                "stdin" => request.stdin = url,
+                "stdout" => request.stdout = url,
+                _ => request.stderr = url,
+            }
+        }
+        request
+    }
+
+    pub async fn create(&self, id: &str, streams: &[&str]) -> u32 {
+        self.task.create(context(), &Self::create_request(id, streams)).await.unwrap().pid
+    }
+
+    pub async fn start_task(&self, id: &str) {
+        let mut request = api::StartRequest::new();
+        request.id = id.to_owned();
+        self.task.start(context(), &request).await.unwrap();
+    }
+
+    pub async fn wait(&self, id: &str, exec_id: &str) -> u32 {
+        let mut request = api::WaitRequest::new();
+        request.id = id.to_owned();
+        request.exec_id = exec_id.to_owned();
+        self.task.wait(context(), &request).await.unwrap().exit_status
+    }
+
+    pub async fn kill(&self, id: &str, signal: u32) -> ttrpc::Result<()> {
+        let mut request = api::KillRequest::new();
+        request.id = id.to_owned();
+        request.signal = signal;
+        self.task.kill(context(), &request).await.map(drop)
+    }
+
+    pub async fn delete(&self, id: &str, exec_id: &str) -> ttrpc::Result<api::DeleteResponse> {
+        let mut request = api::DeleteRequest::new();
+        request.id = id.to_owned();
+        request.exec_id = exec_id.to_owned();
+        self.task.delete(context(), &request).await
+    }
+
+    pub async fn state(&self, id: &str) -> ttrpc::Result<api::StateResponse> {
+        let mut request = api::StateRequest::new();
+        request.id = id.to_owned();
+        self.task.state(context(), &request).await
+    }
+
+    /// Announces and starts an exec.
+    pub async fn exec(&self, id: &str, exec_id: &str, process: Value, streams: &[&str]) -> ttrpc::Result<()> {
+        let urls = Self::create_request(exec_id, streams);
+        let mut spec = Any::new();
+        spec.type_url = "types.containerd.io/opencontainers/runtime-spec/1/Process".into();
+        spec.value = serde_json::to_vec(&process).unwrap();
+        let mut request = api::ExecProcessRequest::new();
+        request.id = id.to_owned();
+        request.exec_id = exec_id.to_owned();
+        request.terminal = process["terminal"] == true;
+        request.stdin = urls.stdin;
+        request.stdout = urls.stdout;
+        request.stderr = urls.stderr;
+        request.spec = MessageField::some(spec);
+        self.task.exec(context(), &request).await?;
+        let mut request = api::StartRequest::new();
+        request.id = id.to_owned();
+        request.exec_id = exec_id.to_owned();
+        self.task.start(context(), &request).await.map(drop)
+    }
+
+    /// Opens a stream as containerd does, over a connection of its own.
+    pub async fn stream(&self, id: &str) -> Stream {
+        let address = format!("unix://{}", self.path().join("agent.sock").display());
+        let client = Client::connect(&address).await.unwrap();
+        let mut stream = StreamingClient::new(client.clone()).stream(context::with_timeout(0)).await.unwrap();
+        let mut init = StreamInit::new();
+        init.id = id.to_owned();
+        stream.send(&any("containerd.services.streaming.v1.StreamInit", &init)).await.unwrap();
+        tokio::time::timeout(LIMIT, stream.recv()).await.expect("an acknowledgement").unwrap();
+        Stream { stream, _client: client }
+    }
+
+    /// The topics of the events so far, with the decoded container ids left out.
+    pub async fn events(&self, count: usize) -> Vec<Event> {
+        let mut stream = self.agent.events(context(), &EventsRequest::new()).await.unwrap();
+        let mut events = Vec::new();
+        while events.len() < count {
+            let event = tokio::time::timeout(LIMIT, stream.recv()).await.expect("an event");
+            events.push(event.unwrap().expect("no end of events"));
+        }
+        events
+    }
+}
+
+pub fn topic(event: &Event) -> &str {
+    match &event.event {
+        Some(event::Event::Task(task)) => &task.topic,
+        Some(event::Event::Timing(_)) => "timing",
+        _ => "",
+    }
+}
+
+/// A spec that can still be changed.
+pub struct Spec<'a> {
+    host: &'a FakeHost,
+    id: String,
+}
+
+impl Spec<'_> {
+    pub fn change(self, change: impl FnOnce(&mut Value)) -> Self {
+        change(self.host.specs.lock().unwrap().get_mut(&self.id).unwrap());
+        self
+    }
+}
+
+/// An OCI process.
+pub fn process(command: &[&str]) -> Value {
+    let capabilities = ["CAP_CHOWN", "CAP_KILL", "CAP_SETUID", "CAP_SETGID", "CAP_SYS_ADMIN"];
+    json!({
+        "args": command,
+        "cwd": "/",
+        "env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin", "GREETING=hello"],
+        "user": { "uid": 0, "gid": 0, "additionalGids": [0] },
+        "capabilities": { "bounding": capabilities, "effective": capabilities, "permitted": capabilities },
+        "apparmorProfile": "cri-containerd.apparmor.d",
+        "oomScoreAdj": 1000,
+    })
+}
+
+/// One stdio stream, as containerd's client uses it.
+pub struct Stream {
+    pub stream: ClientStream<Any, Any>,
+    _client: Client,
+}
+
+impl Stream {
+    pub async fn grant(&mut self, bytes: i32) {
+        let mut window = WindowUpdate::new();
+        window.update = bytes;
+        // After the end of the stream nobody takes it, which is no error of the client's.
+        let _ = self.stream.send(&any("containerd.types.transfer.WindowUpdate", &window)).await;
+    }
+
+    /// The next piece of output, or `None` at its end.
+    pub async fn read(&mut self) -> Option<Vec<u8>> {
+        match tokio::time::timeout(LIMIT, self.stream.recv()).await.expect("output or its end") {
+            Ok(any) => {
+                assert_eq!(any.type_url, "containerd.types.transfer.Data");
+                Some(Data::parse_from_bytes(&any.value).unwrap().data)
+            }
+            Err(ttrpc::Error::Eof | ttrpc::Error::RemoteClosed) => None,
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    /// Reads to the end with containerd's credit scheme.
+    pub async fn read_to_end(mut self) -> Vec<u8> {
+        const WINDOW: i32 = 65536;
+        let mut output = Vec::new();
+        let mut window = 0;
+        loop {
+            if window < WINDOW {
+                self.grant(WINDOW).await;
+                window += WINDOW;
+            }
+            match self.read().await {
+                Some(data) => {
+                    assert!(data.len() <= 32768, "a message of {} bytes", data.len());
+                    window -= i32::try_from(data.len()).unwrap();
+                    assert!(window >= 0, "more output than was granted");
+                    output.extend(data);
+                }
+                None => {
+                    let _ = self.stream.close_send().await;
+                    return output;
+                }
+            }
+        }
+    }
+
+    /// Waits for credit as a writer does.
+    pub async fn credit(&mut self) -> usize {
+        let any = tokio::time::timeout(LIMIT, self.stream.recv()).await.expect("credit").unwrap();
+        assert_eq!(any.type_url, "containerd.types.transfer.WindowUpdate");
+        usize::try_from(WindowUpdate::parse_from_bytes(&any.value).unwrap().update).unwrap()
+    }
+
+    pub async fn write(&mut self, bytes: &[u8]) {
+        let mut data = Data::new();
+        data.data = bytes.to_vec();
+        self.stream.send(&any("containerd.types.transfer.Data", &data)).await.unwrap();
+    }
+}
+
+fn any(name: &str, message: &impl Message) -> Any {
+    let mut any = Any::new();
+    any.type_url = name.to_owned();
+    any.value = message.write_to_bytes().unwrap();
+    any
+}
+
+pub fn context() -> context::Context {
+    context::with_duration(LIMIT)
+}
+
+/// `$0` is the agent; the arguments are its. What a guest's boot provides, in namespaces of its own.
+const SET_UP: &str = "mount -t tmpfs tmpfs /run && mount -t cgroup2 cgroup2 /sys/fs/cgroup && \
+                      exec \"$0\" serve-on-sockets \"$@\"";
+
+fn make_rootfs(root: &Path) {
+    for directory in ["bin", "dev", "proc", "etc", "tmp", "sys"] {
+        fs::create_dir_all(root.join(directory)).unwrap();
+    }
+    fs::copy(busybox().unwrap(), root.join("bin/busybox")).unwrap();
+    for applet in [
+        "sh", "cat", "echo", "sleep", "hostname", "id", "kill", "ls", "true", "false", "head", "yes",
+        "md5sum", "tr", "env", "stty", "readlink", "dd", "wc", "grep", "ps", "stat",
+    ] {
+        symlink("busybox", root.join("bin").join(applet)).unwrap();
+    }
+    fs::write(root.join("etc/resolv.conf"), "").unwrap();
+    fs::write(root.join("etc/not-a-program"), "").unwrap();
+}

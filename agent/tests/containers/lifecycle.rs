@@ -1,0 +1,308 @@
+//! Containers and execs, from their making to their end.
+
+use containerd_shim_protos::{api, types::task::Status};
+use pericarp_protos::ttrpc::{self, Code};
+
+use crate::harness::{Agent, can_run, context, process, topic};
+
+fn status(error: &ttrpc::Error) -> (Code, String) {
+    match error {
+        ttrpc::Error::RpcStatus(status) => (status.code(), status.message.clone()),
+        other => panic!("not a status: {other}"),
+    }
+}
+
+#[tokio::test]
+async fn a_container_lives_and_dies() {
+    if !can_run() {
+        return;
+    }
+    let agent = Agent::start().await;
+    agent.add_container("c1", &["sh", "-c", "echo $GREETING; echo problem >&2; exit 7"]);
+    // containerd opens the streams first.
+    let (stdout, stderr) = (agent.stream("c1-stdout").await, agent.stream("c1-stderr").await);
+    let pid = agent.create("c1", &["stdout", "stderr"]).await;
+    assert!(pid > 0);
+    let state = agent.state("c1").await.unwrap();
+    assert_eq!((state.status.unwrap(), state.pid), (Status::CREATED, pid));
+    assert_eq!(state.bundle, "/host/c1");
+    agent.start_task("c1").await;
+    let (output, errors) = tokio::join!(stdout.read_to_end(), stderr.read_to_end());
+    assert_eq!(String::from_utf8(output).unwrap(), "hello\n");
+    assert_eq!(String::from_utf8(errors).unwrap(), "problem\n");
+    assert_eq!(agent.wait("c1", "").await, 7);
+    let state = agent.state("c1").await.unwrap();
+    assert_eq!((state.status.unwrap(), state.exit_status), (Status::STOPPED, 7));
+    let deleted = agent.delete("c1", "").await.unwrap();
+    assert_eq!((deleted.exit_status, deleted.pid), (7, pid));
+    assert!(deleted.exited_at.seconds > 0);
+    assert_eq!(status(&agent.state("c1").await.unwrap_err()).0, Code::NOT_FOUND);
+    assert_eq!(*agent.host.released.lock().unwrap(), ["c1"]);
+
+    let events = agent.events(6).await;
+    let topics: Vec<_> = events.iter().map(topic).collect();
+    assert_eq!(topics, ["/tasks/create", "timing", "/tasks/start", "timing", "/tasks/exit", "/tasks/delete"]);
+    let sequence: Vec<_> = events.iter().map(|event| event.sequence).collect();
+    assert_eq!(sequence, [1, 2, 3, 4, 5, 6]);
+    assert_eq!(events[4].task().payload.type_url, "containerd.events.TaskExit");
+}
+
+#[tokio::test]
+async fn tasks_are_served_only_in_a_configured_pod() {
+    if !can_run() {
+        return;
+    }
+    let agent = Agent::start_unconfigured().await;
+    agent.add_container("c1", &["true"]);
+    let error = agent.task.create(context(), &Agent::create_request("c1", &[])).await.unwrap_err();
+    assert_eq!(status(&error).0, Code::FAILED_PRECONDITION);
+}
+
+#[tokio::test]
+async fn a_container_that_cannot_be_made_leaves_nothing_behind() {
+    if !can_run() {
+        return;
+    }
+    let agent = Agent::start().await;
+    let create = async |id: &str| {
+        let error = agent.task.create(context(), &Agent::create_request(id, &["stdout"])).await.unwrap_err();
+        let (code, message) = status(&error);
+        assert!(message.contains(&format!("container {id}")), "{message}");
+        (code, message)
+    };
+    assert_eq!(create("unknown").await.0, Code::NOT_FOUND);
+
+    agent.add_container("nope", &["nope"]);
+    let (_, message) = create("nope").await;
+    assert!(message.ends_with("exec: \"nope\": executable file not found in $PATH"), "{message}");
+    agent.add_container("data", &["/etc/not-a-program"]);
+    let (_, message) = create("data").await;
+    assert!(message.ends_with("exec: \"/etc/not-a-program\": permission denied"), "{message}");
+    agent.add_container("mount", &["true"]).change(|spec| {
+        spec["mounts"][3]["source"] = "/does/not/exist".into();
+    });
+    let (_, message) = create("mount").await;
+    assert!(message.contains("/does/not/exist"), "{message}");
+    agent.add_container("broken", &["true"]).change(|spec| spec["process"]["cwd"] = 5.into());
+    assert_eq!(create("broken").await.0, Code::INVALID_ARGUMENT);
+
+    let released = agent.host.released.lock().unwrap().clone();
+    assert_eq!(released, ["nope", "data", "mount", "broken"]);
+    // The same id can be used again once what was wrong is right.
+    agent.add_container("nope", &["true"]);
+    agent.create("nope", &["stdout"]).await;
+}
+
+#[tokio::test]
+async fn an_id_is_used_once_at_a_time() {
+    if !can_run() {
+        return;
+    }
+    let agent = Agent::start().await;
+    agent.add_container("c1", &["sleep", "1000"]);
+    agent.create("c1", &[]).await;
+    let error = agent.task.create(context(), &Agent::create_request("c1", &[])).await.unwrap_err();
+    assert_eq!(status(&error).0, Code::ALREADY_EXISTS);
+}
+
+#[tokio::test]
+async fn a_container_is_stopped_by_signals() {
+    if !can_run() {
+        return;
+    }
+    let agent = Agent::start().await;
+    agent.add_container("term", &["sh", "-c", "trap 'exit 3' TERM; while :; do sleep 0.05; done"]);
+    agent.create("term", &[]).await;
+    agent.start_task("term").await;
+    let error = agent.delete("term", "").await.unwrap_err();
+    assert_eq!(status(&error).0, Code::FAILED_PRECONDITION);
+    // The trap is set a moment after the start: the first signal may be too early for it.
+    let wait = agent.wait("term", "");
+    tokio::pin!(wait);
+    let exit = loop {
+        let _ = agent.kill("term", 15).await;
+        tokio::select! {
+            exit = &mut wait => break exit,
+            () = tokio::time::sleep(std::time::Duration::from_millis(50)) => {}
+        }
+    };
+    assert_eq!(exit, 3);
+    assert_eq!(status(&agent.kill("term", 9).await.unwrap_err()).0, Code::NOT_FOUND);
+
+    agent.add_container("kill", &["sleep", "1000"]);
+    agent.create("kill", &[]).await;
+    agent.start_task("kill").await;
+    agent.kill("kill", 9).await.unwrap();
+    assert_eq!(agent.wait("kill", "").await, 137);
+}
+
+#[tokio::test]
+async fn a_created_container_can_be_deleted() {
+    if !can_run() {
+        return;
+    }
+    let agent = Agent::start().await;
+    agent.add_container("c1", &["sleep", "1000"]);
+    agent.create("c1", &[]).await;
+    assert_eq!(agent.delete("c1", "").await.unwrap().exit_status, 137);
+}
+
+#[tokio::test]
+async fn a_process_is_executed_in_a_running_container() {
+    if !can_run() {
+        return;
+    }
+    let agent = Agent::start().await;
+    agent.add_container("c1", &["sleep", "1000"]);
+    agent.create("c1", &[]).await;
+    let early = agent.exec("c1", "e0", process(&["true"]), &[]).await.unwrap_err();
+    assert_eq!(status(&early).0, Code::FAILED_PRECONDITION);
+    agent.start_task("c1").await;
+
+    let output = agent.stream("e1-stdout").await;
+    agent
+        .exec("c1", "e1", process(&["sh", "-c", "echo $$ $(cat /proc/1/comm); exit 5"]), &["stdout"])
+        .await
+        .unwrap();
+    let output = String::from_utf8(output.read_to_end().await).unwrap();
+    let (pid, first) = output.trim().split_once(' ').unwrap();
+    assert!(pid.parse::<u32>().unwrap() > 1 && first == "sleep", "{output}");
+    assert_eq!(agent.wait("c1", "e1").await, 5);
+    assert_eq!(agent.delete("c1", "e1").await.unwrap().exit_status, 5);
+    assert_eq!(status(&agent.delete("c1", "e1").await.unwrap_err()).0, Code::NOT_FOUND);
+
+    let error = agent.exec("c1", "e2", process(&["nope"]), &[]).await.unwrap_err();
+    let message = status(&error).1;
+    assert!(message.ends_with("exec: \"nope\": executable file not found in $PATH"), "{message}");
+    agent.delete("c1", "e2").await.unwrap();
+    // Everything ends with the container.
+    agent.exec("c1", "e3", process(&["sleep", "1000"]), &[]).await.unwrap();
+    let again = agent.exec("c1", "e3", process(&["true"]), &[]).await.unwrap_err();
+    assert_eq!(status(&again).0, Code::ALREADY_EXISTS);
+    agent.kill("c1", 9).await.unwrap();
+    assert_eq!(agent.wait("c1", "e3").await, 137);
+    assert_eq!(agent.wait("c1", "").await, 137);
+    agent.delete("c1", "").await.unwrap();
+}
+
+#[tokio::test]
+async fn the_seccomp_filter_holds_for_a_container_and_for_what_is_executed_in_it() {
+    if !can_run() {
+        return;
+    }
+    let agent = Agent::start().await;
+    for no_new_privileges in [None, Some(false), Some(true)] {
+        let id = format!("c-{no_new_privileges:?}").replace(['(', ')'], "");
+        let command =
+            ["sh", "-c", "hostname other || echo refused; grep Seccomp: /proc/self/status; sleep 1000"];
+        agent.add_container(&id, &command).change(|spec| {
+            if let Some(value) = no_new_privileges {
+                spec["process"]["noNewPrivileges"] = value.into();
+            }
+        });
+        let mut output = agent.stream(&format!("{id}-stdout")).await;
+        agent.create(&id, &["stdout"]).await;
+        agent.start_task(&id).await;
+        output.grant(65536).await;
+        let mut text = String::new();
+        while !text.contains("Seccomp") {
+            text += &String::from_utf8(output.read().await.unwrap()).unwrap();
+        }
+        assert!(text.starts_with("refused\n") && text.contains("Seccomp:\t2"), "{id}: {text}");
+        let exec = format!("{id}-exec");
+        let output = agent.stream(&format!("{exec}-stdout")).await;
+        let mut process = process(&["sh", "-c", "hostname other || echo refused"]);
+        if let Some(value) = no_new_privileges {
+            process["noNewPrivileges"] = value.into();
+        }
+        agent.exec(&id, &exec, process, &["stdout"]).await.unwrap();
+        assert_eq!(output.read_to_end().await, b"refused\n", "{id}");
+    }
+}
+
+#[tokio::test]
+async fn a_container_cannot_see_the_agents_descriptors_or_ignore_sigpipe() {
+    if !can_run() {
+        return;
+    }
+    let agent = Agent::start().await;
+    agent.add_container(
+        "c1",
+        &[
+            "sh",
+            "-c",
+            "ls /proc/self/fd; grep -E 'SigIgn|SigBlk' /proc/self/status; cat /proc/self/oom_score_adj",
+        ],
+    );
+    let output = agent.stream("c1-stdout").await;
+    agent.create("c1", &["stdout"]).await;
+    agent.start_task("c1").await;
+    let output = String::from_utf8(output.read_to_end().await).unwrap();
+    // 3 is the directory that ls itself reads.
+    let expected = "0\n1\n2\n3\nSigBlk:\t0000000000000000\nSigIgn:\t0000000000000000\n1000\n";
+    assert_eq!(output, expected);
+}
+
+#[tokio::test]
+async fn a_container_is_paused_counted_and_limited() {
+    if !can_run() {
+        return;
+    }
+    let agent = Agent::start().await;
+    agent.add_container("c1", &["sh", "-c", "while :; do :; done"]);
+    let pid = agent.create("c1", &[]).await;
+    agent.start_task("c1").await;
+    let mut request = api::PauseRequest::new();
+    request.id = "c1".into();
+    agent.task.pause(context(), &request).await.unwrap();
+    assert_eq!(agent.state("c1").await.unwrap().status.unwrap(), Status::PAUSED);
+    let error = agent.exec("c1", "e1", process(&["true"]), &[]).await.unwrap_err();
+    assert_eq!(status(&error).0, Code::FAILED_PRECONDITION);
+    let mut request = api::ResumeRequest::new();
+    request.id = "c1".into();
+    agent.task.resume(context(), &request).await.unwrap();
+    assert_eq!(agent.state("c1").await.unwrap().status.unwrap(), Status::RUNNING);
+
+    let mut request = api::PidsRequest::new();
+    request.id = "c1".into();
+    let pids = agent.task.pids(context(), &request).await.unwrap().processes;
+    assert_eq!(pids.iter().map(|process| process.pid).collect::<Vec<_>>(), [pid]);
+    let mut request = api::StatsRequest::new();
+    request.id = "c1".into();
+    let stats = agent.task.stats(context(), &request).await.unwrap().stats;
+    assert_eq!(stats.type_url, "io.containerd.cgroups.v2.Metrics");
+    assert!(!stats.value.is_empty());
+
+    let mut request = api::UpdateTaskRequest::new();
+    request.id = "c1".into();
+    let error = agent.task.update(context(), &request).await.unwrap_err();
+    assert_eq!(status(&error).0, Code::INVALID_ARGUMENT);
+}
+
+#[tokio::test]
+async fn containers_can_share_the_pods_pid_namespace() {
+    if !can_run() {
+        return;
+    }
+    let agent = Agent::start().await;
+    let share = |spec: &mut serde_json::Value| {
+        spec["linux"]["namespaces"][0]["path"] = "/run/pericarp/ns/pid".into();
+    };
+    agent.add_container("c1", &["sh", "-c", "sleep 1234 & wait"]).change(share);
+    agent
+        .add_container("c2", &["sh", "-c", "until ps | grep -q 'sleep 123[4]'; do :; done; cat /proc/1/comm"])
+        .change(share);
+    agent.create("c1", &[]).await;
+    agent.start_task("c1").await;
+    let output = agent.stream("c2-stdout").await;
+    agent.create("c2", &["stdout"]).await;
+    agent.start_task("c2").await;
+    assert_eq!(output.read_to_end().await, b"pericarp-agent\n");
+    assert_eq!(agent.wait("c2", "").await, 0);
+    // The first process is nobody's init here: the rest must be killed for it.
+    agent.kill("c1", 9).await.unwrap();
+    assert_eq!(agent.wait("c1", "").await, 137);
+    let mut request = api::PidsRequest::new();
+    request.id = "c1".into();
+    agent.delete("c1", "").await.unwrap();
+}
