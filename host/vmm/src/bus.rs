@@ -1,11 +1,11 @@
 //! Where a vCPU's device accesses go: virtio-mmio pages and the two ports that the guest uses.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError};
 
 use crate::{
     arch::current::layout::{DEVICE_SIZE, DEVICES},
     console::Console,
-    virtio::mmio::MmioDevice,
+    virtio::{Counter, mmio::MmioDevice},
 };
 
 /// First port of the 8250 serial line, and how many it has.
@@ -30,12 +30,22 @@ pub struct Bus {
     /// Device n answers in the n-th page from [`DEVICES`].
     pub mmio: Vec<Mutex<MmioDevice>>,
     /// The console behind the serial line.
-    pub console: Arc<Mutex<Console>>,
+    pub console: Mutex<Console>,
+    pub exits: Exits,
+}
+
+/// How often the vCPUs had to leave the guest for a device. Each time costs microseconds, or far
+/// more where the host itself is a guest.
+#[derive(Clone, Debug, Default)]
+pub struct Exits {
+    pub mmio: Counter,
+    pub port: Counter,
 }
 
 impl Bus {
     /// A vCPU reads from guest-physical `address`.
     pub fn mmio_read(&self, address: u64, data: &mut [u8]) {
+        self.exits.mmio.add(1);
         data.fill(0xff);
         if let Some((device, offset)) = self.device(address) {
             device.lock().unwrap_or_else(PoisonError::into_inner).read(offset, data);
@@ -44,6 +54,7 @@ impl Bus {
 
     /// A vCPU writes to guest-physical `address`.
     pub fn mmio_write(&self, address: u64, data: &[u8]) {
+        self.exits.mmio.add(1);
         if let Some((device, offset)) = self.device(address) {
             device.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data);
         }
@@ -57,6 +68,7 @@ impl Bus {
 
     /// A vCPU reads from an I/O port.
     pub fn port_read(&self, port: u16, data: &mut [u8]) {
+        self.exits.port.add(1);
         data.fill(0xff);
         if let (Some(register), [value]) = (serial_register(port), &mut *data) {
             *value = self.console.lock().unwrap_or_else(PoisonError::into_inner).read(register);
@@ -68,6 +80,7 @@ impl Bus {
 
     /// A vCPU writes to an I/O port.
     pub fn port_write(&self, port: u16, data: &[u8]) -> PortWrite {
+        self.exits.port.add(1);
         match (serial_register(port), data) {
             (Some(register), &[value]) => {
                 self.console.lock().unwrap_or_else(PoisonError::into_inner).write(register, value);
@@ -80,5 +93,6 @@ impl Bus {
 }
 
 fn serial_register(port: u16) -> Option<u8> {
-    port.checked_sub(SERIAL_PORT).filter(|register| *register < SERIAL_PORTS).map(|register| register as u8)
+    let register = port.checked_sub(SERIAL_PORT).filter(|register| *register < SERIAL_PORTS)?;
+    u8::try_from(register).ok()
 }

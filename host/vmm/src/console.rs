@@ -1,4 +1,4 @@
-//! The console: an 8250 serial line whose output goes to a bounded log.
+//! The console: an 8250 serial line whose output goes to a bounded log. Input there is none.
 
 use std::{
     fs::{File, OpenOptions},
@@ -7,21 +7,28 @@ use std::{
 };
 
 use vm_superio::{Serial, Trigger, serial::NoEvents};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::config::ConsoleConfig;
 
-/// The guest's serial line. Output only: the kernel writes to it with polling, so it needs no
-/// interrupt.
+/// The guest's serial line.
 pub struct Console {
-    line: Serial<NoInterrupt, NoEvents, BoundedLog>,
+    line: Serial<Interrupt, NoEvents, BoundedLog>,
 }
 
 impl Console {
-    /// Opens (and empties) the log.
-    pub fn open(config: &ConsoleConfig) -> io::Result<Console> {
-        let file =
-            OpenOptions::new().create(true).truncate(true).read(true).write(true).mode(0o600).open(&config.path)?;
-        Ok(Console { line: Serial::new(NoInterrupt, BoundedLog { file, limit: config.limit_bytes.max(2), size: 0 }) })
+    /// Opens (and empties) the log. `irqfd` is the line's interrupt: the kernel's own messages are
+    /// written with polling, but what a program writes to `/dev/console` waits for it.
+    pub fn open(config: &ConsoleConfig, irqfd: EventFd) -> io::Result<Console> {
+        let file = OpenOptions::new()
+            .create(true)
+            .truncate(true)
+            .read(true)
+            .write(true)
+            .mode(0o600)
+            .open(&config.path)?;
+        let log = BoundedLog { file, limit: config.limit_bytes.max(2), size: 0 };
+        Ok(Console { line: Serial::new(Interrupt(irqfd), log) })
     }
 
     /// The guest reads a register of the line.
@@ -38,13 +45,13 @@ impl Console {
     }
 }
 
-struct NoInterrupt;
+struct Interrupt(EventFd);
 
-impl Trigger for NoInterrupt {
+impl Trigger for Interrupt {
     type E = io::Error;
 
     fn trigger(&self) -> io::Result<()> {
-        Ok(())
+        self.0.write(1)
     }
 }
 
@@ -87,13 +94,21 @@ impl Write for BoundedLog {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
+
+    fn open(path: &Path) -> (Console, EventFd) {
+        let irqfd = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let config = ConsoleConfig { path: path.into(), limit_bytes: 100 };
+        (Console::open(&config, irqfd.try_clone().unwrap()).unwrap(), irqfd)
+    }
 
     #[test]
     fn the_log_keeps_the_newest_output_and_its_limit() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("console.log");
-        let mut console = Console::open(&ConsoleConfig { path: path.clone(), limit_bytes: 100 }).unwrap();
+        let mut console = open(&path).0;
         for number in 0..1000 {
             for byte in format!("line {number}\n").bytes() {
                 console.write(0, byte);
@@ -108,7 +123,25 @@ mod tests {
     fn the_transmitter_is_always_ready() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("console.log");
-        let mut console = Console::open(&ConsoleConfig { path, limit_bytes: 100 }).unwrap();
+        let mut console = open(&path).0;
         assert_eq!(console.read(5) & 0x60, 0x60);
+    }
+
+    #[test]
+    fn a_guest_that_asks_for_the_interrupt_gets_it_when_it_may_write() {
+        let directory = tempfile::tempdir().unwrap();
+        let (mut console, irqfd) = open(&directory.path().join("console.log"));
+        console.write(1, 0x02);
+        console.write(0, b'x');
+        assert!(irqfd.read().unwrap() > 0);
+    }
+
+    #[test]
+    fn nobody_but_the_owner_may_read_the_log() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("console.log");
+        open(&path);
+        assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
     }
 }

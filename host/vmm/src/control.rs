@@ -1,9 +1,8 @@
 //! The control socket: what the controller can ask of a running machine (`protos/vmm.proto`).
 
 use std::{
-    collections::HashMap,
     os::{fd::IntoRawFd as _, unix::net::UnixListener},
-    sync::{Arc, PoisonError, mpsc::Sender},
+    sync::{Arc, mpsc::Sender},
 };
 
 use pericarp_protos::{
@@ -16,8 +15,8 @@ use pericarp_protos::{
 
 use crate::{
     ExitReason,
-    bus::Bus,
     memory::{self, GuestMemory},
+    virtio::Counter,
 };
 
 /// Calls at the same time; more wait. The controller is the only client.
@@ -31,8 +30,9 @@ pub struct Control {
     pub vcpus: u8,
     /// For the resident size.
     pub memory: GuestMemory,
-    /// For the devices' counters.
-    pub bus: Arc<Bus>,
+    /// Each device's name and counters. Reading them needs no lock, so that a device which the guest
+    /// keeps busy cannot hold up an answer.
+    pub counters: Vec<(&'static str, Vec<(&'static str, Counter)>)>,
     /// Where a shutdown request goes.
     pub ended: Sender<ExitReason>,
 }
@@ -54,14 +54,15 @@ impl Control {
 impl Machine for Control {
     fn status(&self, _context: &TtrpcContext, _request: StatusRequest) -> ttrpc::Result<StatusResponse> {
         let devices = self
-            .bus
-            .mmio
+            .counters
             .iter()
-            .map(|device| {
-                let device = device.lock().unwrap_or_else(PoisonError::into_inner);
-                let counters: HashMap<_, _> =
-                    device.device().counters().into_iter().map(|(name, value)| (name.to_owned(), value)).collect();
-                DeviceCounters { device: device.device().name().to_owned(), counters, ..Default::default() }
+            .map(|(device, counters)| DeviceCounters {
+                device: (*device).to_owned(),
+                counters: counters
+                    .iter()
+                    .map(|(name, counter)| ((*name).to_owned(), counter.get()))
+                    .collect(),
+                ..Default::default()
             })
             .collect();
         Ok(StatusResponse {
@@ -74,7 +75,11 @@ impl Machine for Control {
         })
     }
 
-    fn shutdown(&self, _context: &TtrpcContext, _request: ShutdownRequest) -> ttrpc::Result<ShutdownResponse> {
+    fn shutdown(
+        &self,
+        _context: &TtrpcContext,
+        _request: ShutdownRequest,
+    ) -> ttrpc::Result<ShutdownResponse> {
         // The receiver is gone only when the machine is ending already.
         let _ = self.ended.send(ExitReason::Shutdown);
         Ok(ShutdownResponse::default())

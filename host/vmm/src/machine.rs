@@ -1,9 +1,10 @@
 //! Puts a machine together, starts it and waits for its end.
 
 use std::{
+    fmt::Write as _,
     io,
     os::unix::net::UnixListener,
-    sync::{Arc, Mutex, mpsc},
+    sync::{Arc, Mutex, PoisonError, mpsc},
 };
 
 use kvm_bindings::kvm_userspace_memory_region;
@@ -18,17 +19,17 @@ use crate::{
         self as arch,
         boot::{self, BootError},
         cpuid,
-        layout::{self, DEVICE_SIZE, DEVICES, FIRST_IRQ},
+        layout::{self, DEVICE_SIZE, DEVICES, FIRST_IRQ, SERIAL_IRQ},
         registers::{self, RegisterError},
     },
-    bus::Bus,
+    bus::{Bus, Exits},
     config::MachineConfig,
     console::Console,
     control::Control,
     memory::{self, GuestMemory, MemoryError},
     vcpu,
     virtio::{
-        Device,
+        Counter, Device,
         fs::{Fs, FsError},
         mmio::{MmioDevice, QUEUE_NOTIFY},
         rng::Rng,
@@ -59,7 +60,11 @@ pub enum Error {
     #[error("cannot open /dev/kvm; `pericarp check kvm` says what is wrong")]
     OpenKvm(#[source] kvm_ioctls::Error),
     #[error("KVM refuses to {what}")]
-    Kvm { what: &'static str, #[source] source: kvm_ioctls::Error },
+    Kvm {
+        what: &'static str,
+        #[source]
+        source: kvm_ioctls::Error,
+    },
     #[error("{vcpus} vCPUs are asked for; this host's KVM allows 1 to {max}")]
     Vcpus { vcpus: u8, max: usize },
     #[error("{mib} MiB of memory are asked for; a guest needs {MEMORY_MIB_MIN}")]
@@ -71,13 +76,21 @@ pub enum Error {
     #[error("cannot set up a vCPU")]
     Registers(#[from] RegisterError),
     #[error("cannot write the console log {path}")]
-    Console { path: std::path::PathBuf, #[source] source: io::Error },
+    Console {
+        path: std::path::PathBuf,
+        #[source]
+        source: io::Error,
+    },
     #[error(transparent)]
     Vsock(#[from] VsockError),
     #[error(transparent)]
     Fs(#[from] FsError),
     #[error("cannot make the machine's {what}")]
-    Io { what: &'static str, #[source] source: io::Error },
+    Io {
+        what: &'static str,
+        #[source]
+        source: io::Error,
+    },
     #[error("cannot serve the control socket")]
     Control(#[source] ttrpc::Error),
 }
@@ -88,7 +101,11 @@ pub enum Error {
 /// served once the vCPUs run. `process_start_ns` (`CLOCK_MONOTONIC`) is when the process began.
 ///
 /// The process should exit soon after this returns: vCPU threads may still be running.
-pub fn run(config: &MachineConfig, control: UnixListener, process_start_ns: u64) -> Result<ExitReason, Error> {
+pub fn run(
+    config: &MachineConfig,
+    control: UnixListener,
+    process_start_ns: u64,
+) -> Result<ExitReason, Error> {
     abort_on_panic();
     let kvm = Kvm::new().map_err(Error::OpenKvm)?;
     check_size(config, &kvm)?;
@@ -110,11 +127,23 @@ pub fn run(config: &MachineConfig, control: UnixListener, process_start_ns: u64)
     let (ended, end) = mpsc::channel();
     let vcpus_started_ns = monotonic_ns();
     for (id, vcpu) in (0..config.vcpus).zip(vcpus) {
-        vcpu::start(id, vcpu, bus.clone(), ended.clone()).map_err(|source| Error::Io { what: "vCPU threads", source })?;
+        vcpu::start(id, vcpu, bus.clone(), ended.clone())
+            .map_err(|source| Error::Io { what: "vCPU threads", source })?;
     }
-    let boot =
-        BootTimes { process_start_ns, kvm_ready_ns, kernel_loaded_ns, vcpus_started_ns, ..BootTimes::default() };
-    let server = Control { boot, vcpus: config.vcpus, memory, bus, ended };
+    let boot = BootTimes {
+        process_start_ns,
+        kvm_ready_ns,
+        kernel_loaded_ns,
+        vcpus_started_ns,
+        ..BootTimes::default()
+    };
+    tracing::debug!(
+        kvm_ms = elapsed_ms(process_start_ns, kvm_ready_ns),
+        kernel_ms = elapsed_ms(kvm_ready_ns, kernel_loaded_ns),
+        vcpus_ms = elapsed_ms(kernel_loaded_ns, vcpus_started_ns),
+        "the vCPUs run"
+    );
+    let server = Control { boot, vcpus: config.vcpus, memory, counters: counters(&bus), ended };
     let _server = server.serve(control).map_err(Error::Control)?;
     // The channel cannot close before its first message: the control server holds a sender.
     let reason = end.recv().unwrap_or(ExitReason::Shutdown);
@@ -167,7 +196,8 @@ fn make_vcpus(kvm: &Kvm, vm: &VmFd, count: u8) -> Result<Vec<VcpuFd>, Error> {
     (0..count)
         .map(|id| {
             let vcpu = vm.create_vcpu(u64::from(id)).map_err(refused("create a vCPU"))?;
-            vcpu.set_cpuid2(&cpuid::for_vcpu(&supported, id, count)).map_err(refused("take a vCPU's CPUID"))?;
+            vcpu.set_cpuid2(&cpuid::for_vcpu(&supported, id, count))
+                .map_err(refused("take a vCPU's CPUID"))?;
             registers::initialize(&vcpu)?;
             Ok(vcpu)
         })
@@ -175,9 +205,10 @@ fn make_vcpus(kvm: &Kvm, vm: &VmFd, count: u8) -> Result<Vec<VcpuFd>, Error> {
 }
 
 fn make_devices(config: &MachineConfig, vm: &VmFd, memory: &GuestMemory) -> Result<Bus, Error> {
-    let console = Console::open(&config.console)
+    let console = Console::open(&config.console, interrupt_line(vm, SERIAL_IRQ)?)
         .map_err(|source| Error::Console { path: config.console.path.clone(), source })?;
-    let mut devices: Vec<Box<dyn Device>> = vec![Box::new(Vsock::new(&config.vsock)?), Box::new(Rng::default())];
+    let mut devices: Vec<Box<dyn Device>> =
+        vec![Box::new(Vsock::new(&config.vsock)?), Box::new(Rng::default())];
     if let Some(share) = &config.share {
         devices.push(Box::new(Fs::new(share)?));
     }
@@ -185,15 +216,34 @@ fn make_devices(config: &MachineConfig, vm: &VmFd, memory: &GuestMemory) -> Resu
         .zip(devices)
         .map(|(slot, device)| attach(vm, memory, slot, device).map(Mutex::new))
         .collect::<Result<_, _>>()?;
-    Ok(Bus { mmio, console: Arc::new(Mutex::new(console)) })
+    Ok(Bus { mmio, console: Mutex::new(console), exits: Exits::default() })
+}
+
+/// An eventfd that raises an interrupt of the guest's.
+fn interrupt_line(vm: &VmFd, irq: u32) -> Result<EventFd, Error> {
+    let irqfd = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+        .map_err(|source| Error::Io { what: "eventfds", source })?;
+    vm.register_irqfd(&irqfd, irq).map_err(refused("take a device's interrupt"))?;
+    Ok(irqfd)
+}
+
+fn counters(bus: &Bus) -> Vec<(&'static str, Vec<(&'static str, Counter)>)> {
+    let exits =
+        ("vcpus", vec![("mmio_exits", bus.exits.mmio.clone()), ("port_exits", bus.exits.port.clone())]);
+    bus.mmio
+        .iter()
+        .map(|device| {
+            let device = device.lock().unwrap_or_else(PoisonError::into_inner);
+            (device.device().name(), device.device().counters())
+        })
+        .chain([exits])
+        .collect()
 }
 
 /// Connects a device's interrupt and notifications to KVM.
 fn attach(vm: &VmFd, memory: &GuestMemory, slot: u32, device: Box<dyn Device>) -> Result<MmioDevice, Error> {
-    let eventfd = |source| Error::Io { what: "eventfds", source };
-    let irqfd = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(eventfd)?;
-    vm.register_irqfd(&irqfd, FIRST_IRQ + slot).map_err(refused("take a device's interrupt"))?;
-    let device = MmioDevice::new(device, memory.clone(), irqfd).map_err(eventfd)?;
+    let device = MmioDevice::new(device, memory.clone(), interrupt_line(vm, FIRST_IRQ + slot)?)
+        .map_err(|source| Error::Io { what: "eventfds", source })?;
     let notify = IoEventAddress::Mmio(DEVICES + u64::from(slot) * DEVICE_SIZE + QUEUE_NOTIFY);
     for (queue, event) in (0u32..).zip(device.notify_events()) {
         vm.register_ioevent(event, &notify, queue).map_err(refused("watch a device's notifications"))?;
@@ -216,13 +266,18 @@ fn cmdline(config: &MachineConfig, devices: usize) -> String {
     );
     for slot in 0..devices as u64 {
         let (address, irq) = (DEVICES + slot * DEVICE_SIZE, u64::from(FIRST_IRQ) + slot);
-        line.push_str(&format!(" virtio_mmio.device=4K@{address:#x}:{irq}"));
+        // Writing to a string cannot fail.
+        let _ = write!(line, " virtio_mmio.device=4K@{address:#x}:{irq}");
     }
     if !config.cmdline.is_empty() {
         line.push(' ');
         line.push_str(&config.cmdline);
     }
     line
+}
+
+fn elapsed_ms(from_ns: u64, to_ns: u64) -> u64 {
+    to_ns.saturating_sub(from_ns) / 1_000_000
 }
 
 /// Nanoseconds on `CLOCK_MONOTONIC`, the clock of all [`BootTimes`].

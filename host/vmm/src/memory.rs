@@ -4,7 +4,7 @@ use rustix::mm::{Advice, madvise};
 use thiserror::Error;
 use vhost_user_backend::bitmap::BitmapMmapRegion;
 use vm_memory::{
-    GuestAddress, GuestMemory as _, GuestMemoryRegion as _, GuestMemoryMmap, GuestRegionMmap,
+    GuestAddress, GuestMemory as _, GuestMemoryMmap, GuestMemoryRegion as _, GuestRegionMmap,
     mmap::MmapRegionBuilder,
 };
 
@@ -19,7 +19,11 @@ const PAGE: usize = 4096;
 #[derive(Debug, Error)]
 pub enum MemoryError {
     #[error("cannot map {mib} MiB of guest memory; ask for less, or free memory on the host")]
-    Map { mib: u64, #[source] source: vm_memory::mmap::MmapRegionError },
+    Map {
+        mib: u64,
+        #[source]
+        source: vm_memory::mmap::MmapRegionError,
+    },
     #[error("guest memory of {mib} MiB does not fit the machine's address layout")]
     Layout { mib: u64 },
 }
@@ -32,11 +36,12 @@ pub fn allocate(ranges: &[(GuestAddress, usize)]) -> Result<GuestMemory, MemoryE
     let regions = ranges
         .iter()
         .map(|&(start, size)| {
-            let mapping = MmapRegionBuilder::<BitmapMmapRegion>::new_with_bitmap(size, BitmapMmapRegion::default())
-                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
-                .build()
-                .map_err(|source| MemoryError::Map { mib, source })?;
+            let mapping =
+                MmapRegionBuilder::<BitmapMmapRegion>::new_with_bitmap(size, BitmapMmapRegion::default())
+                    .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                    .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+                    .build()
+                    .map_err(|source| MemoryError::Map { mib, source })?;
             GuestRegionMmap::new(mapping, start).ok_or(MemoryError::Layout { mib })
         })
         .collect::<Result<Vec<_>, _>>()?;
@@ -67,9 +72,8 @@ fn resident_pages(region: &GuestRegionMmap<BitmapMmapRegion>) -> u64 {
             let length = (size - offset).min(WINDOW * PAGE);
             // SAFETY: offset and length lie inside the mapping, and the vector has a byte for each
             // page of the window.
-            let result = unsafe {
-                libc::mincore(region.as_ptr().add(offset).cast(), length, residency.as_mut_ptr())
-            };
+            let result =
+                unsafe { libc::mincore(region.as_ptr().add(offset).cast(), length, residency.as_mut_ptr()) };
             if result != 0 {
                 return 0;
             }
@@ -80,7 +84,7 @@ fn resident_pages(region: &GuestRegionMmap<BitmapMmapRegion>) -> u64 {
 
 /// Total bytes of guest memory.
 pub fn total_bytes(memory: &GuestMemory) -> u64 {
-    memory.iter().map(|region| region.len()).sum()
+    memory.iter().map(vm_memory::GuestMemoryRegion::len).sum()
 }
 
 #[cfg(test)]

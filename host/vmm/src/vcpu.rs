@@ -17,7 +17,12 @@ use crate::{
 ///
 /// Nothing stops a vCPU from outside but the end of the process: a machine that ends takes all its
 /// threads with it, which needs no signal and no handshake.
-pub fn start(id: u8, mut vcpu: VcpuFd, bus: Arc<Bus>, ended: Sender<ExitReason>) -> io::Result<JoinHandle<()>> {
+pub fn start(
+    id: u8,
+    mut vcpu: VcpuFd,
+    bus: Arc<Bus>,
+    ended: Sender<ExitReason>,
+) -> io::Result<JoinHandle<()>> {
     std::thread::Builder::new().name(format!("vcpu{id}")).spawn(move || {
         let reason = run(&mut vcpu, &bus);
         // The receiver is gone only when the machine is ending already.
@@ -37,7 +42,9 @@ fn run(vcpu: &mut VcpuFd, bus: &Bus) -> ExitReason {
             },
             Ok(VcpuExit::Shutdown) => return ExitReason::TripleFault,
             Ok(VcpuExit::FailEntry(reason, _)) => {
-                return ExitReason::Kvm(format!("the processor refuses to enter the guest (reason {reason:#x})"));
+                return ExitReason::Kvm(format!(
+                    "the processor refuses to enter the guest (reason {reason:#x})"
+                ));
             }
             Ok(VcpuExit::InternalError) => {
                 return ExitReason::Kvm("KVM cannot emulate what the guest did (internal error)".into());

@@ -33,7 +33,7 @@ mod status {
 enum State {
     /// Status as the guest has written it; queues as it has configured them.
     Setup { status: u32, queues: Vec<Queue> },
-    /// DRIVER_OK: the queues belong to the device.
+    /// `DRIVER_OK`: the queues belong to the device.
     Active,
     /// Reset after it was active, or refused to start: the device is gone for good.
     Failed,
@@ -139,9 +139,7 @@ impl MmioDevice {
     fn status(&self) -> u32 {
         match &self.state {
             State::Setup { status, .. } => *status,
-            State::Active => {
-                status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK
-            }
+            State::Active => status::ACKNOWLEDGE | status::DRIVER | status::FEATURES_OK | status::DRIVER_OK,
             State::Failed => status::FAILED,
         }
     }
@@ -203,10 +201,17 @@ impl MmioDevice {
             (_, new) if new & FAILED != 0 => self.state = State::Failed,
             (0, ACKNOWLEDGE) => *status |= ACKNOWLEDGE,
             (ACKNOWLEDGE, DRIVER) => *status |= DRIVER,
-            (3, FEATURES_OK) if accepted & !offered == 0 && accepted & F_VERSION_1 != 0 => *status |= FEATURES_OK,
+            (3, FEATURES_OK) if accepted & !offered == 0 && accepted & F_VERSION_1 != 0 => {
+                *status |= FEATURES_OK;
+            }
             (11, DRIVER_OK) => self.activate(),
             (from, _) => {
-                tracing::warn!(device = self.device.name(), from, to = value, "guest skips a step of setting up a device");
+                tracing::warn!(
+                    device = self.device.name(),
+                    from,
+                    to = value,
+                    "guest skips a step of setting up a device"
+                );
             }
         }
     }
@@ -250,17 +255,13 @@ impl MmioDevice {
             let notified = notified.try_clone().map_err(super::ActivateError::Worker)?;
             active.push(ActiveQueue { queue, notified, interrupt: self.interrupt.clone() });
         }
-        self.device.activate(Active {
-            memory: self.memory.clone(),
-            queues: active,
-            features: self.driver_features,
-        })
+        self.device.activate(Active { memory: self.memory.clone(), queues: active })
     }
 }
 
 fn page_of(features: u64, page: u32) -> u32 {
     match page {
-        0 => (features & u64::from(u32::MAX)) as u32,
+        0 => u32::try_from(features & u64::from(u32::MAX)).unwrap_or(0),
         1 => (features >> 32) as u32,
         _ => 0,
     }
@@ -307,7 +308,7 @@ mod tests {
         fn stop(&mut self) {
             self.active.fetch_sub(1, Ordering::SeqCst);
         }
-        fn counters(&self) -> Vec<(&'static str, u64)> {
+        fn counters(&self) -> Vec<(&'static str, crate::virtio::Counter)> {
             Vec::new()
         }
     }

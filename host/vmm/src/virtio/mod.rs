@@ -6,6 +6,8 @@
 pub mod fs;
 pub mod mmio;
 pub mod rng;
+#[cfg(test)]
+mod testing;
 pub mod vsock;
 
 use std::{
@@ -16,7 +18,7 @@ use std::{
     },
 };
 
-use virtio_queue::{Queue, QueueT as _};
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT as _, QueueT as _};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestMemory;
@@ -56,8 +58,9 @@ pub trait Device: Send {
     }
     /// The guest has reset the device: it stops. It cannot be activated again.
     fn stop(&mut self);
-    /// Numbers for [`Machine.Status`](pericarp_protos::vmm::DeviceCounters).
-    fn counters(&self) -> Vec<(&'static str, u64)>;
+    /// Numbers for [`Machine.Status`](pericarp_protos::vmm::DeviceCounters), by name. They go on
+    /// counting without the device being asked again.
+    fn counters(&self) -> Vec<(&'static str, Counter)>;
 }
 
 /// A device refused to start; the guest sees FAILED in the status register.
@@ -76,8 +79,6 @@ pub struct Active {
     pub memory: GuestMemory,
     /// One for each of [`Device::queue_sizes`]; all ready and checked.
     pub queues: Vec<ActiveQueue>,
-    /// Features that the guest accepted.
-    pub features: u64,
 }
 
 /// A queue of an active device.
@@ -90,10 +91,28 @@ pub struct ActiveQueue {
     pub interrupt: Interrupt,
 }
 
+/// A request of the guest's: descriptors that point into its memory.
+pub type Chain<'a> = DescriptorChain<&'a GuestMemory>;
+
+/// Every `Err` means that the guest has broken the queue: the device cannot go on.
 impl ActiveQueue {
-    /// Hands a chain back to the guest. `Err` means that the guest moved its rings out of memory: the
-    /// device cannot go on.
-    pub fn add_used(&mut self, memory: &GuestMemory, head: u16, length: u32) -> Result<(), virtio_queue::Error> {
+    /// The next chain that the guest has made available.
+    pub fn pop<'a>(&mut self, memory: &'a GuestMemory) -> Result<Option<Chain<'a>>, virtio_queue::Error> {
+        Ok(self.queue.iter(memory)?.next())
+    }
+
+    /// Makes the chain that was popped last available again.
+    pub fn unpop(&mut self) {
+        self.queue.go_to_previous_position();
+    }
+
+    /// Hands a chain back to the guest, which may look at the first `length` bytes of its writable part.
+    pub fn add_used(
+        &mut self,
+        memory: &GuestMemory,
+        head: u16,
+        length: u32,
+    ) -> Result<(), virtio_queue::Error> {
         self.queue.add_used(memory, head, length)
     }
 

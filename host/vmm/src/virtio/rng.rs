@@ -6,7 +6,7 @@
 use virtio_queue::QueueT as _;
 use vm_memory::Bytes as _;
 
-use super::{Active, ActivateError, Counter, Device, F_EVENT_IDX, device_type};
+use super::{ActivateError, Active, Counter, Device, F_EVENT_IDX, device_type};
 use crate::memory::GuestMemory;
 
 const QUEUE_SIZE: u16 = 64;
@@ -26,9 +26,10 @@ impl Rng {
         let [queue] = queues.as_mut_slice() else { return Ok(()) };
         loop {
             queue.queue.disable_notification(&*memory)?;
-            while let Some(chain) = queue.queue.pop_descriptor_chain(&*memory) {
+            while let Some(chain) = queue.pop(memory)? {
                 let head = chain.head_index();
-                let given = chain.writable().next().map_or(0, |buffer| fill(memory, buffer.addr(), buffer.len()));
+                let given =
+                    chain.writable().next().map_or(0, |buffer| fill(memory, buffer.addr(), buffer.len()));
                 self.bytes.add(u64::from(given));
                 queue.add_used(memory, head, given)?;
             }
@@ -49,7 +50,7 @@ fn fill(memory: &GuestMemory, address: vm_memory::GuestAddress, length: u32) -> 
         return 0;
     };
     match memory.write_slice(&wanted[..given], address) {
-        Ok(()) => given as u32,
+        Ok(()) => u32::try_from(given).unwrap_or(0),
         Err(_) => 0,
     }
 }
@@ -93,7 +94,7 @@ impl Device for Rng {
         self.active = None;
     }
 
-    fn counters(&self) -> Vec<(&'static str, u64)> {
-        vec![("bytes", self.bytes.get())]
+    fn counters(&self) -> Vec<(&'static str, Counter)> {
+        vec![("bytes", self.bytes.clone())]
     }
 }

@@ -8,10 +8,10 @@ use std::{
 
 use linux_loader::{
     bootparam::{boot_e820_entry, boot_params},
-    loader::{Elf, KernelLoader as _},
+    loader::{self, Elf, KernelLoader as _, elf},
 };
 use thiserror::Error;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryError, GuestMemoryRegion as _, GuestMemory as _};
+use vm_memory::{Bytes, GuestAddress, GuestMemory as _, GuestMemoryError, GuestMemoryRegion as _};
 
 use super::{
     layout::{CMDLINE, CMDLINE_MAX, GAP, HIGH_MEMORY, LOW_MEMORY_END, ZERO_PAGE, memory_ranges},
@@ -32,14 +32,35 @@ const PAGE: u64 = 4096;
 #[derive(Debug, Error)]
 pub enum BootError {
     #[error("cannot open the guest kernel {path}")]
-    OpenKernel { path: PathBuf, #[source] source: std::io::Error },
-    #[error("the guest kernel {path} is not an uncompressed ELF vmlinux that fits into {mib} MiB of memory")]
-    Kernel { path: PathBuf, mib: u64, #[source] source: linux_loader::loader::Error },
+    OpenKernel {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error("the guest kernel {path} is no ELF file; an uncompressed vmlinux is needed")]
+    NotElf { path: PathBuf },
+    #[error("cannot load the guest kernel {path} into {mib} MiB of memory; it is damaged or too large")]
+    Kernel {
+        path: PathBuf,
+        mib: u64,
+        #[source]
+        source: loader::Error,
+    },
     #[error("cannot open the guest's initramfs {path}")]
-    OpenInitramfs { path: PathBuf, #[source] source: std::io::Error },
+    OpenInitramfs {
+        path: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
     #[error("cannot read the guest's initramfs {path}")]
-    ReadInitramfs { path: PathBuf, #[source] source: GuestMemoryError },
-    #[error("the guest's initramfs {path} ({bytes} bytes) does not fit beside the kernel into {mib} MiB of memory")]
+    ReadInitramfs {
+        path: PathBuf,
+        #[source]
+        source: GuestMemoryError,
+    },
+    #[error(
+        "the guest's initramfs {path} ({bytes} bytes) does not fit beside the kernel into {mib} MiB of memory"
+    )]
     InitramfsSize { path: PathBuf, bytes: u64, mib: u64 },
     #[error("the kernel command line is {length} bytes long; the limit is {CMDLINE_MAX}")]
     Cmdline { length: usize },
@@ -61,7 +82,7 @@ pub fn load(
     let mut image =
         File::open(kernel).map_err(|source| BootError::OpenKernel { path: kernel.into(), source })?;
     let loaded = Elf::load(memory, None, &mut image, Some(HIGH_MEMORY))
-        .map_err(|source| BootError::Kernel { path: kernel.into(), mib, source })?;
+        .map_err(|source| kernel_error(kernel, mib, source))?;
     let (ramdisk, ramdisk_size) = load_initramfs(memory, initramfs, loaded.kernel_end)?;
 
     // One byte of room for the terminator.
@@ -69,28 +90,42 @@ pub fn load(
         return Err(BootError::Cmdline { length: cmdline.len() });
     }
     memory.write_slice(cmdline.as_bytes(), CMDLINE).map_err(BootError::Parameters)?;
-    memory
-        .write_obj(0u8, GuestAddress(CMDLINE.0 + cmdline.len() as u64))
-        .map_err(BootError::Parameters)?;
+    memory.write_obj(0u8, GuestAddress(CMDLINE.0 + cmdline.len() as u64)).map_err(BootError::Parameters)?;
 
     let mut params = boot_params::default();
     params.hdr.boot_flag = BOOT_FLAG;
     params.hdr.header = HEADER_MAGIC;
     params.hdr.type_of_loader = LOADER_UNDEFINED;
     params.hdr.kernel_alignment = KERNEL_ALIGNMENT;
-    // All below 4 GiB by construction: command line and ramdisk lie in the first region.
-    params.hdr.cmd_line_ptr = CMDLINE.0 as u32;
-    params.hdr.cmdline_size = CMDLINE_MAX as u32;
-    params.hdr.ramdisk_image = ramdisk.0 as u32;
+    params.hdr.cmd_line_ptr = low(CMDLINE.0);
+    params.hdr.cmdline_size = low(CMDLINE_MAX as u64);
+    params.hdr.ramdisk_image = low(ramdisk.0);
     params.hdr.ramdisk_size = ramdisk_size;
-    for (index, (start, size)) in usable_memory(memory).into_iter().enumerate() {
-        params.e820_table[index] = boot_e820_entry { addr: start, size, type_: E820_RAM };
-        params.e820_entries = index as u8 + 1;
+    for (index, (start, size)) in (0u8..).zip(usable_memory(memory)) {
+        params.e820_table[usize::from(index)] = boot_e820_entry { addr: start, size, type_: E820_RAM };
+        params.e820_entries = index + 1;
     }
     memory.write_obj(params, ZERO_PAGE).map_err(BootError::Parameters)?;
     mptable::write(memory, vcpus).map_err(BootError::Parameters)?;
     registers::write_tables(memory).map_err(BootError::Registers)?;
     Ok(loaded.kernel_load)
+}
+
+/// Addresses and sizes of the boot parameters have 32 bits. All of ours lie in the first region of
+/// memory, which ends below 4 GiB.
+#[allow(clippy::cast_possible_truncation)]
+fn low(address: u64) -> u32 {
+    debug_assert!(u32::try_from(address).is_ok());
+    address as u32
+}
+
+fn kernel_error(path: &Path, mib: u64, source: loader::Error) -> BootError {
+    match source {
+        loader::Error::Elf(
+            elf::Error::ReadElfHeader | elf::Error::InvalidElfMagicNumber | elf::Error::BigEndianElfOnLittle,
+        ) => BootError::NotElf { path: path.into() },
+        source => BootError::Kernel { path: path.into(), mib, source },
+    }
 }
 
 /// Puts the initramfs at the end of the memory below the device gap, where the kernel's own early
@@ -105,7 +140,8 @@ fn load_initramfs(
     let bytes = file.metadata().map_err(open)?.len();
     let mib = memory::total_bytes(memory) >> 20;
     let too_large = || BootError::InitramfsSize { path: path.into(), bytes, mib };
-    let end = memory.iter().map(|region| region.start_addr().0 + region.len()).filter(|end| *end <= GAP).max();
+    let end =
+        memory.iter().map(|region| region.start_addr().0 + region.len()).filter(|end| *end <= GAP).max();
     let start = end.unwrap_or(GAP).checked_sub(bytes).ok_or_else(too_large)? & !(PAGE - 1);
     if start < kernel_end {
         return Err(too_large());
@@ -153,7 +189,7 @@ mod tests {
     fn a_kernel_that_is_no_elf_is_named() {
         let kernel = file(&[0x90; 4096]);
         let error = load(&guest(), kernel.path(), Path::new("/x"), "", 1).unwrap_err();
-        assert!(matches!(error, BootError::Kernel { .. }), "{error:?}");
+        assert!(matches!(error, BootError::NotElf { .. }), "{error:?}");
         assert!(error.to_string().contains(kernel.path().to_str().unwrap()));
     }
 

@@ -43,8 +43,8 @@ pub fn for_vcpu(supported: &CpuId, id: u8, vcpus: u8) -> CpuId {
             }
             LEAF_TOPOLOGY | LEAF_TOPOLOGY_V2 => {
                 let (shift, count, kind) = match entry.index {
-                    0 => (0, 1, 1),                      // threads of a core
-                    1 => (bits, u32::from(vcpus), 2),    // cores of the socket
+                    0 => (0, 1, 1),                   // threads of a core
+                    1 => (bits, u32::from(vcpus), 2), // cores of the socket
                     _ => (0, 0, 0),
                 };
                 entry.eax = shift;

@@ -20,7 +20,7 @@ pub const CMDLINE_MAX: usize = 2048;
 /// End of the low memory that the kernel may use; what follows is where a PC has its BIOS.
 pub const LOW_MEMORY_END: u64 = 0x9_fc00;
 /// The MP table lies where a PC has its BIOS: the kernel looks there, and may not use it.
-pub const MP_TABLE: GuestAddress = GuestAddress(0xf_0000);
+pub const MP_TABLE: u32 = 0xf_0000;
 pub const MP_TABLE_MAX: usize = 0x1_0000;
 /// Kernel and all further memory start here.
 pub const HIGH_MEMORY: GuestAddress = GuestAddress(0x10_0000);
@@ -32,10 +32,12 @@ pub const AFTER_GAP: u64 = 0x1_0000_0000;
 /// virtio-mmio devices: one page each from here.
 pub const DEVICES: u64 = 0xd000_0000;
 pub const DEVICE_SIZE: u64 = 0x1000;
+/// Interrupt of a PC's first serial line.
+pub const SERIAL_IRQ: u32 = 4;
 /// Interrupt of the first device; the others follow. Below are the PC's legacy devices.
 pub const FIRST_IRQ: u32 = 5;
 /// Last input of the IOAPIC.
-pub const LAST_IRQ: u32 = 23;
+pub const LAST_IRQ: u8 = 23;
 
 /// Pages that KVM needs for real mode on processors without unrestricted guest mode.
 pub const IDENTITY_MAP: u64 = 0xfffb_c000;
@@ -58,9 +60,6 @@ mod tests {
     #[test]
     fn memory_beyond_three_gib_continues_above_the_device_gap() {
         assert_eq!(memory_ranges(512 << 20), [(GuestAddress(0), 512 << 20)]);
-        assert_eq!(
-            memory_ranges(4 << 30),
-            [(GuestAddress(0), 3 << 30), (GuestAddress(4 << 30), 1 << 30)]
-        );
+        assert_eq!(memory_ranges(4 << 30), [(GuestAddress(0), 3 << 30), (GuestAddress(4 << 30), 1 << 30)]);
     }
 }

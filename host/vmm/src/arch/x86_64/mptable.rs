@@ -1,7 +1,7 @@
 //! The MP table: without ACPI it is how the kernel learns of its processors and interrupt lines
 //! (Intel `MultiProcessor` Specification 1.4, chapter 4).
 
-use vm_memory::{Bytes, GuestMemoryError};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
 use super::layout::{LAST_IRQ, MP_TABLE, MP_TABLE_MAX};
 use crate::memory::GuestMemory;
@@ -29,10 +29,10 @@ const INTERRUPT_EXTERNAL: u8 = 3;
 pub fn write(memory: &GuestMemory, vcpus: u8) -> Result<(), GuestMemoryError> {
     let table = configuration_table(vcpus);
     let pointer_size: u32 = 16;
-    let mut bytes = floating_pointer(MP_TABLE.0 as u32 + pointer_size).to_vec();
+    let mut bytes = floating_pointer(MP_TABLE + pointer_size).to_vec();
     bytes.extend(table);
     debug_assert!(bytes.len() <= MP_TABLE_MAX);
-    memory.write_slice(&bytes, MP_TABLE)
+    memory.write_slice(&bytes, GuestAddress(MP_TABLE.into()))
 }
 
 fn floating_pointer(table: u32) -> [u8; 16] {
@@ -67,7 +67,7 @@ fn configuration_table(vcpus: u8) -> Vec<u8> {
     ioapic[..4].copy_from_slice(&[ENTRY_IOAPIC, ioapic_id, IOAPIC_VERSION, 1]);
     ioapic[4..].copy_from_slice(&IOAPIC_ADDRESS.to_le_bytes());
     add(&ioapic);
-    for irq in 0..=LAST_IRQ as u8 {
+    for irq in 0..=LAST_IRQ {
         // Polarity and trigger "as the bus": edge, active high, which is what an irqfd gives.
         add(&[ENTRY_IO_INTERRUPT, INTERRUPT_VECTORED, 0, 0, ISA_BUS, irq, ioapic_id, irq]);
     }
@@ -76,7 +76,9 @@ fn configuration_table(vcpus: u8) -> Vec<u8> {
 
     let mut table = vec![0u8; 44];
     table[0..4].copy_from_slice(b"PCMP");
-    table[4..6].copy_from_slice(&((44 + entries.len()) as u16).to_le_bytes());
+    // 255 processors make 5 KiB.
+    let length = u16::try_from(table.len() + entries.len()).unwrap_or(u16::MAX);
+    table[4..6].copy_from_slice(&length.to_le_bytes());
     table[6] = SPECIFICATION_1_4;
     table[8..16].copy_from_slice(b"PERICARP");
     table[16..28].copy_from_slice(b"MACHINE     ");
@@ -94,8 +96,6 @@ fn checksum(bytes: &[u8]) -> u8 {
 
 #[cfg(test)]
 mod tests {
-    use vm_memory::GuestAddress;
-
     use super::*;
 
     #[test]
@@ -103,7 +103,7 @@ mod tests {
         let memory = crate::memory::allocate(&[(GuestAddress(0), 1 << 20)]).unwrap();
         write(&memory, u8::MAX - 1).unwrap();
         let mut pointer = [0u8; 16];
-        memory.read_slice(&mut pointer, MP_TABLE).unwrap();
+        memory.read_slice(&mut pointer, GuestAddress(MP_TABLE.into())).unwrap();
         assert_eq!(checksum(&pointer), 0);
         let table = configuration_table(u8::MAX - 1);
         assert_eq!(checksum(&table), 0);

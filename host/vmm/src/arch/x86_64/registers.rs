@@ -36,7 +36,11 @@ pub enum RegisterError {
     #[error("cannot write the boot page tables to guest memory")]
     Tables(#[source] GuestMemoryError),
     #[error("KVM refuses the vCPU's {what}")]
-    Kvm { what: &'static str, #[source] source: kvm_ioctls::Error },
+    Kvm {
+        what: &'static str,
+        #[source]
+        source: kvm_ioctls::Error,
+    },
     #[error("KVM accepted {accepted} of {wanted} model-specific registers")]
     Msrs { accepted: usize, wanted: usize },
 }
@@ -62,6 +66,8 @@ pub fn write_tables(memory: &GuestMemory) -> Result<(), RegisterError> {
 /// Null, unused, 64-bit code (selector 0x10), data (0x18): the selectors that Linux's boot protocol
 /// asks for.
 const DESCRIPTORS: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
+/// Offset of the table's last byte.
+const GDT_LIMIT: u16 = 4 * 8 - 1;
 
 fn segment(selector: u16, code: bool) -> kvm_segment {
     kvm_segment {
@@ -87,7 +93,7 @@ pub fn enter_kernel(vcpu: &VcpuFd, entry: GuestAddress) -> Result<(), RegisterEr
     let kvm = |what| move |source| RegisterError::Kvm { what, source };
     let mut sregs = vcpu.get_sregs().map_err(kvm("segments"))?;
     sregs.gdt.base = GDT.0;
-    sregs.gdt.limit = (DESCRIPTORS.len() * 8 - 1) as u16;
+    sregs.gdt.limit = GDT_LIMIT;
     sregs.idt.base = IDT.0;
     sregs.idt.limit = 7;
     sregs.cs = segment(0x10, true);

@@ -7,12 +7,12 @@ use std::{io, path::PathBuf, sync::Arc, thread::JoinHandle, time::Duration};
 
 use thiserror::Error;
 use virtiofsd::{
-    passthrough::{CachePolicy, Config, PassthroughFs, NegotiationMode},
+    passthrough::{CachePolicy, Config, NegotiationMode, PassthroughFs},
     server::Server,
 };
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Active, ActivateError, Counter, Device, F_EVENT_IDX, device_type, read_config_bytes};
+use super::{ActivateError, Active, Counter, Device, F_EVENT_IDX, device_type, read_config_bytes};
 use crate::config::ShareConfig;
 
 /// `VIRTIO_F_INDIRECT_DESC`: large requests take one entry of the ring.
@@ -23,8 +23,9 @@ const QUEUE_SIZES: [u16; 2] = [64, 512];
 /// How long the guest may rely on what it knows of a file: live updates of volumes (a configMap's
 /// symlink is switched) are seen within this time.
 const ATTRIBUTES_VALID: Duration = Duration::from_secs(1);
-/// Descriptors of this process that the guest's open files and known inodes may not use up.
-const RESERVED_FILES: u64 = 1024;
+/// Descriptors of this process that the guest's open files and known inodes may not use up: those of
+/// the vsock device, above all.
+const RESERVED_FILES: u64 = 2048;
 
 /// The share cannot be served.
 #[derive(Debug, Error)]
@@ -32,7 +33,11 @@ pub enum FsError {
     #[error("the share's tag {tag:?} is empty or longer than {TAG_SIZE} bytes")]
     Tag { tag: String },
     #[error("the share {directory} is not a directory that can be opened")]
-    Directory { directory: PathBuf, #[source] source: io::Error },
+    Directory {
+        directory: PathBuf,
+        #[source]
+        source: io::Error,
+    },
 }
 
 /// The shared directory's device.
@@ -45,7 +50,7 @@ pub struct Fs {
 
 impl Fs {
     /// Prepares to serve a directory. Raises the process's limit of open files as far as it is allowed
-    /// to, and clears its umask, because the guest's kernel applies the guest's own.
+    /// to, and (in virtiofsd) clears its umask, because the guest's kernel applies the guest's own.
     pub fn new(share: &ShareConfig) -> Result<Fs, FsError> {
         if share.tag.is_empty() || share.tag.len() > TAG_SIZE {
             return Err(FsError::Tag { tag: share.tag.clone() });
@@ -54,8 +59,8 @@ impl Fs {
         if !share.directory.metadata().map_err(unusable)?.is_dir() {
             return Err(unusable(io::Error::from(io::ErrorKind::NotADirectory)));
         }
-        let root_dir = share.directory.to_str().ok_or_else(|| unusable(io::ErrorKind::InvalidFilename.into()))?;
-        rustix::process::umask(rustix::fs::Mode::empty());
+        let root_dir =
+            share.directory.to_str().ok_or_else(|| unusable(io::ErrorKind::InvalidFilename.into()))?;
         let passthrough = PassthroughFs::new(Config {
             root_dir: root_dir.to_owned(),
             entry_timeout: ATTRIBUTES_VALID,
@@ -64,18 +69,26 @@ impl Fs {
             xattr: true,
             // Root filesystems and volumes are mounted below the share while the guest runs.
             announce_submounts: true,
-            allow_direct_io: true,
             killpriv_v2: true,
             posix_acl: NegotiationMode::Auto,
-            guest_fd_limit: raise_file_limit().saturating_sub(RESERVED_FILES),
+            guest_fd_limit: files_for_guest(raise_file_limit()),
             ..Config::default()
         })
         .map_err(unusable)?;
         let mut config = [0; TAG_SIZE + 4];
         config[..share.tag.len()].copy_from_slice(share.tag.as_bytes());
         config[TAG_SIZE..].copy_from_slice(&1u32.to_le_bytes());
-        Ok(Fs { config, server: Arc::new(Server::new(passthrough)), worker: None, requests: Counter::default() })
+        Ok(Fs {
+            config,
+            server: Arc::new(Server::new(passthrough)),
+            worker: None,
+            requests: Counter::default(),
+        })
     }
+}
+
+fn files_for_guest(limit: u64) -> u64 {
+    limit - RESERVED_FILES.min(limit / 2)
 }
 
 /// Sets the soft limit of open files to the hard one; answers with the limit in force.
@@ -126,8 +139,8 @@ impl Device for Fs {
         super::stop_worker(self.worker.take());
     }
 
-    fn counters(&self) -> Vec<(&'static str, u64)> {
-        vec![("requests", self.requests.get())]
+    fn counters(&self) -> Vec<(&'static str, Counter)> {
+        vec![("requests", self.requests.clone())]
     }
 }
 
@@ -141,6 +154,12 @@ mod tests {
         let share = ShareConfig { tag: "share".into(), directory: file.path().into() };
         let error = Fs::new(&share).err().unwrap();
         assert!(error.to_string().contains(file.path().to_str().unwrap()), "{error}");
+    }
+
+    #[test]
+    fn the_guest_may_not_use_up_the_open_files() {
+        assert_eq!(files_for_guest(524_288), 522_240);
+        assert_eq!(files_for_guest(1024), 512);
     }
 
     #[test]

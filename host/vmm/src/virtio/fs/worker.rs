@@ -2,7 +2,7 @@
 
 use std::{io, sync::Arc};
 
-use virtio_queue::{Queue, QueueT as _};
+use virtio_queue::QueueT as _;
 use virtiofsd::{
     descriptor_utils::{Reader, Writer},
     passthrough::PassthroughFs,
@@ -50,6 +50,10 @@ impl Worker {
 
     /// Serves until it is told to stop or the guest breaks a queue.
     pub fn run(mut self) {
+        if let Err(error) = own_working_directory() {
+            tracing::error!(%error, "fs: cannot give the device's thread its own working directory; it stops");
+            return;
+        }
         let mut events = [EpollEvent::default(); 4];
         loop {
             let count = match self.epoll.wait(-1, &mut events) {
@@ -64,12 +68,13 @@ impl Worker {
                 if event.data() == STOP {
                     return;
                 }
-                let served = usize::try_from(event.data()).ok().and_then(|index| self.queues.get_mut(index)).map(
-                    |queue| {
+                let served = usize::try_from(event.data())
+                    .ok()
+                    .and_then(|index| self.queues.get_mut(index))
+                    .map(|queue| {
                         let _ = queue.notified.read();
                         serve(queue, &self.memory, &self.server, &self.requests)
-                    },
-                );
+                    });
                 if let Some(Err(error)) = served {
                     tracing::warn!(%error, "fs: the guest broke its queue; the device stops");
                     return;
@@ -77,6 +82,13 @@ impl Worker {
             }
         }
     }
+}
+
+/// virtiofsd changes working directory and umask for the length of some requests, which must not
+/// concern other threads.
+fn own_working_directory() -> rustix::io::Result<()> {
+    // SAFETY: only this thread's working directory, root and umask part from the process's.
+    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::FS) }
 }
 
 /// Serves every request of a queue, until none is left and the guest knows that it has to notify.
@@ -88,17 +100,19 @@ fn serve(
 ) -> Result<(), virtio_queue::Error> {
     loop {
         queue.queue.disable_notification(memory)?;
-        while let Some(chain) = Queue::pop_descriptor_chain(&mut queue.queue, memory) {
+        while let Some(chain) = queue.pop(memory)? {
             requests.add(1);
             let head = chain.head_index();
             let reader = Reader::new(memory, chain.clone());
             let writer = Writer::new(memory, chain);
             let length = match (reader, writer) {
-                (Ok(reader), Ok(writer)) => server.handle_message(reader, writer, None::<&mut ()>).unwrap_or_else(|error| {
-                    // Not even a FUSE header: there is nobody to answer.
-                    tracing::debug!(%error, "fs: malformed request");
-                    0
-                }),
+                (Ok(reader), Ok(writer)) => {
+                    server.handle_message(reader, writer, None::<&mut ()>).unwrap_or_else(|error| {
+                        // Not even a FUSE header: there is nobody to answer.
+                        tracing::debug!(%error, "fs: malformed request");
+                        0
+                    })
+                }
                 // Buffers outside memory.
                 _ => 0,
             };

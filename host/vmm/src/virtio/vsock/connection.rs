@@ -2,15 +2,13 @@
 
 use std::{
     collections::VecDeque,
-    io::{self, Write as _},
+    io::{self, Read as _, Write as _},
     net::Shutdown,
     num::Wrapping,
     os::unix::net::UnixStream,
 };
 
-use vm_memory::{ReadVolatile as _, VolatileSlice, WriteVolatile as _, bitmap::BitmapSlice};
-
-use super::packet::{Header, Operation, Ports, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
+use super::packet::{Header, Operation, Ports, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
 
 /// Bytes that the guest may send before the host program has taken them. Also the most that one
 /// connection can make this process hold.
@@ -30,24 +28,29 @@ pub enum State {
 }
 
 /// One stream.
+#[allow(clippy::struct_excessive_bools)] // Independent facts; what excludes another is in `state`.
 pub struct Connection {
     pub ports: Ports,
     pub state: State,
+    /// Whether the mux has it in its list of those that have something for the guest.
+    pub queued: bool,
+    /// Non-blocking, watched edge-triggered.
     stream: UnixStream,
 
-    /// Edge-triggered: the socket may have something to read.
+    /// The socket may have something to read.
     readable: bool,
     /// The host program has closed both directions.
     hung_up: bool,
-    /// End of the host program's data has been read.
+    /// The end of the host program's data has been read.
     host_finished: bool,
+    /// The host program has been told that the guest sends no more.
+    shut: bool,
     /// What the guest has said it will not do any more ([`SHUTDOWN_SEND`], [`SHUTDOWN_RECEIVE`]).
     guest_finished: u32,
 
     /// From the guest, not yet written to the socket; at most [`BUF_ALLOC`] bytes.
     pending: VecDeque<u8>,
-    /// Bytes got from the guest, and bytes of them written to the socket.
-    received: Wrapping<u32>,
+    /// Bytes of the guest's that were written to the socket.
     forwarded: Wrapping<u32>,
     /// The value of `forwarded` that the guest knows.
     announced: Wrapping<u32>,
@@ -57,11 +60,12 @@ pub struct Connection {
     guest_forwarded: Wrapping<u32>,
     sent: Wrapping<u32>,
 
-    /// Packets that are owed to the guest.
     owed: Owed,
 }
 
-/// One flag for each packet without data, so that no guest can make a connection owe more.
+/// Packets without payload that the guest must get. One flag each, so that no guest can make a
+/// connection owe more.
+#[allow(clippy::struct_excessive_bools)]
 #[derive(Default)]
 struct Owed {
     request: bool,
@@ -70,7 +74,8 @@ struct Owed {
     shutdown: u32,
     credit_update: bool,
     credit_request: bool,
-    /// A request for credit is out; another waits for its answer.
+    /// A request for credit is out. There is not another until the guest has given some: a guest
+    /// whose program does not read answers each at once, with none.
     credit_requested: bool,
 }
 
@@ -93,13 +98,14 @@ impl Connection {
         Connection {
             ports,
             state,
+            queued: false,
             stream,
             readable: true,
             hung_up: false,
             host_finished: false,
+            shut: false,
             guest_finished: 0,
             pending: VecDeque::new(),
-            received: Wrapping(0),
             forwarded: Wrapping(0),
             announced: Wrapping(0),
             guest_buf_alloc: 0,
@@ -114,13 +120,39 @@ impl Connection {
         self.readable = true;
         if hung_up && !self.hung_up {
             self.hung_up = true;
-            if self.host_finished {
-                self.owed.shutdown |= SHUTDOWN_RECEIVE | SHUTDOWN_SEND;
-            }
-            if self.state == State::Draining {
-                self.state = State::Closed;
+            match self.state {
+                // The host program did not wait for the guest's answer.
+                State::Requested => self.owed.reset = true,
+                // What it sent before is read first.
+                State::Established if self.host_finished || self.guest_finished & SHUTDOWN_RECEIVE != 0 => {
+                    self.owed.shutdown |= SHUTDOWN_BOTH;
+                }
+                State::Established | State::Closed => {}
+                State::Draining => self.state = State::Closed,
             }
         }
+    }
+
+    /// The host program's socket takes bytes again.
+    pub fn on_writable(&mut self) {
+        while !self.pending.is_empty() {
+            let (first, _) = self.pending.as_slices();
+            match self.stream.write(first) {
+                Ok(count) => {
+                    self.pending.drain(..count);
+                    self.forward(count);
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(_) => {
+                    self.fail();
+                    return;
+                }
+            }
+        }
+        // A connection that once was slow does not keep its buffer.
+        self.pending = VecDeque::new();
+        self.finish_if_flushed();
     }
 
     /// Whether [`next_packet`](Self::next_packet) may have something for the guest.
@@ -152,8 +184,8 @@ impl Connection {
         self.guest_buf_alloc.saturating_sub((self.sent - self.guest_forwarded).0)
     }
 
-    /// The next packet for the guest, its payload read into `data`.
-    pub fn next_packet<B: BitmapSlice>(&mut self, data: &VolatileSlice<'_, B>) -> Option<Header> {
+    /// The next packet for the guest, its payload read into the start of `data`.
+    pub fn next_packet(&mut self, data: &mut [u8]) -> Option<Header> {
         if matches!(self.state, State::Closed | State::Draining) {
             return None;
         }
@@ -182,37 +214,38 @@ impl Connection {
         if std::mem::take(&mut self.owed.credit_request) {
             return Some(self.header(Operation::CreditRequest, 0, 0));
         }
+        // Last, for every packet carries the same news.
         if std::mem::take(&mut self.owed.credit_update) {
             return Some(self.header(Operation::CreditUpdate, 0, 0));
         }
         None
     }
 
-    fn read<B: BitmapSlice>(&mut self, data: &VolatileSlice<'_, B>) -> Option<Header> {
-        let room = data.len().min(self.guest_credit() as usize);
-        if room == 0 {
+    fn read(&mut self, data: &mut [u8]) -> Option<Header> {
+        let credit = self.guest_credit();
+        if credit == 0 {
             self.owed.credit_requested = true;
             self.owed.credit_request = true;
             return None;
         }
-        let mut target = data.subslice(0, room).ok()?;
-        match self.stream.read_volatile(&mut target) {
+        let room = data.len().min(credit as usize);
+        match self.stream.read(&mut data[..room]) {
             Ok(0) => {
                 self.host_finished = true;
-                self.owed.shutdown |=
-                    if self.hung_up { SHUTDOWN_SEND | SHUTDOWN_RECEIVE } else { SHUTDOWN_SEND };
+                self.owed.shutdown |= if self.hung_up { SHUTDOWN_BOTH } else { SHUTDOWN_SEND };
                 None
             }
             Ok(length) => {
-                // At most `room`, which is a u32.
-                let length = length as u32;
+                let length = small(length);
                 self.sent += length;
                 Some(self.header(Operation::ReadWrite, length, 0))
             }
-            Err(vm_memory::VolatileMemoryError::IOError(error)) if error.kind() == io::ErrorKind::WouldBlock => {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
                 self.readable = false;
                 None
             }
+            // The caller comes again while the socket may have something.
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => None,
             Err(_) => {
                 self.state = State::Closed;
                 Some(self.header(Operation::Reset, 0, 0))
@@ -223,21 +256,29 @@ impl Connection {
     fn header(&mut self, operation: Operation, length: u32, flags: u32) -> Header {
         self.announced = self.forwarded;
         self.owed.credit_update = false;
-        Header { ports: self.ports, operation, length, flags, buf_alloc: BUF_ALLOC, fwd_cnt: self.forwarded.0 }
+        Header {
+            ports: self.ports,
+            operation,
+            length,
+            flags,
+            buf_alloc: BUF_ALLOC,
+            fwd_cnt: self.forwarded.0,
+        }
     }
 
-    /// A packet from the guest. `data` holds `header.length` bytes.
-    pub fn on_packet<B: BitmapSlice>(&mut self, header: &Header, data: Option<&VolatileSlice<'_, B>>) {
+    /// A packet from the guest. `data` is its payload; `None` if the guest did not supply as much as
+    /// the header says.
+    pub fn on_packet(&mut self, header: &Header, data: Option<&[u8]>) {
         self.take_credit(header);
         match (self.state, header.operation) {
             (State::Requested, Operation::Response) => self.established(),
             (_, Operation::Reset) => self.guest_closed(),
             (State::Established, Operation::ReadWrite) => match data {
                 Some(data) => self.receive(data),
-                None => self.owed.reset = header.length > 0,
+                None => self.owed.reset = true,
             },
             (State::Established, Operation::Shutdown) => {
-                self.guest_finished |= header.flags & (SHUTDOWN_SEND | SHUTDOWN_RECEIVE);
+                self.guest_finished |= header.flags & SHUTDOWN_BOTH;
                 self.finish_if_flushed();
             }
             (State::Established, Operation::CreditRequest) => self.owed.credit_update = true,
@@ -250,82 +291,60 @@ impl Connection {
     fn take_credit(&mut self, header: &Header) {
         self.guest_buf_alloc = header.buf_alloc;
         self.guest_forwarded = Wrapping(header.fwd_cnt);
-        self.owed.credit_requested = false;
+        if self.guest_credit() > 0 {
+            self.owed.credit_requested = false;
+        }
     }
 
     fn established(&mut self) {
         self.state = State::Established;
-        // A host program that waits for this line has sent nothing else yet, so it fits.
-        if writeln!(self.stream, "OK {}", self.ports.host).is_err() {
+        // Nothing has been written to this socket yet, so the whole line fits or the other end is gone.
+        let answer = format!("OK {}\n", self.ports.host);
+        if self.stream.write_all(answer.as_bytes()).is_err() {
             self.owed.reset = true;
         }
     }
 
-    fn receive<B: BitmapSlice>(&mut self, data: &VolatileSlice<'_, B>) {
-        // Payloads are capped far below this by the worker.
-        let Ok(length) = u32::try_from(data.len()) else { return };
-        let unforwarded = (self.received - self.forwarded).0;
-        if self.guest_finished & SHUTDOWN_SEND != 0 || unforwarded.saturating_add(length) > BUF_ALLOC {
+    fn receive(&mut self, data: &[u8]) {
+        let beyond_credit = self.pending.len() + data.len() > BUF_ALLOC as usize;
+        if self.guest_finished & SHUTDOWN_SEND != 0 || beyond_credit {
             self.owed.reset = true;
             return;
         }
-        self.received += length;
-        let mut written = 0;
-        if self.pending.is_empty() {
-            match self.stream.write_volatile(data) {
-                Ok(count) => written = count,
-                Err(vm_memory::VolatileMemoryError::IOError(error)) if error.kind() == io::ErrorKind::WouldBlock => {}
-                // The host program does not read any more.
+        let mut rest = data;
+        while self.pending.is_empty() && !rest.is_empty() {
+            match self.stream.write(rest) {
+                Ok(count) => {
+                    rest = &rest[count..];
+                    self.forward(count);
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(_) => {
-                    self.owed.reset = true;
+                    self.fail();
                     return;
                 }
             }
         }
-        if written < data.len() {
-            let mut rest = vec![0; data.len() - written];
-            if let Ok(slice) = data.offset(written) {
-                slice.copy_to(&mut rest);
-            }
-            self.pending.extend(rest);
-        }
-        self.forward(written);
+        self.pending.extend(rest);
     }
 
-    /// Counts what has left for the host program, and lets the guest know in time.
+    /// The host program does not read any more.
+    fn fail(&mut self) {
+        self.pending = VecDeque::new();
+        if self.state == State::Draining {
+            self.state = State::Closed;
+        } else {
+            self.owed.reset = true;
+        }
+    }
+
+    /// Counts what has left for the host program, and lets the guest know before it runs dry.
     fn forward(&mut self, count: usize) {
-        // Never more than BUF_ALLOC.
-        self.forwarded += count as u32;
+        self.forwarded += small(count);
         if (self.forwarded - self.announced).0 >= BUF_ALLOC / 4 {
             self.owed.credit_update = true;
         }
-    }
-
-    /// The host program's socket takes bytes again.
-    pub fn on_writable(&mut self) {
-        while !self.pending.is_empty() {
-            let (first, _) = self.pending.as_slices();
-            match self.stream.write(first) {
-                Ok(count) => {
-                    self.pending.drain(..count);
-                    self.forward(count);
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => {
-                    self.pending.clear();
-                    self.owed.reset = true;
-                    if self.state == State::Draining {
-                        self.state = State::Closed;
-                    }
-                    return;
-                }
-            }
-        }
-        if self.pending.capacity() > 0 {
-            self.pending = VecDeque::new();
-        }
-        self.finish_if_flushed();
     }
 
     fn finish_if_flushed(&mut self) {
@@ -334,11 +353,12 @@ impl Connection {
         }
         if self.state == State::Draining {
             self.state = State::Closed;
-        } else if self.guest_finished == SHUTDOWN_SEND | SHUTDOWN_RECEIVE {
+        } else if self.guest_finished == SHUTDOWN_BOTH {
             // The guest waits for this before it frees the connection.
             self.owed.reset = true;
-        } else if self.guest_finished & SHUTDOWN_SEND != 0 {
-            // Fails only if the host program has closed its end.
+        } else if self.guest_finished & SHUTDOWN_SEND != 0 && !self.shut {
+            // Once: it makes an event of its own. Fails only if the host program has closed its end.
+            self.shut = true;
             let _ = self.stream.shutdown(Shutdown::Write);
         }
     }
@@ -352,4 +372,11 @@ impl Connection {
     pub fn reset(&mut self) {
         self.owed.reset = true;
     }
+}
+
+/// The size of one packet's payload, or of a part of the pending bytes: both below 2³².
+#[allow(clippy::cast_possible_truncation)]
+fn small(count: usize) -> u32 {
+    debug_assert!(count <= BUF_ALLOC as usize);
+    count as u32
 }

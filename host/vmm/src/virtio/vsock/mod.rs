@@ -25,12 +25,9 @@ use std::{
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
-use self::{mux::Mux, worker::Worker};
-use super::{Active, ActivateError, Counter, Device, F_EVENT_IDX, device_type, read_config_bytes};
+use self::{mux::Mux, packet::GUEST_CID, worker::Worker};
+use super::{ActivateError, Active, Counter, Device, F_EVENT_IDX, device_type, read_config_bytes};
 use crate::config::VsockConfig;
-
-/// The guest's address. Every machine has the same: nothing but its own device can reach it.
-pub const GUEST_CID: u64 = 3;
 
 /// Receive, transmit and event queue.
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
@@ -72,7 +69,12 @@ impl Vsock {
         let listener = UnixListener::bind(&config.path).map_err(error)?;
         std::fs::set_permissions(&config.path, Permissions::from_mode(0o600)).map_err(error)?;
         listener.set_nonblocking(true).map_err(error)?;
-        Ok(Vsock { config: config.clone(), listener: Some(listener), counters: Counters::default(), worker: None })
+        Ok(Vsock {
+            config: config.clone(),
+            listener: Some(listener),
+            counters: Counters::default(),
+            worker: None,
+        })
     }
 
     fn start(&mut self, active: Active) -> io::Result<()> {
@@ -115,15 +117,15 @@ impl Device for Vsock {
         super::stop_worker(self.worker.take());
     }
 
-    fn counters(&self) -> Vec<(&'static str, u64)> {
+    fn counters(&self) -> Vec<(&'static str, Counter)> {
         let counters = &self.counters;
         vec![
-            ("to_guest_packets", counters.to_guest_packets.get()),
-            ("from_guest_packets", counters.from_guest_packets.get()),
-            ("to_guest_bytes", counters.to_guest_bytes.get()),
-            ("from_guest_bytes", counters.from_guest_bytes.get()),
-            ("connections", counters.connections.get()),
-            ("resets", counters.resets.get()),
+            ("to_guest_packets", counters.to_guest_packets.clone()),
+            ("from_guest_packets", counters.from_guest_packets.clone()),
+            ("to_guest_bytes", counters.to_guest_bytes.clone()),
+            ("from_guest_bytes", counters.from_guest_bytes.clone()),
+            ("connections", counters.connections.clone()),
+            ("resets", counters.resets.clone()),
         ]
     }
 }

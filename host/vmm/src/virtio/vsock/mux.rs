@@ -11,7 +11,6 @@ use std::{
 };
 
 use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType};
-use vm_memory::{VolatileSlice, bitmap::BitmapSlice};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::{
@@ -57,7 +56,9 @@ pub struct Mux {
 impl Mux {
     pub fn new(config: VsockConfig, listener: UnixListener, counters: Counters) -> io::Result<Mux> {
         let epoll = Epoll::new()?;
-        epoll.ctl(ControlOperation::Add, listener.as_raw_fd(), EpollEvent::new(EventSet::IN, LISTENER))?;
+        // Edge-triggered, so that running out of descriptors does not become a busy loop.
+        let interest = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, LISTENER);
+        epoll.ctl(ControlOperation::Add, listener.as_raw_fd(), interest)?;
         Ok(Mux {
             config,
             listener,
@@ -88,7 +89,8 @@ impl Mux {
             if events.contains(EventSet::OUT) {
                 connection.on_writable();
             }
-            if events.intersects(EventSet::IN | EventSet::READ_HANG_UP | EventSet::HANG_UP | EventSet::ERROR) {
+            if events.intersects(EventSet::IN | EventSet::READ_HANG_UP | EventSet::HANG_UP | EventSet::ERROR)
+            {
                 connection.on_readable(events.intersects(EventSet::HANG_UP | EventSet::ERROR));
             }
             self.settle(token);
@@ -103,21 +105,33 @@ impl Mux {
         Ok(id)
     }
 
+    #[cfg(test)]
+    pub fn is_empty(&self) -> bool {
+        self.connections.is_empty() && self.by_ports.is_empty() && self.greetings.is_empty()
+    }
+
     fn full(&self) -> bool {
         self.connections.len() + self.greetings.len() >= CONNECTIONS_MAX
     }
 
     fn accept(&mut self) {
-        while let Ok((stream, _)) = self.listener.accept() {
-            // Dropping the stream is the answer to a host program that is one too many.
-            if self.full() || stream.set_nonblocking(true).is_err() {
-                continue;
-            }
-            match self.watch(stream.as_fd()) {
-                Ok(id) => {
-                    self.greetings.insert(id, stream);
+        loop {
+            let watched = match self.listener.accept() {
+                // Dropping the stream is the answer to a host program that is one too many.
+                Ok(_) if self.full() => continue,
+                Ok((stream, _)) => stream
+                    .set_nonblocking(true)
+                    .and_then(|()| self.watch(stream.as_fd()))
+                    .map(|id| self.greetings.insert(id, stream)),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => {
+                    tracing::warn!(%error, "vsock: cannot accept a host program's connection");
+                    return;
                 }
-                Err(error) => tracing::warn!(%error, "vsock: cannot watch a host program's connection"),
+            };
+            if let Err(error) = watched {
+                tracing::warn!(%error, "vsock: cannot watch a host program's connection");
             }
         }
     }
@@ -173,20 +187,23 @@ impl Mux {
 
     /// Brings the tables up to date with a connection that has changed.
     fn settle(&mut self, id: u64) {
-        let Some(connection) = self.connections.get(&id) else { return };
+        let Some(connection) = self.connections.get_mut(&id) else { return };
         match connection.state {
-            State::Closed => {
-                self.by_ports.remove(&connection.ports);
-                self.connections.remove(&id);
-            }
-            State::Draining => {
-                self.by_ports.remove(&connection.ports);
-            }
             State::Requested | State::Established => {
-                if connection.has_output() && !self.ready.contains(&id) {
+                if connection.has_output() && !connection.queued {
+                    connection.queued = true;
                     self.ready.push_back(id);
                 }
+                return;
             }
+            State::Draining | State::Closed => {}
+        }
+        // The guest may use the ports again at once, while an earlier stream is still draining.
+        if self.by_ports.get(&connection.ports) == Some(&id) {
+            self.by_ports.remove(&connection.ports);
+        }
+        if connection.state == State::Closed {
+            self.connections.remove(&id);
         }
     }
 
@@ -195,10 +212,11 @@ impl Mux {
         self.resets.len() < RESETS_MAX
     }
 
-    /// A packet from the guest; `data` holds `header.length` bytes.
-    pub fn from_guest<B: BitmapSlice>(&mut self, header: &Header, data: Option<&VolatileSlice<'_, B>>) {
+    /// A packet from the guest. `data` is its payload; `None` if the guest did not supply as much as
+    /// the header says.
+    pub fn take_packet(&mut self, header: &Header, data: Option<&[u8]>) {
         self.counters.from_guest_packets.add(1);
-        self.counters.from_guest_bytes.add(u64::from(header.length));
+        self.counters.from_guest_bytes.add(data.map_or(0, |data| data.len() as u64));
         let known = self.by_ports.get(&header.ports).copied();
         match (known, header.operation) {
             (Some(id), Operation::Request) => {
@@ -253,20 +271,24 @@ impl Mux {
         Ok(())
     }
 
-    /// Whether [`to_guest`](Self::to_guest) may have a packet.
+    /// Whether [`next_packet`](Self::next_packet) may have one.
     pub fn has_output(&self) -> bool {
         !self.resets.is_empty() || !self.ready.is_empty()
     }
 
-    /// The next packet for the guest, its payload in `data`. Connections take turns, a packet each.
-    pub fn to_guest<B: BitmapSlice>(&mut self, data: &VolatileSlice<'_, B>) -> Option<Header> {
+    /// The next packet for the guest, its payload in the start of `data`. Connections take turns, a
+    /// packet each.
+    pub fn next_packet(&mut self, data: &mut [u8]) -> Option<Header> {
         if let Some(ports) = self.resets.pop_front() {
             self.counters.to_guest_packets.add(1);
             let operation = Operation::Reset;
             return Some(Header { ports, operation, length: 0, flags: 0, buf_alloc: BUF_ALLOC, fwd_cnt: 0 });
         }
         while let Some(id) = self.ready.pop_front() {
-            let packet = self.connections.get_mut(&id).and_then(|connection| connection.next_packet(data));
+            let packet = self.connections.get_mut(&id).and_then(|connection| {
+                connection.queued = false;
+                connection.next_packet(data)
+            });
             self.settle(id);
             if let Some(header) = packet {
                 self.counters.to_guest_packets.add(1);
@@ -284,7 +306,3 @@ impl Mux {
 fn parse_greeting(line: &[u8]) -> Option<u32> {
     std::str::from_utf8(line).ok()?.strip_prefix("CONNECT ")?.trim_end_matches('\r').parse().ok()
 }
-
-#[cfg(test)]
-#[path = "mux_tests.rs"]
-mod tests;

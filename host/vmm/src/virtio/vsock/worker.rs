@@ -1,33 +1,31 @@
 //! The thread that moves packets between the guest's queues and the mux.
 
-use std::io;
+use std::{io, ops::ControlFlow, os::fd::AsRawFd as _};
 
 use virtio_queue::QueueT as _;
-use virtio_vsock::packet::{PKT_HEADER_SIZE, VsockPacket};
+use vm_memory::{Bytes as _, GuestMemoryError};
 use vmm_sys_util::{
     epoll::{ControlOperation, EpollEvent, EventSet},
     eventfd::EventFd,
 };
 
 use super::{
-    GUEST_CID,
-    connection::BUF_ALLOC,
     mux::Mux,
-    packet::{Header, Operation, Ports},
+    packet::{HEADER_SIZE, Header, PAYLOAD_MAX},
 };
 use crate::{
     memory::GuestMemory,
-    virtio::{Active, ActiveQueue},
+    virtio::{Active, ActiveQueue, Chain},
 };
-
-const HOST_CID: u64 = 2;
-const TYPE_STREAM: u16 = 1;
 
 /// Epoll tokens of the worker's own descriptors; all below [`super::mux::FIRST_ID`].
 const TOKEN_RECEIVE: u64 = 1;
 const TOKEN_TRANSMIT: u64 = 2;
 const TOKEN_STOP: u64 = 3;
 const EVENTS: usize = 32;
+/// Packets moved one way before the other way, and host programs, have their turn.
+const BATCH: usize = 64;
+const PACKET_MAX: usize = HEADER_SIZE + PAYLOAD_MAX;
 
 pub struct Worker {
     memory: GuestMemory,
@@ -36,154 +34,184 @@ pub struct Worker {
     /// Packets from the guest.
     transmit: ActiveQueue,
     mux: Mux,
+    /// Holds one packet on its way. A copy costs little beside the system calls on both sides, and
+    /// makes the worker independent of how the guest cuts a packet into descriptors.
+    packet: Box<[u8]>,
 }
 
 impl Worker {
     pub fn new(active: Active, mux: Mux, stop: &EventFd) -> io::Result<Worker> {
-        use std::os::fd::AsRawFd as _;
         let Ok([receive, transmit, _events]) = <[ActiveQueue; 3]>::try_from(active.queues) else {
             return Err(io::ErrorKind::InvalidInput.into());
         };
-        let watched = [(&receive.notified, TOKEN_RECEIVE), (&transmit.notified, TOKEN_TRANSMIT), (stop, TOKEN_STOP)];
+        let watched =
+            [(&receive.notified, TOKEN_RECEIVE), (&transmit.notified, TOKEN_TRANSMIT), (stop, TOKEN_STOP)];
         for (event, token) in watched {
             let interest = EpollEvent::new(EventSet::IN, token);
             mux.epoll().ctl(ControlOperation::Add, event.as_raw_fd(), interest)?;
         }
-        Ok(Worker { memory: active.memory, receive, transmit, mux })
+        Ok(Worker {
+            memory: active.memory,
+            receive,
+            transmit,
+            mux,
+            packet: vec![0; PACKET_MAX].into_boxed_slice(),
+        })
     }
 
     /// Serves until it is told to stop or the guest breaks a queue.
     pub fn run(mut self) {
-        let mut events = [EpollEvent::default(); EVENTS];
+        let mut more = true;
         loop {
-            let count = match self.mux.epoll().wait(-1, &mut events) {
-                Ok(count) => count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            match self.handle_events(if more { 0 } else { -1 }) {
+                Ok(ControlFlow::Continue(())) => {}
+                Ok(ControlFlow::Break(())) => return,
                 Err(error) => {
                     tracing::error!(%error, "vsock: cannot wait for events; the device stops");
                     return;
                 }
+            }
+            more = match self.move_packets() {
+                Ok(more) => more,
+                Err(error) => {
+                    tracing::warn!(%error, "vsock: the guest broke a queue; the device stops");
+                    return;
+                }
             };
-            for event in &events[..count] {
-                match event.data() {
-                    TOKEN_STOP => return,
-                    TOKEN_RECEIVE => drop(self.receive.notified.read()),
-                    TOKEN_TRANSMIT => drop(self.transmit.notified.read()),
-                    token => self.mux.on_event(token, event.event_set()),
-                }
-            }
-            if let Err(error) = self.move_packets() {
-                tracing::warn!(%error, "vsock: the guest broke a queue; the device stops");
-                return;
-            }
         }
     }
 
-    /// Moves packets both ways until neither has any, or no buffer to put it into.
-    fn move_packets(&mut self) -> Result<(), virtio_queue::Error> {
-        loop {
-            let sent = self.transmit()?;
-            let received = self.receive()?;
-            if !sent && !received {
-                return Ok(());
+    /// Waits for at most `patience` milliseconds (-1: for ever). Breaks when it is time to stop.
+    fn handle_events(&mut self, patience: i32) -> io::Result<ControlFlow<()>> {
+        let mut events = [EpollEvent::default(); EVENTS];
+        let count = match self.mux.epoll().wait(patience, &mut events) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+            Err(error) => return Err(error),
+        };
+        for event in &events[..count] {
+            match event.data() {
+                TOKEN_STOP => return Ok(ControlFlow::Break(())),
+                // An error means that the other of two events was faster to be read.
+                TOKEN_RECEIVE => drop(self.receive.notified.read()),
+                TOKEN_TRANSMIT => drop(self.transmit.notified.read()),
+                token => self.mux.on_event(token, event.event_set()),
             }
         }
+        Ok(ControlFlow::Continue(()))
     }
 
-    /// Takes the guest's packets. Answers whether there was one.
+    /// Moves some packets both ways. Answers whether there may be more without another event.
+    fn move_packets(&mut self) -> Result<bool, virtio_queue::Error> {
+        let more_from_guest = self.transmit()?;
+        let more_to_guest = self.receive()?;
+        // With the list of resets full, the guest's packets wait until it has taken some of them.
+        Ok(more_from_guest && self.mux.accepts_packets() || more_to_guest)
+    }
+
+    /// Takes a batch of the guest's packets. Answers whether there are more.
     fn transmit(&mut self) -> Result<bool, virtio_queue::Error> {
-        let mut any = false;
-        loop {
-            self.transmit.queue.disable_notification(&self.memory)?;
-            while self.mux.accepts_packets() {
-                let Some(mut chain) = self.transmit.queue.pop_descriptor_chain(&self.memory) else { break };
-                any = true;
-                let head = chain.head_index();
-                match VsockPacket::from_tx_virtq_chain(&self.memory, &mut chain, BUF_ALLOC) {
-                    Ok(packet) => {
-                        if let Some(header) = header_of(&packet) {
-                            self.mux.from_guest(&header, packet.data_slice());
-                        }
-                    }
-                    Err(error) => tracing::debug!(%error, "vsock: malformed packet dropped"),
-                }
-                self.transmit.add_used(&self.memory, head, 0)?;
+        let mut taken = 0;
+        self.transmit.queue.disable_notification(&self.memory)?;
+        while taken < BATCH && self.mux.accepts_packets() {
+            let Some(chain) = self.transmit.pop(&self.memory)? else { break };
+            let head = chain.head_index();
+            match gather(&self.memory, chain, &mut self.packet) {
+                Ok(length) => take(&mut self.mux, &self.packet[..length]),
+                Err(error) => tracing::debug!(%error, "vsock: a packet outside memory is dropped"),
             }
-            // With the list of resets full, the rest waits for room in the receive queue.
-            let more = self.transmit.queue.enable_notification(&self.memory)?;
-            if !more || !self.mux.accepts_packets() {
-                break;
-            }
+            self.transmit.add_used(&self.memory, head, 0)?;
+            taken += 1;
         }
-        if any {
+        let more = self.transmit.queue.enable_notification(&self.memory)?;
+        if taken > 0 {
             self.transmit.signal(&self.memory)?;
         }
-        Ok(any)
+        Ok(more)
     }
 
-    /// Gives the guest what is there for it. Answers whether there was anything.
+    /// Gives the guest a batch of what is there for it. Answers whether there is more, and a buffer
+    /// to put it into.
     fn receive(&mut self) -> Result<bool, virtio_queue::Error> {
-        let mut any = false;
-        while self.mux.has_output() {
+        let mut given = 0;
+        let mut starved = false;
+        while given < BATCH && self.mux.has_output() {
             self.receive.queue.disable_notification(&self.memory)?;
-            let Some(mut chain) = self.receive.queue.pop_descriptor_chain(&self.memory) else {
+            let Some(chain) = self.receive.pop(&self.memory)? else {
                 if self.receive.queue.enable_notification(&self.memory)? {
                     continue;
                 }
+                starved = true;
                 break;
             };
             let head = chain.head_index();
-            let length = match VsockPacket::from_rx_virtq_chain(&self.memory, &mut chain, BUF_ALLOC) {
-                Ok(mut packet) => {
-                    let filled = packet.data_slice().and_then(|data| self.mux.to_guest(data));
-                    let Some(header) = filled else {
-                        // Nothing after all: the buffer stays available.
-                        let next = self.receive.queue.next_avail();
-                        self.receive.queue.set_next_avail(next.wrapping_sub(1));
-                        break;
-                    };
-                    write_header(&mut packet, &header);
-                    PKT_HEADER_SIZE as u32 + header.length
-                }
-                Err(error) => {
-                    tracing::debug!(%error, "vsock: unusable buffer returned");
-                    0
-                }
+            let room = writable_bytes(&chain).min(PACKET_MAX);
+            let length = if room > HEADER_SIZE {
+                let Some(header) = self.mux.next_packet(&mut self.packet[HEADER_SIZE..room]) else {
+                    // Nothing after all: the buffer stays available.
+                    self.receive.unpop();
+                    break;
+                };
+                self.packet[..HEADER_SIZE].copy_from_slice(&header.to_guest());
+                scatter(&self.memory, chain, &self.packet[..HEADER_SIZE + header.length as usize])
+            } else {
+                tracing::debug!(room, "vsock: a buffer that is too small is returned empty");
+                0
             };
-            any = true;
             self.receive.add_used(&self.memory, head, length)?;
+            given += 1;
         }
-        if any {
+        if given > 0 {
             self.receive.signal(&self.memory)?;
         }
-        Ok(any)
+        Ok(!starved && self.mux.has_output())
     }
 }
 
-/// The header of a packet from the guest, if it is one that a guest of ours may send.
-fn header_of<B: vm_memory::bitmap::BitmapSlice>(packet: &VsockPacket<'_, B>) -> Option<Header> {
-    let addressed = packet.src_cid() == GUEST_CID && packet.dst_cid() == HOST_CID && packet.type_() == TYPE_STREAM;
-    let operation = Operation::from_number(packet.op()).filter(|_| addressed)?;
-    Some(Header {
-        ports: Ports { host: packet.dst_port(), guest: packet.src_port() },
-        operation,
-        length: packet.len(),
-        flags: packet.flags(),
-        buf_alloc: packet.buf_alloc(),
-        fwd_cnt: packet.fwd_cnt(),
-    })
+/// Hands a packet from the guest to the mux, if it is one at all.
+fn take(mux: &mut Mux, packet: &[u8]) {
+    let Some((header, payload)) = packet.split_first_chunk::<HEADER_SIZE>() else {
+        tracing::debug!(length = packet.len(), "vsock: a packet without a header is dropped");
+        return;
+    };
+    if let Some(header) = Header::from_guest(header) {
+        mux.take_packet(&header, payload.get(..header.length as usize));
+    } else {
+        tracing::debug!("vsock: a packet to another address, or of another type, is dropped");
+    }
 }
 
-fn write_header<B: vm_memory::bitmap::BitmapSlice>(packet: &mut VsockPacket<'_, B>, header: &Header) {
-    packet
-        .set_src_cid(HOST_CID)
-        .set_dst_cid(GUEST_CID)
-        .set_src_port(header.ports.host)
-        .set_dst_port(header.ports.guest)
-        .set_type(TYPE_STREAM)
-        .set_op(header.operation.number())
-        .set_flags(header.flags)
-        .set_len(header.length)
-        .set_buf_alloc(header.buf_alloc)
-        .set_fwd_cnt(header.fwd_cnt);
+/// Copies what the guest has put into a chain, as far as it fits.
+fn gather(memory: &GuestMemory, chain: Chain<'_>, buffer: &mut [u8]) -> Result<usize, GuestMemoryError> {
+    let mut filled = 0;
+    for descriptor in chain.readable() {
+        let length = (buffer.len() - filled).min(descriptor.len() as usize);
+        memory.read_slice(&mut buffer[filled..filled + length], descriptor.addr())?;
+        filled += length;
+    }
+    Ok(filled)
 }
+
+fn writable_bytes(chain: &Chain<'_>) -> usize {
+    chain.clone().writable().map(|descriptor| descriptor.len() as usize).sum()
+}
+
+/// Copies a packet into a chain with enough room for it. Answers with the number of bytes that the
+/// guest may read: none if its buffer lies outside memory.
+fn scatter(memory: &GuestMemory, chain: Chain<'_>, packet: &[u8]) -> u32 {
+    let mut rest = packet;
+    for descriptor in chain.writable() {
+        let (part, after) = rest.split_at(rest.len().min(descriptor.len() as usize));
+        if let Err(error) = memory.write_slice(part, descriptor.addr()) {
+            tracing::debug!(%error, "vsock: a buffer outside memory loses a packet");
+            return 0;
+        }
+        rest = after;
+    }
+    // PACKET_MAX at most.
+    u32::try_from(packet.len()).unwrap_or(0)
+}
+
+#[cfg(test)]
+#[path = "worker_tests.rs"]
+mod tests;
