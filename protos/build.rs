@@ -42,7 +42,8 @@ fn ttrpc(out: &Path, inputs: &[&str], async_all: bool) -> Result<(), Box<dyn Err
     // One mod.rs for messages and services; the generators each know only their own half.
     let mut modules = String::new();
     for entry in fs::read_dir(out)? {
-        let name = entry?.file_name().into_string().map_err(|name| format!("{}: not UTF-8", name.display()))?;
+        let name =
+            entry?.file_name().into_string().map_err(|name| format!("{}: not UTF-8", name.display()))?;
         match name.strip_suffix(".rs") {
             Some("mod") | None => {}
             Some(module) => modules.push_str(&format!("pub mod {module};\n")),
@@ -54,7 +55,9 @@ fn ttrpc(out: &Path, inputs: &[&str], async_all: bool) -> Result<(), Box<dyn Err
 
 fn grpc() -> Result<(), Box<dyn Error>> {
     let clients = env::var_os("CARGO_FEATURE_CRI_CLIENT").is_some();
-    let containerd = |names: &[&str]| protox::compile(names.iter().map(|name| format!("{CONTAINERD}/services/{name}")), [ROOT]);
+    let containerd = |names: &[&str]| {
+        protox::compile(names.iter().map(|name| format!("{CONTAINERD}/services/{name}")), [ROOT])
+    };
     // One pass: their packages share types.
     tonic_prost_build::configure().compile_fds(containerd(&[
         "containers/v1/containers.proto",

@@ -103,7 +103,10 @@ pub mod sandbox {
 #[cfg(feature = "grpc")]
 pub mod containerd {
     pub use crate::generated::grpc::containerd::{
-        services::{containers::v1 as containers, events::v1 as events, snapshots::v1 as snapshots, version::v1 as version},
+        services::{
+            containers::v1 as containers, events::v1 as events, snapshots::v1 as snapshots,
+            version::v1 as version,
+        },
         types,
     };
 }

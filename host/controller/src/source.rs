@@ -8,7 +8,7 @@ use pericarp_protos::containerd::{
 use thiserror::Error;
 use tonic::{Code, Request, Status, transport::Channel};
 
-use crate::mounts::Mount;
+use crate::rootfs::Mount;
 
 /// What is on record about a container.
 #[derive(Clone, Debug)]
@@ -17,6 +17,8 @@ pub struct ContainerRecord {
     pub sandbox: String,
     /// OCI runtime spec (JSON), for the host.
     pub spec: Vec<u8>,
+    /// Which snapshotter holds its root filesystem, for messages.
+    pub snapshotter: String,
     /// What its root filesystem is made of.
     pub rootfs: Vec<Mount>,
 }
@@ -87,7 +89,8 @@ impl ContainerSource for Containerd {
         if container.snapshot_key.is_empty() {
             return Err(incomplete("root filesystem"));
         }
-        let mounts = MountsRequest { snapshotter: container.snapshotter, key: container.snapshot_key };
+        let snapshotter = container.snapshotter;
+        let mounts = MountsRequest { snapshotter: snapshotter.clone(), key: container.snapshot_key };
         let mounts = in_namespace(mounts, namespace).map_err(failed("the root filesystem"))?;
         let rootfs = SnapshotsClient::new(self.channel.clone())
             .mounts(mounts)
@@ -98,6 +101,6 @@ impl ContainerSource for Containerd {
             .into_iter()
             .map(|mount| Mount { kind: mount.r#type, source: mount.source, options: mount.options })
             .collect();
-        Ok(ContainerRecord { sandbox: container.sandbox, spec: spec.value, rootfs })
+        Ok(ContainerRecord { sandbox: container.sandbox, spec: spec.value, snapshotter, rootfs })
     }
 }

@@ -25,11 +25,6 @@ impl Undo {
         self.steps.push(Step { what: what.into(), action: Box::new(action) });
     }
 
-    /// Keeps what was made: no step will run.
-    pub fn forget(mut self) {
-        self.steps.clear();
-    }
-
     /// Takes all steps. A step that fails is kept, with all that were added before it, and so can be
     /// tried again; what it was about is in the error.
     pub fn run(&mut self) -> io::Result<()> {

@@ -57,7 +57,9 @@ struct ControlSocket {
 impl ControlSocket {
     fn listener(self) -> anyhow::Result<UnixListener> {
         match (self.control_fd, self.control_socket) {
-            (Some(fd), _) if fd <= 2 => bail!("descriptor {fd} cannot be the control socket; pass one above 2"),
+            (Some(fd), _) if fd <= 2 => {
+                bail!("descriptor {fd} cannot be the control socket; pass one above 2")
+            }
             // SAFETY: the caller passes this descriptor for us to own; nothing else in this process,
             // which has only just started, uses descriptors above 2.
             (Some(fd), _) => Ok(UnixListener::from(unsafe { OwnedFd::from_raw_fd(fd) })),

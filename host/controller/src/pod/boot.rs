@@ -1,7 +1,7 @@
 //! Starting a pod.
 
 use std::{
-    fs::{self, DirBuilder},
+    fs::DirBuilder,
     io,
     os::unix::{fs::DirBuilderExt as _, net::UnixListener},
     sync::Arc,
@@ -20,9 +20,11 @@ use tokio::sync::oneshot;
 use super::{Ended, Phase, Pod, PodError, Ready, record};
 use crate::{
     cgroup::{self, Cgroup},
+    errors::chain,
     guest::{self as guest_calls, Agent, Requests},
     machine::{self, Machine, file},
     mounts,
+    share::Share,
     undo::Undo,
 };
 
@@ -121,12 +123,6 @@ impl Pod {
         DirBuilder::new().mode(0o700).create(directory).map_err(make("directory"))?;
         self.state().directory = self.undo_directory();
 
-        let share = directory.join(file::SHARE);
-        fs::create_dir(&share).map_err(make("share"))?;
-        running.push("unmount the pod's file systems", {
-            let share = share.clone();
-            move || mounts::unmount_tree(&share)
-        });
         let made = self.spawn(&mut running);
         // Registered before any error is returned, so that it is undone.
         self.state().running = running;
@@ -135,7 +131,14 @@ impl Pod {
 
     fn spawn(&self, running: &mut Undo) -> Result<(Machine, UnixListener), BootError> {
         let directory = &self.directory;
-        mounts::make_private(&directory.join(file::SHARE)).map_err(make("share"))?;
+        let share = Share::at(directory.join(file::SHARE));
+        running.push("remove the pod's share", {
+            let share = share.clone();
+            move || share.remove().map_err(|error| io::Error::other(chain(&error)))
+        });
+        share
+            .create()
+            .map_err(|error| BootError::Make { what: "share", source: io::Error::other(chain(&error)) })?;
         let control = machine::bind(&directory.join(file::CONTROL)).map_err(make("control socket"))?;
         let host_service =
             machine::bind(&host_service_path(directory)).map_err(make("host service socket"))?;
@@ -161,7 +164,7 @@ impl Pod {
     pub(super) fn undo_directory(&self) -> Undo {
         let mut undo = Undo::default();
         let directory = self.directory.clone();
-        undo.push("remove the pod's directory", move || mounts::remove_tree(&directory));
+        undo.push("remove the pod's directory", move || Ok(mounts::remove_tree(&directory)?));
         undo
     }
 

@@ -9,7 +9,7 @@ pub mod record;
 mod teardown;
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
@@ -25,6 +25,7 @@ use crate::{
     config::Config,
     events::Forwarder,
     machine::{self, Exit, file},
+    share::Share,
     size::{self, Host, Size},
     source::ContainerSource,
     timeline::{ContainerTimeline, Marks, PodTimeline},
@@ -105,8 +106,8 @@ pub struct Pod {
     node: Arc<Node>,
     /// Start, stop and shutdown, one at a time.
     lifecycle: AsyncMutex<()>,
-    /// Changes to the share, one at a time.
-    share: AsyncMutex<()>,
+    /// What the guest sees of the host; changed by one at a time.
+    share: AsyncMutex<Share>,
     state: Mutex<State>,
     ended: watch::Sender<Option<Ended>>,
 }
@@ -127,6 +128,8 @@ struct State {
     marks: Marks,
     timeline: Option<PodTimeline>,
     containers: HashMap<String, ContainerTimeline>,
+    /// Every container that was ever prepared: the only ones of which the guest may tell events.
+    known_containers: HashSet<String>,
     /// The last event that was taken from the agent.
     last_event: u64,
     guest_kernel: String,
@@ -153,8 +156,10 @@ impl Pod {
         refuse_host_namespaces(&pod, &config)?;
         let size =
             Size::of(&config, &node.config, node.host).map_err(|source| PodError::Size { pod, source })?;
+        let directory = node.config.run_dir.join(&id);
         Ok(Pod {
-            directory: node.config.run_dir.join(&id),
+            share: AsyncMutex::new(Share::at(directory.join(file::SHARE))),
+            directory,
             id,
             namespace,
             config,
@@ -163,7 +168,6 @@ impl Pod {
             created_at: SystemTime::now(),
             node,
             lifecycle: AsyncMutex::new(()),
-            share: AsyncMutex::new(()),
             state: Mutex::new(State {
                 phase: Phase::Created,
                 running: Undo::default(),
@@ -174,6 +178,7 @@ impl Pod {
                 marks: Marks::default(),
                 timeline: None,
                 containers: HashMap::new(),
+                known_containers: HashSet::new(),
                 last_event: 0,
                 guest_kernel: String::new(),
                 reason: None,
@@ -234,6 +239,11 @@ impl Pod {
 
     pub(crate) fn set_last_event(&self, sequence: u64) {
         self.state().last_event = sequence;
+    }
+
+    /// Whether a container is, or was, this pod's.
+    pub(crate) fn knows_container(&self, id: &str) -> bool {
+        self.state().known_containers.contains(id)
     }
 
     /// Changes a prepared container's timeline; `None` if the guest speaks of one that is not.

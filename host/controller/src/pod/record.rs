@@ -17,9 +17,11 @@ use super::{
 };
 use crate::{
     cgroup,
+    errors::chain,
     guest::{self, Agent},
     machine::{self, Machine, file},
     mounts,
+    share::Share,
     undo::Undo,
 };
 
@@ -126,8 +128,11 @@ async fn adopt(node: &Arc<Node>, record: Record, machine: Machine) -> io::Result
         .map_err(io::Error::other)?;
     let pod = Arc::new(pod);
     let mut running = Undo::default();
-    let share = pod.directory.join(file::SHARE);
-    running.push("unmount the pod's file systems", move || mounts::unmount_tree(&share));
+    let share = Share::at(pod.directory.join(file::SHARE));
+    let known_containers = share.containers().into_iter().collect();
+    running.push("remove the pod's share", move || {
+        share.remove().map_err(|error| io::Error::other(chain(&error)))
+    });
     let cgroup = record.cgroup.clone();
     if let Some(path) = record.cgroup {
         running.push("remove the pod's cgroup", move || cgroup::remove(&path));
@@ -146,6 +151,7 @@ async fn adopt(node: &Arc<Node>, record: Record, machine: Machine) -> io::Result
         let mut state = pod.state();
         state.phase = Phase::Running { pid: machine.pid() };
         state.running = running;
+        state.known_containers = known_containers;
         state.cgroup = cgroup;
         state.directory = pod.undo_directory();
         state.host_service = Some(service);
@@ -161,9 +167,10 @@ async fn adopt(node: &Arc<Node>, record: Record, machine: Machine) -> io::Result
 
 /// Removes what a pod without a machine has left.
 fn clean_up(directory: &Path, record: Option<&Record>) {
-    let cleaned = mounts::unmount_tree(directory)
+    let cleaned = mounts::detach(&directory.join(file::SHARE))
+        .map_err(io::Error::from)
         .and_then(|()| record.and_then(|record| record.cgroup.as_deref()).map_or(Ok(()), cgroup::remove))
-        .and_then(|()| mounts::remove_tree(directory));
+        .and_then(|()| Ok(mounts::remove_tree(directory)?));
     match cleaned {
         Ok(()) => tracing::info!(directory = %directory.display(), "removed what a pod had left"),
         Err(error) => {

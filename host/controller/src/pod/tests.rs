@@ -12,7 +12,12 @@ struct OneContainer;
 impl ContainerSource for OneContainer {
     async fn container(&self, _namespace: &str, id: &str) -> Result<ContainerRecord, SourceError> {
         if id == "known" {
-            Ok(ContainerRecord { sandbox: "other".into(), spec: Vec::new(), rootfs: Vec::new() })
+            Ok(ContainerRecord {
+                sandbox: "other".into(),
+                spec: Vec::new(),
+                snapshotter: "overlayfs".into(),
+                rootfs: Vec::new(),
+            })
         } else {
             Err(SourceError::NotFound { id: id.into() })
         }

@@ -1,0 +1,261 @@
+//! A pod's share: the one directory that the guest sees through virtio-fs.
+//!
+//! The share is mounted on itself, read-only and private. Read-only, so that a guest can write only
+//! into what is mounted below (its containers' root file systems and volumes) and can neither fill
+//! the host's `/run` nor put a symbolic link where the controller is about to mount something.
+//! Private, so that no mount in it leaks into another mount namespace, and so that unmounting the
+//! share takes everything below it away at once.
+
+use std::{
+    io,
+    os::{fd::OwnedFd, unix::fs::DirBuilderExt as _},
+    path::{Path, PathBuf},
+};
+
+use rustix::{
+    fs::{FileType, Mode, OFlags, fstat, mkdirat, openat},
+    io::Errno,
+};
+
+use thiserror::Error;
+
+use crate::{
+    errors::chain,
+    mounts::{self, MountError, SetPropagation, descriptor_path},
+    rootfs::{self, Mount, RootfsError},
+    spec::{Propagation, ReadOnly, Volume},
+};
+
+const ROOT: &str = "rootfs";
+const VOLUMES: &str = "volumes";
+
+/// Why a container's files cannot be put into the share.
+#[derive(Debug, Error)]
+pub enum ShareError {
+    /// The kernel refused something on a path.
+    #[error(transparent)]
+    Mount(#[from] MountError),
+    /// The root file system.
+    #[error("cannot mount the root file system")]
+    Root(#[from] RootfsError),
+    /// A volume whose source is gone.
+    #[error("the source {source_path} of the volume at {destination} does not exist; create it or remove the volume",
+            source_path = path.display())]
+    VolumeMissing {
+        /// On the host.
+        path: PathBuf,
+        /// In the container.
+        destination: String,
+    },
+    /// A volume of a kind that does not work through virtio-fs.
+    #[error("the source {source_path} of the volume at {destination} is a {kind}, which cannot be reached from \
+             inside the machine; use a directory or a regular file", source_path = path.display())]
+    VolumeKind {
+        /// On the host.
+        path: PathBuf,
+        /// In the container.
+        destination: String,
+        /// For example "socket".
+        kind: &'static str,
+    },
+    /// A volume that the kernel refuses to mount.
+    #[error("cannot mount {source_path} as the volume at {destination}", source_path = path.display())]
+    Volume {
+        /// On the host.
+        path: PathBuf,
+        /// In the container.
+        destination: String,
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A pod's share.
+#[derive(Clone, Debug)]
+pub struct Share {
+    directory: PathBuf,
+}
+
+impl Share {
+    /// Names a share that exists already, or that is to be removed.
+    pub fn at(directory: PathBuf) -> Share {
+        Share { directory }
+    }
+
+    /// Makes the share's directory and mounts it on itself.
+    pub fn create(&self) -> Result<(), ShareError> {
+        let path = self.directory.as_path();
+        let fail = |action| move |error| MountError { action, path: path.into(), source: error };
+        std::fs::DirBuilder::new().mode(0o755).create(path).map_err(fail("create"))?;
+        let place = mounts::open_place(path).map_err(MountError::new("open", path))?;
+        let mount = mounts::clone_tree(&place, false).map_err(MountError::new("bind", path))?;
+        mounts::set_read_only(&mount, false).map_err(fail("make read-only"))?;
+        mounts::attach(&mount, &place).map_err(MountError::new("mount", path))?;
+        // After attaching, because a mount becomes shared when its parent is.
+        mounts::set_propagation(&mount, SetPropagation::Private).map_err(fail("make private"))?;
+        Ok(())
+    }
+
+    /// Mounts a container's root file system and volumes. On an error nothing of it is left.
+    pub fn add(
+        &self,
+        container: &str,
+        snapshotter: &str,
+        root: &[Mount],
+        volumes: &[Volume],
+    ) -> Result<(), ShareError> {
+        // Made first: what fails from here on is taken away again.
+        let undo = Undo { share: self, container, armed: true };
+        let made = mounts::below_mounts(&self.directory)?;
+        let place = |name: &Path| {
+            let share = mounts::open_place(&self.directory)?;
+            mounts::open_place_below(share, name)
+        };
+        let directory = Path::new(container);
+        self.make_directory(&made, directory)?;
+        self.make_directory(&made, &directory.join(ROOT))?;
+        let target = directory.join(ROOT);
+        let at = place(&target).map_err(MountError::new("open", &self.directory.join(&target)))?;
+        rootfs::mount(&at, snapshotter, root)?;
+        if !volumes.is_empty() {
+            self.make_directory(&made, &directory.join(VOLUMES))?;
+        }
+        for volume in volumes {
+            let target = directory.join(VOLUMES).join(volume.index.to_string());
+            let source = open_source(volume)?;
+            if source.is_directory {
+                self.make_directory(&made, &target)?;
+            } else {
+                self.make_file(&made, &target)?;
+            }
+            let at = place(&target).map_err(MountError::new("open", &self.directory.join(&target)))?;
+            mount_volume(&source.place, &at, volume).map_err(|source| ShareError::Volume {
+                path: volume.source.clone(),
+                destination: volume.destination.clone(),
+                source,
+            })?;
+        }
+        undo.disarm();
+        Ok(())
+    }
+
+    /// Undoes [`Share::add`]. A container that is not there is no error.
+    pub fn remove_container(&self, container: &str) -> Result<(), ShareError> {
+        let directory = self.directory.join(container);
+        mounts::detach(&directory.join(ROOT))?;
+        let volumes = directory.join(VOLUMES);
+        if let Ok(entries) = std::fs::read_dir(&volumes) {
+            for entry in entries.flatten() {
+                mounts::detach(&entry.path())?;
+            }
+        }
+        let made = match mounts::below_mounts(&self.directory) {
+            Ok(made) => made,
+            Err(error) if error.source.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        match std::fs::remove_dir_all(descriptor_path(&made).join(container)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                Err(MountError::new("remove", &directory)(error).into())
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The containers that have something in the share.
+    pub fn containers(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(&self.directory).into_iter().flatten().flatten();
+        entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+    }
+
+    /// Unmounts the share with everything below it and removes its directory.
+    pub fn remove(&self) -> Result<(), ShareError> {
+        mounts::detach(&self.directory)?;
+        mounts::remove_tree(&self.directory)?;
+        Ok(())
+    }
+
+    fn make_directory(&self, made: &OwnedFd, name: &Path) -> Result<(), ShareError> {
+        mkdirat(made, name, Mode::from_raw_mode(0o755))
+            .map_err(|error| MountError::new("create", &self.directory.join(name))(error).into())
+    }
+
+    fn make_file(&self, made: &OwnedFd, name: &Path) -> Result<(), ShareError> {
+        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+        match openat(made, name, flags, Mode::from_raw_mode(0o600)) {
+            Ok(_) => Ok(()),
+            Err(error) => Err(MountError::new("create", &self.directory.join(name))(error).into()),
+        }
+    }
+}
+
+/// Takes a half-made container away when it goes out of scope.
+struct Undo<'a> {
+    share: &'a Share,
+    container: &'a str,
+    armed: bool,
+}
+
+impl Undo<'_> {
+    fn disarm(mut self) {
+        self.armed = false;
+    }
+}
+
+impl Drop for Undo<'_> {
+    fn drop(&mut self) {
+        if self.armed
+            && let Err(error) = self.share.remove_container(self.container)
+        {
+            tracing::warn!(container = self.container, error = chain(&error), "cannot undo a preparation");
+        }
+    }
+}
+
+struct Source {
+    place: OwnedFd,
+    is_directory: bool,
+}
+
+fn open_source(volume: &Volume) -> Result<Source, ShareError> {
+    let fail = |source: Errno| ShareError::Volume {
+        path: volume.source.clone(),
+        destination: volume.destination.clone(),
+        source: source.into(),
+    };
+    let place = mounts::open_place(&volume.source).map_err(|error| match error {
+        Errno::NOENT | Errno::NOTDIR => {
+            ShareError::VolumeMissing { path: volume.source.clone(), destination: volume.destination.clone() }
+        }
+        error => fail(error),
+    })?;
+    let kind = match FileType::from_raw_mode(fstat(&place).map_err(fail)?.st_mode) {
+        FileType::Directory => return Ok(Source { place, is_directory: true }),
+        FileType::RegularFile => return Ok(Source { place, is_directory: false }),
+        FileType::Socket => "socket",
+        FileType::Fifo => "FIFO",
+        FileType::CharacterDevice | FileType::BlockDevice => "device node",
+        FileType::Symlink => "symbolic link",
+        FileType::Unknown => "file of an unknown kind",
+    };
+    Err(ShareError::VolumeKind { path: volume.source.clone(), destination: volume.destination.clone(), kind })
+}
+
+fn mount_volume(source: &OwnedFd, at: &OwnedFd, volume: &Volume) -> io::Result<()> {
+    let mount = mounts::clone_tree(source, volume.recursive)?;
+    match volume.read_only {
+        ReadOnly::No => {}
+        ReadOnly::Top => mounts::set_read_only(&mount, false)?,
+        ReadOnly::Recursive => mounts::set_read_only(&mount, true)?,
+    }
+    let propagation = match volume.propagation {
+        Propagation::Private => SetPropagation::Private,
+        Propagation::Slave => SetPropagation::Slave,
+    };
+    mounts::set_propagation(&mount, propagation)?;
+    Ok(mounts::attach(&mount, at)?)
+}
+
+#[cfg(test)]
+#[path = "share_tests.rs"]
+mod tests;

@@ -1,0 +1,205 @@
+//! These mount for real, so they need root, as everything does that the share is for.
+
+use std::{fs, os::unix::fs::symlink};
+
+use super::*;
+
+struct Place {
+    directory: tempfile::TempDir,
+    share: Share,
+}
+
+impl Place {
+    fn new() -> Place {
+        let directory = tempfile::tempdir().unwrap();
+        let share = Share::at(directory.path().join("share"));
+        share.create().unwrap();
+        Place { directory, share }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn shared(&self, name: &str) -> PathBuf {
+        self.path("share").join(name)
+    }
+
+    /// A directory with one file, mounted as the native snapshotter's would be.
+    fn root(&self) -> Vec<Mount> {
+        fs::create_dir_all(self.path("root")).unwrap();
+        fs::write(self.path("root/init"), "root").unwrap();
+        let source = self.path("root").display().to_string();
+        vec![Mount { kind: "bind".into(), source, options: vec!["rbind".into(), "rw".into()] }]
+    }
+
+    fn volume(&self, index: usize, name: &str, read_only: ReadOnly) -> Volume {
+        Volume {
+            index,
+            source: self.path(name),
+            destination: format!("/{name}"),
+            recursive: true,
+            read_only,
+            propagation: Propagation::Private,
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let _ = self.share.remove();
+    }
+}
+
+fn mounts_below(path: &Path) -> usize {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    mounts
+        .lines()
+        .filter(|line| line.split(' ').nth(4).is_some_and(|at| Path::new(at).starts_with(path)))
+        .count()
+}
+
+#[test]
+fn a_containers_root_and_volumes_appear_and_disappear() {
+    let place = Place::new();
+    fs::create_dir(place.path("data")).unwrap();
+    fs::write(place.path("file"), "content").unwrap();
+    let volumes = [place.volume(0, "data", ReadOnly::No), place.volume(1, "file", ReadOnly::Top)];
+    place.share.add("c1", "native", &place.root(), &volumes).unwrap();
+
+    assert_eq!(fs::read_to_string(place.shared("c1/rootfs/init")).unwrap(), "root");
+    fs::write(place.shared("c1/volumes/0/new"), "written").unwrap();
+    assert_eq!(fs::read_to_string(place.path("data/new")).unwrap(), "written");
+    assert_eq!(fs::read_to_string(place.shared("c1/volumes/1")).unwrap(), "content");
+    let error = fs::write(place.shared("c1/volumes/1"), "x").unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::ReadOnlyFilesystem);
+    assert_eq!(place.share.containers(), ["c1"]);
+
+    place.share.remove_container("c1").unwrap();
+    assert!(!place.shared("c1").exists());
+    assert_eq!(mounts_below(&place.path("share")), 1);
+    assert_eq!(fs::read_to_string(place.path("data/new")).unwrap(), "written");
+    place.share.remove_container("c1").unwrap();
+}
+
+#[test]
+fn removing_the_share_takes_its_mounts_and_nothing_of_the_host() {
+    let place = Place::new();
+    fs::create_dir(place.path("data")).unwrap();
+    fs::write(place.path("data/precious"), "kept").unwrap();
+    place.share.add("c1", "native", &place.root(), &[place.volume(0, "data", ReadOnly::No)]).unwrap();
+    place.share.remove().unwrap();
+    assert!(!place.path("share").exists());
+    assert_eq!(mounts_below(&place.path("share")), 0);
+    assert_eq!(fs::read_to_string(place.path("data/precious")).unwrap(), "kept");
+    assert_eq!(fs::read_to_string(place.path("root/init")).unwrap(), "root");
+    place.share.remove().unwrap();
+}
+
+#[test]
+fn a_mounted_tree_is_never_emptied_by_removing_its_directory() {
+    let place = Place::new();
+    fs::create_dir(place.path("data")).unwrap();
+    fs::write(place.path("data/precious"), "kept").unwrap();
+    place.share.add("c1", "native", &place.root(), &[place.volume(0, "data", ReadOnly::No)]).unwrap();
+    assert!(mounts::remove_tree(&place.path("share")).is_err());
+    assert_eq!(fs::read_to_string(place.path("data/precious")).unwrap(), "kept");
+    assert_eq!(fs::read_to_string(place.path("root/init")).unwrap(), "root");
+}
+
+#[test]
+fn a_guest_can_make_nothing_in_the_share_itself() {
+    let place = Place::new();
+    place.share.add("c1", "native", &place.root(), &[]).unwrap();
+    for name in ["x", "c1/x"] {
+        let error = fs::create_dir(place.shared(name)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ReadOnlyFilesystem, "{name}");
+    }
+    assert!(symlink("/etc", place.shared("c2")).is_err());
+    assert!(fs::rename(place.shared("c1"), place.shared("c3")).is_err());
+    // Its own root file system it may write.
+    fs::write(place.shared("c1/rootfs/x"), "").unwrap();
+}
+
+#[test]
+fn a_failed_preparation_leaves_nothing() {
+    let place = Place::new();
+    let volumes = [place.volume(0, "missing", ReadOnly::No)];
+    let error = place.share.add("c1", "native", &place.root(), &volumes).unwrap_err();
+    assert!(matches!(error, ShareError::VolumeMissing { .. }), "{error:?}");
+    let text = error.to_string();
+    assert!(
+        text.contains("/missing") && text.contains(&place.path("missing").display().to_string()),
+        "{text}"
+    );
+    assert!(!place.shared("c1").exists());
+    assert_eq!(mounts_below(&place.path("share")), 1);
+}
+
+#[test]
+fn a_socket_is_refused_as_a_volume_by_its_kind() {
+    let place = Place::new();
+    let _listener = std::os::unix::net::UnixListener::bind(place.path("socket")).unwrap();
+    let volumes = [place.volume(0, "socket", ReadOnly::No)];
+    let error = place.share.add("c1", "native", &place.root(), &volumes).unwrap_err();
+    assert!(matches!(error, ShareError::VolumeKind { kind: "socket", .. }), "{error:?}");
+}
+
+#[test]
+fn a_source_that_became_a_symbolic_link_is_not_followed() {
+    let place = Place::new();
+    symlink("/etc", place.path("link")).unwrap();
+    let volumes = [place.volume(0, "link", ReadOnly::No)];
+    assert!(place.share.add("c1", "native", &place.root(), &volumes).is_err());
+    assert!(!place.shared("c1").exists());
+}
+
+#[test]
+fn nothing_mounted_in_the_share_spreads() {
+    let place = Place::new();
+    place.share.add("c1", "native", &place.root(), &[]).unwrap();
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let below = place.path("share");
+    for line in mounts.lines().filter(|line| line.contains(&below.display().to_string())) {
+        assert!(!line.contains("shared:"), "{line}");
+    }
+}
+
+#[test]
+fn an_overlay_with_more_layers_than_fit_a_page_is_mounted() {
+    let place = Place::new();
+    // On a tmpfs, because an overlay cannot lie on another one, which the test's own root may be.
+    let disk = place.path("disk");
+    fs::create_dir(&disk).unwrap();
+    let flags = rustix::mount::MountFlags::empty();
+    rustix::mount::mount("tmpfs", &disk, "tmpfs", flags, None::<&std::ffi::CStr>).unwrap();
+    let long = "d".repeat(120);
+    let layers: Vec<String> = (0..60)
+        .map(|number| {
+            let layer = disk.join(&long).join(number.to_string());
+            fs::create_dir_all(&layer).unwrap();
+            fs::write(layer.join(format!("from-{number}")), "").unwrap();
+            layer.display().to_string()
+        })
+        .collect();
+    for name in ["upper", "work"] {
+        fs::create_dir(disk.join(name)).unwrap();
+    }
+    let options = vec![
+        "index=off".to_owned(),
+        format!("workdir={}/work", disk.display()),
+        format!("upperdir={}/upper", disk.display()),
+        format!("lowerdir={}", layers.join(":")),
+    ];
+    assert!(options.join(",").len() > 4096);
+    let mount = Mount { kind: "overlay".into(), source: "overlay".into(), options };
+    let added = place.share.add("c1", "overlayfs", &[mount], &[]);
+    let seen = (0..60).all(|number| place.shared(&format!("c1/rootfs/from-{number}")).exists());
+    let written = fs::write(place.shared("c1/rootfs/new"), "");
+    let kept = disk.join("upper/new").exists();
+    place.share.remove().unwrap();
+    mounts::detach(&disk).unwrap();
+    added.unwrap();
+    written.unwrap();
+    assert!(seen && kept);
+}
