@@ -22,9 +22,11 @@ fn a_container_tells_its_exit_code_and_times() -> Result<()> {
         assert_eq!((exited.exit_code, exited.reason.as_str()), (7, "Error"));
         let times = [exited.created_at, exited.started_at, exited.finished_at].map(i128::from);
         assert!(i128::try_from(before)? <= times[0] && times[0] < times[1], "{times:?}");
-        let ran = times[2] - times[1];
+        // From its creation, because on a busy node the container may run a while before its start is known.
+        let ran = times[2] - times[0];
         // The guest's clock may differ from the node's by a little.
-        assert!((900_000_000..10_000_000_000).contains(&ran), "a second of sleep took {ran} ns");
+        assert!((900_000_000..30_000_000_000).contains(&ran), "a second of sleep took {ran} ns");
+        assert!(times[1] < times[2], "{times:?}");
         assert!(times[2] <= i128::try_from(after)? + 100_000_000, "{times:?} end after {after}");
         assert_eq!(exited.image.as_ref().map(|image| image.image.as_str()), Some(BUSYBOX));
         assert_eq!(exited.log_path, container.log_path().display().to_string());

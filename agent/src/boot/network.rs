@@ -6,6 +6,7 @@ use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, 
 
 /// Size of `nlmsghdr` and of `ifinfomsg`.
 const HEADER: usize = 16;
+const MESSAGE_LENGTH: u32 = 32;
 const RTM_NEWLINK: u16 = 16;
 const NLMSG_ERROR: u16 = 2;
 const NLM_F_REQUEST: u16 = 1;
@@ -27,7 +28,7 @@ pub fn bring_loopback_up() -> io::Result<()> {
 /// `nlmsghdr` followed by `ifinfomsg`: family, type, index, flags, mask of flags to change.
 fn set_up_message(index: u32) -> [u8; 2 * HEADER] {
     let mut message = [0; 2 * HEADER];
-    message[0..4].copy_from_slice(&(2 * HEADER as u32).to_ne_bytes());
+    message[0..4].copy_from_slice(&MESSAGE_LENGTH.to_ne_bytes());
     message[4..6].copy_from_slice(&RTM_NEWLINK.to_ne_bytes());
     message[6..8].copy_from_slice(&(NLM_F_REQUEST | NLM_F_ACK).to_ne_bytes());
     message[HEADER + 4..HEADER + 8].copy_from_slice(&index.to_ne_bytes());

@@ -56,10 +56,9 @@ pub enum CgroupError {
 /// every controller that the kernel has.
 pub fn delegate(parent: &str) -> io::Result<()> {
     let root = Path::new(ROOT);
-    let enable: String = fs::read_to_string(root.join("cgroup.controllers"))?
-        .split_whitespace()
-        .map(|controller| format!("+{controller} "))
-        .collect();
+    let controllers = fs::read_to_string(root.join("cgroup.controllers"))?;
+    let enable: Vec<_> = controllers.split_whitespace().map(|controller| format!("+{controller}")).collect();
+    let enable = enable.join(" ");
     let parent = root.join(parent.trim_start_matches('/'));
     fs::create_dir_all(&parent)?;
     for cgroup in [root, &parent] {

@@ -10,7 +10,6 @@ use std::{
 use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
 use nix::{
     fcntl::{AT_FDCWD, AtFlags},
-    sys::signal::{SigHandler, Signal, signal},
     unistd::{AccessFlags, execv, faccessat},
 };
 use oci_spec::runtime::{Process, Spec};
@@ -31,14 +30,33 @@ impl Executor for GuestExecutor {
         let path = c_string(path.as_os_str().as_encoded_bytes())?;
         let arguments =
             arguments.iter().map(|argument| c_string(argument.as_bytes())).collect::<Result<Vec<_>, _>>()?;
-        // Rust's runtime ignores SIGPIPE, and an ignored signal stays ignored in the new program.
-        // SAFETY: sets a default disposition; no handler of ours runs.
-        let _ = unsafe { signal(Signal::SIGPIPE, SigHandler::SigDfl) };
+        stop_ignoring_signals();
         let Err(errno) = execv(&path, &arguments);
         let text = format!("exec {}: {}", path.to_string_lossy(), errno.desc().to_lowercase());
         // For a container nobody reads the error any more: like runc, leave it in its log.
         let _ = writeln!(io::stderr(), "{text}");
         Err(ExecutorError::Other(text))
+    }
+}
+
+/// The kernel's `struct sigaction` on x86-64, with nothing in it: the default disposition.
+const DEFAULT_ACTION: [u64; 4] = [0; 4];
+
+/// An ignored signal stays ignored in the new program. Rust's runtime ignores SIGPIPE; glibc's
+/// `posix_spawn`, with which this process was started, its own two (32 and 33), which it lets nobody
+/// touch through `sigaction`.
+fn stop_ignoring_signals() {
+    for signal in [libc::SIGPIPE, 32, 33] {
+        // SAFETY: the kernel reads 32 bytes of a constant; no handler of ours is taken away.
+        unsafe {
+            libc::syscall(
+                libc::SYS_rt_sigaction,
+                signal,
+                DEFAULT_ACTION.as_ptr(),
+                std::ptr::null_mut::<libc::c_void>(),
+                size_of::<u64>(),
+            );
+        }
     }
 }
 

@@ -76,18 +76,24 @@ pub async fn launch(exits: &Exits, request: &Request, descriptors: Descriptors) 
     let pid = spawn(&theirs.into(), descriptors)?;
     let exit = exits.wait_for(pid);
     let request = serde_json::to_vec(request).map_err(io::Error::from)?;
-    tokio::select! {
+    let mut answer = std::pin::pin!(tokio::time::timeout(LIMIT, converse(ours, &request)));
+    let answer = tokio::select! {
         biased;
-        answer = tokio::time::timeout(LIMIT, converse(ours, &request)) => match answer {
-            Ok(Ok(answer)) => answer.map_err(RuntimeError::Container),
-            Ok(Err(error)) => Err(error.into()),
-            Err(_) => {
-                // It has been reaped if this fails.
-                let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::SIGKILL);
-                Err(RuntimeError::Timeout)
-            }
+        answer = &mut answer => answer,
+        exit = exit => match exit.map_or(u32::MAX, |exit| exit.status) {
+            // It has answered, and its exit was only noticed first.
+            0 => answer.await,
+            status => return Err(RuntimeError::Died(status)),
         },
-        exit = exit => Err(RuntimeError::Died(exit.map_or(u32::MAX, |exit| exit.status))),
+    };
+    match answer {
+        Ok(Ok(answer)) => answer.map_err(RuntimeError::Container),
+        Ok(Err(error)) => Err(error.into()),
+        Err(_) => {
+            // It has been reaped if this fails.
+            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::SIGKILL);
+            Err(RuntimeError::Timeout)
+        }
     }
 }
 

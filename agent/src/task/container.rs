@@ -11,7 +11,7 @@ use std::{
     },
 };
 
-use oci_spec::runtime::{LinuxNamespaceType, Process as ProcessSpec, Spec};
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Process as ProcessSpec, Spec};
 use pericarp_protos::guest::PID_NAMESPACE;
 
 use super::{
@@ -219,7 +219,7 @@ impl Container {
 
     /// Whether the end of the first process ends all others: it is the first of a PID namespace.
     pub fn has_private_pid_namespace(&self) -> bool {
-        pid_namespace(&self.spec).is_some_and(|path| path.is_none())
+        pid_namespace(&self.spec).is_some_and(|namespace| namespace.path().is_none())
     }
 
     /// The process with that exec id, or the first one for an empty id.
@@ -331,15 +331,15 @@ fn namespace_file(kind: LinuxNamespaceType) -> &'static str {
     }
 }
 
-/// `None`: the guest's own. `Some(None)`: a new one. Otherwise one that has a path.
-fn pid_namespace(spec: &Spec) -> Option<Option<PathBuf>> {
+/// `None`: the guest's own.
+fn pid_namespace(spec: &Spec) -> Option<&LinuxNamespace> {
     let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
-    let pid = namespaces.iter().find(|namespace| namespace.typ() == LinuxNamespaceType::Pid)?;
-    Some(pid.path().clone())
+    namespaces.iter().find(|namespace| namespace.typ() == LinuxNamespaceType::Pid)
 }
 
 fn shares_pod_pid_namespace(spec: &Spec) -> bool {
-    pid_namespace(spec).flatten().is_some_and(|path| path.as_os_str() == PID_NAMESPACE)
+    let path = pid_namespace(spec).and_then(|namespace| namespace.path().as_ref());
+    path.is_some_and(|path| path.as_os_str() == PID_NAMESPACE)
 }
 
 /// Makes the pod's PID namespace when the first container wants it.

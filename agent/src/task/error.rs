@@ -104,14 +104,13 @@ impl TaskError {
     fn code(&self) -> Code {
         match self {
             Self::NotFound(_) | Self::Finished(_) => Code::NOT_FOUND,
-            Self::AlreadyExists(_) => Code::ALREADY_EXISTS,
+            Self::AlreadyExists(_) | Self::Stdio { source: StdioError::Taken(_), .. } => Code::ALREADY_EXISTS,
             Self::State { .. } => Code::FAILED_PRECONDITION,
             Self::Invalid { .. }
             | Self::Stdio { source: StdioError::Url(_), .. }
             | Self::Cgroup { source: CgroupError::Path(_) | CgroupError::Limits { .. }, .. } => {
                 Code::INVALID_ARGUMENT
             }
-            Self::Stdio { source: StdioError::Taken(_), .. } => Code::ALREADY_EXISTS,
             Self::Checkpoint(_) => Code::UNIMPLEMENTED,
             Self::Prepare { source: ttrpc::Error::RpcStatus(status), .. } => status.code(),
             Self::Prepare { .. } => Code::UNAVAILABLE,

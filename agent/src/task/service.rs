@@ -481,7 +481,7 @@ impl shim_async::Task for Tasks {
         // containerd also connects before there is a container.
         response.task_pid =
             self.container(&request.id).map_or(0, |container| container.init.pid().cast_unsigned());
-        response.version = env!("CARGO_PKG_VERSION").to_owned();
+        response.version = env!("CARGO_PKG_VERSION").into();
         Ok(response)
     }
 

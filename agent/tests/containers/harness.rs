@@ -33,18 +33,9 @@ use tokio::sync::mpsc;
 /// No call of a test takes longer.
 pub const LIMIT: Duration = Duration::from_secs(20);
 
-/// Whether this machine can run the tests; says why not.
-pub fn can_run() -> bool {
-    let busybox = busybox().is_some();
-    let unshare = Command::new("unshare").args(["-m", "-n", "-u", "-i", "true"]).status();
-    let unshares = unshare.is_ok_and(|status| status.success());
-    if !busybox {
-        eprintln!("SKIPPED: there is no static busybox (apt-get install busybox-static)");
-    }
-    if !unshares {
-        eprintln!("SKIPPED: namespaces cannot be made here (root is needed)");
-    }
-    busybox && unshares
+/// The agent to be tested: the one of the guest's image, where the tests run on a node.
+fn agent() -> PathBuf {
+    std::env::var_os("PERICARP_AGENT").map_or(env!("CARGO_BIN_EXE_pericarp-agent").into(), PathBuf::from)
 }
 
 fn busybox() -> Option<PathBuf> {
@@ -58,7 +49,7 @@ pub struct Agent {
     pub host: Arc<FakeHost>,
     _server: Server,
     pub task: TaskClient,
-    pub agent: AgentClient,
+    pub own: AgentClient,
 }
 
 /// The controller's side.
@@ -107,6 +98,17 @@ impl Drop for Agent {
     fn drop(&mut self) {
         let _ = self.process.kill();
         let _ = self.process.wait();
+        let cgroup = PathBuf::from(format!("/sys/fs/cgroup/pod-{}", self.process.id()));
+        let _ = fs::write(cgroup.join("cgroup.kill"), "1");
+        let containers = fs::read_dir(&cgroup).into_iter().flatten().flatten();
+        for directory in containers.map(|entry| entry.path()).filter(|path| path.is_dir()).chain([cgroup]) {
+            // What was killed a moment ago may not be quite gone.
+            let removed = (0..100).any(|_| {
+                std::thread::sleep(Duration::from_millis(10));
+                fs::remove_dir(&directory).is_ok()
+            });
+            assert!(removed || std::thread::panicking(), "{} is busy", directory.display());
+        }
     }
 }
 
@@ -114,7 +116,7 @@ impl Agent {
     /// Starts an agent and configures the pod.
     pub async fn start() -> Self {
         let agent = Self::start_unconfigured().await;
-        agent.agent.configure(context(), &ConfigureRequest::new()).await.unwrap();
+        agent.own.configure(context(), &ConfigureRequest::new()).await.unwrap();
         agent
     }
 
@@ -132,8 +134,8 @@ impl Agent {
         server.start().await.unwrap();
         let agent_socket = directory.path().join("agent.sock");
         let process = Command::new("unshare")
-            .args(["-m", "-n", "-u", "-i", "sh", "-c", SET_UP, env!("CARGO_BIN_EXE_pericarp-agent")])
-            .args([&agent_socket, &host_socket])
+            .args(["-m", "-n", "-u", "-i", "sh", "-c", SET_UP])
+            .args([&agent(), &agent_socket, &host_socket])
             .stdin(Stdio::null())
             .spawn()
             .unwrap();
@@ -145,7 +147,7 @@ impl Agent {
             host,
             _server: server,
             task: TaskClient::new(client.clone()),
-            agent: AgentClient::new(client),
+            own: AgentClient::new(client),
         }
     }
 
@@ -277,7 +279,7 @@ impl Agent {
 
     /// The topics of the events so far, with the decoded container ids left out.
     pub async fn events(&self, count: usize) -> Vec<Event> {
-        let mut stream = self.agent.events(context(), &EventsRequest::new()).await.unwrap();
+        let mut stream = self.own.events(context(), &EventsRequest::new()).await.unwrap();
         let mut events = Vec::new();
         while events.len() < count {
             let event = tokio::time::timeout(LIMIT, stream.recv()).await.expect("an event");
@@ -358,17 +360,14 @@ impl Stream {
                 self.grant(WINDOW).await;
                 window += WINDOW;
             }
-            match self.read().await {
-                Some(data) => {
-                    assert!(data.len() <= 32768, "a message of {} bytes", data.len());
-                    window -= i32::try_from(data.len()).unwrap();
-                    assert!(window >= 0, "more output than was granted");
-                    output.extend(data);
-                }
-                None => {
-                    let _ = self.stream.close_send().await;
-                    return output;
-                }
+            if let Some(data) = self.read().await {
+                assert!(data.len() <= 32768, "a message of {} bytes", data.len());
+                window -= i32::try_from(data.len()).unwrap();
+                assert!(window >= 0, "more output than was granted");
+                output.extend(data);
+            } else {
+                let _ = self.stream.close_send().await;
+                return output;
             }
         }
     }
@@ -400,6 +399,10 @@ pub fn context() -> context::Context {
 
 /// `$0` is the agent; the arguments are its. What a guest's boot provides, in namespaces of its own.
 const SET_UP: &str = "mount -t tmpfs tmpfs /run && mount -t cgroup2 cgroup2 /sys/fs/cgroup && \
+                      mkdir /sys/fs/cgroup/pod-$$ && \
+                      for controller in $(cat /sys/fs/cgroup/cgroup.subtree_control); do \
+                          echo +$controller > /sys/fs/cgroup/pod-$$/cgroup.subtree_control; \
+                      done && \
                       exec \"$0\" serve-on-sockets \"$@\"";
 
 fn make_rootfs(root: &Path) {

@@ -3,7 +3,7 @@
 use containerd_shim_protos::{api, types::task::Status};
 use pericarp_protos::ttrpc::{self, Code};
 
-use crate::harness::{Agent, can_run, context, process, topic};
+use crate::harness::{Agent, context, process, topic};
 
 fn status(error: &ttrpc::Error) -> (Code, String) {
     match error {
@@ -14,9 +14,6 @@ fn status(error: &ttrpc::Error) -> (Code, String) {
 
 #[tokio::test]
 async fn a_container_lives_and_dies() {
-    if !can_run() {
-        return;
-    }
     let agent = Agent::start().await;
     agent.add_container("c1", &["sh", "-c", "echo $GREETING; echo problem >&2; exit 7"]);
     // containerd opens the streams first.
@@ -49,9 +46,6 @@ async fn a_container_lives_and_dies() {
 
 #[tokio::test]
 async fn tasks_are_served_only_in_a_configured_pod() {
-    if !can_run() {
-        return;
-    }
     let agent = Agent::start_unconfigured().await;
     agent.add_container("c1", &["true"]);
     let error = agent.task.create(context(), &Agent::create_request("c1", &[])).await.unwrap_err();
@@ -60,9 +54,6 @@ async fn tasks_are_served_only_in_a_configured_pod() {
 
 #[tokio::test]
 async fn a_container_that_cannot_be_made_leaves_nothing_behind() {
-    if !can_run() {
-        return;
-    }
     let agent = Agent::start().await;
     let create = async |id: &str| {
         let error = agent.task.create(context(), &Agent::create_request(id, &["stdout"])).await.unwrap_err();
@@ -95,9 +86,6 @@ async fn a_container_that_cannot_be_made_leaves_nothing_behind() {
 
 #[tokio::test]
 async fn an_id_is_used_once_at_a_time() {
-    if !can_run() {
-        return;
-    }
     let agent = Agent::start().await;
     agent.add_container("c1", &["sleep", "1000"]);
     agent.create("c1", &[]).await;
@@ -107,9 +95,6 @@ async fn an_id_is_used_once_at_a_time() {
 
 #[tokio::test]
 async fn a_container_is_stopped_by_signals() {
-    if !can_run() {
-        return;
-    }
     let agent = Agent::start().await;
     agent.add_container("term", &["sh", "-c", "trap 'exit 3' TERM; while :; do sleep 0.05; done"]);
     agent.create("term", &[]).await;
@@ -138,9 +123,6 @@ async fn a_container_is_stopped_by_signals() {
 
 #[tokio::test]
 async fn a_created_container_can_be_deleted() {
-    if !can_run() {
-        return;
-    }
     let agent = Agent::start().await;
     agent.add_container("c1", &["sleep", "1000"]);
     agent.create("c1", &[]).await;
@@ -149,9 +131,6 @@ async fn a_created_container_can_be_deleted() {
 
 #[tokio::test]
 async fn a_process_is_executed_in_a_running_container() {
-    if !can_run() {
-        return;
-    }
     let agent = Agent::start().await;
     agent.add_container("c1", &["sleep", "1000"]);
     agent.create("c1", &[]).await;
@@ -187,9 +166,6 @@ async fn a_process_is_executed_in_a_running_container() {
 
 #[tokio::test]
 async fn the_seccomp_filter_holds_for_a_container_and_for_what_is_executed_in_it() {
-    if !can_run() {
-        return;
-    }
     let agent = Agent::start().await;
     for no_new_privileges in [None, Some(false), Some(true)] {
         let id = format!("c-{no_new_privileges:?}").replace(['(', ')'], "");
@@ -222,9 +198,6 @@ async fn the_seccomp_filter_holds_for_a_container_and_for_what_is_executed_in_it
 
 #[tokio::test]
 async fn a_container_cannot_see_the_agents_descriptors_or_ignore_sigpipe() {
-    if !can_run() {
-        return;
-    }
     let agent = Agent::start().await;
     agent.add_container(
         "c1",
@@ -245,9 +218,6 @@ async fn a_container_cannot_see_the_agents_descriptors_or_ignore_sigpipe() {
 
 #[tokio::test]
 async fn a_container_is_paused_counted_and_limited() {
-    if !can_run() {
-        return;
-    }
     let agent = Agent::start().await;
     agent.add_container("c1", &["sh", "-c", "while :; do :; done"]);
     let pid = agent.create("c1", &[]).await;
@@ -281,9 +251,6 @@ async fn a_container_is_paused_counted_and_limited() {
 
 #[tokio::test]
 async fn containers_can_share_the_pods_pid_namespace() {
-    if !can_run() {
-        return;
-    }
     let agent = Agent::start().await;
     let share = |spec: &mut serde_json::Value| {
         spec["linux"]["namespaces"][0]["path"] = "/run/pericarp/ns/pid".into();

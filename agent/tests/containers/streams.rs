@@ -4,19 +4,17 @@ use std::time::Duration;
 
 use containerd_shim_protos::api;
 
-use crate::harness::{Agent, can_run, context, process};
+use crate::harness::{Agent, context, process};
 
 /// Bytes that differ from place to place, so that a mix-up of pieces shows.
 fn pattern(length: usize) -> Vec<u8> {
     (0..length as u64).map(|n| (n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8).collect()
 }
 
+const LENGTH: usize = 100 << 20;
+
 #[tokio::test]
 async fn many_megabytes_go_in_and_come_out_in_order() {
-    if !can_run() {
-        return;
-    }
-    const LENGTH: usize = 100 << 20;
     let agent = Agent::start().await;
     agent.add_container("c1", &["cat"]);
     let (mut stdin, stdout) = (agent.stream("c1-stdin").await, agent.stream("c1-stdout").await);
@@ -52,9 +50,6 @@ async fn many_megabytes_go_in_and_come_out_in_order() {
 
 #[tokio::test]
 async fn output_waits_for_credit_and_for_a_new_reader() {
-    if !can_run() {
-        return;
-    }
     let agent = Agent::start().await;
     agent.add_container("c1", &["sh", "-c", "head -c 300000 /dev/zero | tr '\\0' x; echo end"]);
     let mut first = agent.stream("c1-stdout").await;
@@ -78,9 +73,6 @@ async fn output_waits_for_credit_and_for_a_new_reader() {
 
 #[tokio::test]
 async fn a_stream_that_comes_late_gets_everything() {
-    if !can_run() {
-        return;
-    }
     let agent = Agent::start().await;
     agent.add_container("c1", &["echo", "patience"]);
     agent.create("c1", &["stdout"]).await;
@@ -94,9 +86,6 @@ async fn a_stream_that_comes_late_gets_everything() {
 
 #[tokio::test]
 async fn wait_returns_after_the_reader_has_taken_everything() {
-    if !can_run() {
-        return;
-    }
     let agent = Agent::start().await;
     agent.add_container("c1", &["sh", "-c", "head -c 40000 /dev/zero"]);
     let stdout = agent.stream("c1-stdout").await;
@@ -112,9 +101,6 @@ async fn wait_returns_after_the_reader_has_taken_everything() {
 
 #[tokio::test]
 async fn an_execs_end_is_told_though_its_child_holds_the_output() {
-    if !can_run() {
-        return;
-    }
     let agent = Agent::start().await;
     agent.add_container("c1", &["sleep", "1000"]);
     agent.create("c1", &[]).await;
@@ -132,9 +118,6 @@ async fn an_execs_end_is_told_though_its_child_holds_the_output() {
 
 #[tokio::test]
 async fn close_io_ends_the_input() {
-    if !can_run() {
-        return;
-    }
     let agent = Agent::start().await;
     agent.add_container("c1", &["sleep", "1000"]);
     agent.create("c1", &[]).await;
@@ -156,9 +139,6 @@ async fn close_io_ends_the_input() {
 
 #[tokio::test]
 async fn a_terminal_carries_both_directions_and_has_a_size() {
-    if !can_run() {
-        return;
-    }
     let agent = Agent::start().await;
     agent.add_container("c1", &["sleep", "1000"]);
     agent.create("c1", &[]).await;
@@ -186,9 +166,6 @@ async fn a_terminal_carries_both_directions_and_has_a_size() {
 
 #[tokio::test]
 async fn a_containers_terminal_is_its_console() {
-    if !can_run() {
-        return;
-    }
     let agent = Agent::start().await;
     agent.add_container("c1", &["sh", "-c", "echo on the console >/dev/console"]);
     let stdout = agent.stream("c1-stdout").await;
@@ -202,9 +179,6 @@ async fn a_containers_terminal_is_its_console() {
 
 #[tokio::test]
 async fn an_unprivileged_process_can_open_its_output_again() {
-    if !can_run() {
-        return;
-    }
     let agent = Agent::start().await;
     agent.add_container("c1", &["sh", "-c", "id -u >/proc/self/fd/1"]).change(|spec| {
         spec["process"]["user"] = serde_json::json!({ "uid": 1000, "gid": 1000 });

@@ -233,6 +233,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_killed_process_is_reported_with_its_signal() {
+        #[expect(clippy::zombie_processes, reason = "waited for through its pidfd")]
         let child = Command::new("sleep").arg("60").spawn().unwrap();
         let pid = Pid::from_child(&child);
         let machine = Machine::new(pid, pidfd_open(pid, PidfdFlags::NONBLOCK).unwrap()).unwrap();

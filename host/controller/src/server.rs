@@ -3,7 +3,6 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::SystemTime,
 };
 
 use pericarp_protos::{
@@ -69,10 +68,6 @@ impl From<PodError> for Status {
         };
         Status::new(code, chain(&error))
     }
-}
-
-fn timestamp(time: SystemTime) -> Option<Timestamp> {
-    Some(Timestamp::from(time))
 }
 
 fn namespace(metadata: &MetadataMap) -> Result<String, Status> {
@@ -163,7 +158,7 @@ impl Controller for Sandboxes {
         Ok(Response::new(ControllerStartResponse {
             sandbox_id: id,
             pid,
-            created_at: timestamp(pod.created_at),
+            created_at: Some(Timestamp::from(pod.created_at)),
             labels: HashMap::new(),
             address: pod.address(),
             version: TASK_API_VERSION,
@@ -198,7 +193,7 @@ impl Controller for Sandboxes {
         let ended = self.pod(&request.into_inner().sandbox_id)?.wait().await;
         Ok(Response::new(ControllerWaitResponse {
             exit_status: ended.exit.status(),
-            exited_at: timestamp(ended.at),
+            exited_at: Some(Timestamp::from(ended.at)),
         }))
     }
 
@@ -221,8 +216,8 @@ impl Controller for Sandboxes {
             pid,
             state: state.into(),
             info,
-            created_at: timestamp(pod.created_at),
-            exited_at: pod.end().and_then(|ended| timestamp(ended.at)),
+            created_at: Some(Timestamp::from(pod.created_at)),
+            exited_at: pod.end().map(|ended| Timestamp::from(ended.at)),
             extra: None,
             address: pod.address(),
             version: TASK_API_VERSION,

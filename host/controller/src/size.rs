@@ -182,6 +182,7 @@ mod tests {
 
     const HOST: Host = Host { cpus: 4, memory_mib: 8192 };
 
+    #[expect(clippy::unnecessary_wraps, reason = "the other value is `None`")]
     fn resources(quota: i64, memory: i64) -> Option<LinuxContainerResources> {
         Some(LinuxContainerResources {
             cpu_period: 100_000,

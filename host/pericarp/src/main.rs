@@ -13,7 +13,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use clap::{Args, Parser, Subcommand};
 use pericarp_controller::config::Config;
-use pericarp_vmm::MachineConfig;
+use pericarp_vmm::{ExitReason, MachineConfig};
 
 /// One KVM microVM around every Kubernetes pod.
 #[derive(Parser)]
@@ -116,7 +116,10 @@ fn vmm(config: &Path, control: ControlSocket, process_start_ns: u64) -> anyhow::
     let config: MachineConfig = serde_json::from_str(&text)
         .with_context(|| format!("{} is not a machine's description", config.display()))?;
     let reason = pericarp_vmm::run(&config, control.listener()?, process_start_ns)?;
-    tracing::info!(?reason, "the machine has ended");
+    match reason {
+        ExitReason::GuestReset | ExitReason::Shutdown => tracing::info!(%reason, "the machine has ended"),
+        ExitReason::TripleFault(_) | ExitReason::Kvm(_) => bail!("{reason}"),
+    }
     // Threads of the machine may still run; they end with the process.
     std::process::exit(0);
 }

@@ -41,16 +41,20 @@ use crate::{
 const MEMORY_MIB_MIN: u32 = 64;
 
 /// Why a machine ended.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum ExitReason {
     /// The guest reset itself: it was shut down from inside, or its kernel panicked (the console log
     /// tells which).
+    #[error("the guest shut itself down")]
     GuestReset,
     /// The guest destroyed its own processor state so far that no handler could run.
-    TripleFault,
+    #[error("the guest's processor has stopped on a triple fault ({0})")]
+    TripleFault(String),
     /// `Machine.Shutdown` was called.
+    #[error("the machine was asked to end")]
     Shutdown,
     /// KVM could not run the guest any further.
+    #[error("KVM cannot run the guest any further: {0}")]
     Kvm(String),
 }
 

@@ -30,6 +30,17 @@ pub fn start(
     })
 }
 
+/// Where a vCPU stands, for whoever has to find out why.
+fn place(vcpu: &VcpuFd) -> String {
+    match (vcpu.get_regs(), vcpu.get_sregs()) {
+        (Ok(registers), Ok(special)) => format!(
+            "rip {:#x}, rsp {:#x}, cr2 {:#x}, cr3 {:#x}",
+            registers.rip, registers.rsp, special.cr2, special.cr3
+        ),
+        _ => "registers unknown".to_owned(),
+    }
+}
+
 fn run(vcpu: &mut VcpuFd, bus: &Bus) -> ExitReason {
     loop {
         match vcpu.run() {
@@ -40,7 +51,7 @@ fn run(vcpu: &mut VcpuFd, bus: &Bus) -> ExitReason {
                 PortWrite::Done => {}
                 PortWrite::Reset => return ExitReason::GuestReset,
             },
-            Ok(VcpuExit::Shutdown) => return ExitReason::TripleFault,
+            Ok(VcpuExit::Shutdown) => return ExitReason::TripleFault(place(vcpu)),
             Ok(VcpuExit::FailEntry(reason, _)) => {
                 return ExitReason::Kvm(format!(
                     "the processor refuses to enter the guest (reason {reason:#x})"

@@ -111,7 +111,7 @@ impl Pod {
             state.marks.configured = monotonic_ns();
         }
         self.follow_events(agent);
-        record::write(self, pid).map_err(make("state file"))?;
+        record::write(self, pid, record::Stage::Running).map_err(make("state file"))?;
         Ok(pid)
     }
 
@@ -157,6 +157,8 @@ impl Pod {
             .map_err(make("machine process"))?;
         let pidfd = machine.pidfd().map_err(make("machine process"))?;
         running.push("end the pod's machine", move || machine::kill(&pidfd));
+        // From here a controller that starts after a crash finds the machine and ends it.
+        record::write(self, machine.pid(), record::Stage::Starting).map_err(make("state file"))?;
         Ok((machine, host_service))
     }
 
@@ -224,27 +226,36 @@ impl Pod {
         }
     }
 
-    /// Why the machine ended, in its own last words if it had any.
     fn machine_ended(&self) -> BootError {
+        BootError::MachineEnded { message: self.last_words() }
+    }
+
+    /// Why the machine ended, in its own last words if it had any.
+    fn last_words(&self) -> String {
         let log = machine::tail(&self.directory.join(file::LOG), QUOTE_MAX);
         let words = log.lines().rev().find_map(|line| line.strip_prefix("error: ")).map(str::to_owned);
-        let message = words.unwrap_or_else(|| {
+        words.unwrap_or_else(|| {
             let console = machine::tail(&self.directory.join(file::CONSOLE), QUOTE_MAX);
             format!("the last its guest printed: {console:?}")
-        });
-        BootError::MachineEnded { message }
+        })
     }
 
     /// Records the end of the machine when it comes.
     pub(super) fn watch(self: &Arc<Self>, machine: Machine) {
+        self.state().watched = true;
         let pod = self.clone();
         tokio::spawn(async move {
             let exit = machine.exited().await.unwrap_or(machine::Exit::Unknown);
-            pod.has_ended(exit);
+            let expected = pod.has_ended(exit);
+            // Nothing of it is of use any more. A start that failed cleans up by itself before this.
+            if !expected && let Err(error) = pod.stop().await {
+                tracing::error!(pod = pod.id, error = chain(&error), "cannot clean up after a machine");
+            }
         });
     }
 
-    fn has_ended(&self, exit: machine::Exit) {
+    /// Answers whether that was to be expected.
+    fn has_ended(&self, exit: machine::Exit) -> bool {
         let mut state = self.state();
         let expected = state.phase == Phase::Ended;
         state.phase = Phase::Ended;
@@ -253,12 +264,13 @@ impl Pod {
         if expected {
             tracing::info!(pod = self.id, ?exit, "machine stopped");
         } else {
-            let console = machine::tail(&self.directory.join(file::CONSOLE), QUOTE_MAX);
-            tracing::warn!(pod = self.id, ?exit, console, "machine ended unexpectedly");
-            state.reason = Some(format!("the machine ended unexpectedly ({exit:?}); its console: {console}"));
+            let words = self.last_words();
+            tracing::warn!(pod = self.id, ?exit, words, "machine ended unexpectedly");
+            state.reason = Some(format!("the machine ended unexpectedly ({exit:?}): {words}"));
         }
         drop(state);
         self.ended.send_replace(Some(Ended { exit, at: std::time::SystemTime::now() }));
+        expected
     }
 
     /// Asks the machine for its part of the timeline, after containerd has its answer.
@@ -268,10 +280,12 @@ impl Pod {
             let status = machine::status(&pod.directory).await;
             match (pod.timeline(status.as_ref().ok()), status) {
                 (Some(timeline), _) => {
-                    tracing::info!(pod = pod.id, name = pod.name(), ?timeline, "pod started")
+                    tracing::info!(pod = pod.id, name = pod.name(), ?timeline, "pod started");
                 }
+                // It was stopped right away.
+                _ if pod.end().is_some() => {}
                 (None, Err(error)) => {
-                    tracing::warn!(pod = pod.id, %error, "pod started, its machine tells no times")
+                    tracing::warn!(pod = pod.id, %error, "pod started, its machine tells no times");
                 }
                 (None, Ok(_)) => tracing::warn!(pod = pod.id, "pod started, its machine tells no times"),
             }

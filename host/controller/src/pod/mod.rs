@@ -121,6 +121,8 @@ struct State {
     cgroup: Option<PathBuf>,
     /// Removes the directory.
     directory: Undo,
+    /// Whether somebody waits for the end of the machine: see [`Pod::watch`].
+    watched: bool,
     /// Answers the guest; ends with the pod.
     host_service: Option<Server>,
     /// Where the agent's `Ready` goes.
@@ -173,6 +175,7 @@ impl Pod {
                 running: Undo::default(),
                 cgroup: None,
                 directory: Undo::default(),
+                watched: false,
                 host_service: None,
                 ready: None,
                 marks: Marks::default(),

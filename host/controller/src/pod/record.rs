@@ -27,10 +27,21 @@ use crate::{
 
 const VERSION: u32 = 1;
 
+/// How far a pod had come when its record was written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Stage {
+    /// Its machine runs; containerd has not been told of it.
+    Starting,
+    /// containerd knows it.
+    Running,
+}
+
 /// Enough to take a pod over again.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Record {
     version: u32,
+    stage: Stage,
     id: String,
     namespace: String,
     netns: String,
@@ -43,9 +54,10 @@ pub struct Record {
 }
 
 /// Writes the record so that it is either there whole or not at all.
-pub fn write(pod: &Pod, pid: u32) -> io::Result<()> {
+pub fn write(pod: &Pod, pid: u32, stage: Stage) -> io::Result<()> {
     let record = Record {
         version: VERSION,
+        stage,
         id: pod.id.clone(),
         namespace: pod.namespace.clone(),
         netns: pod.netns.clone(),
@@ -89,13 +101,20 @@ pub async fn adopt_all(node: &Arc<Node>) -> io::Result<Vec<Arc<Pod>>> {
         let record = read(&directory);
         let machine = record.as_ref().ok().and_then(running_machine);
         match (record, machine) {
+            (Ok(record), Some(machine)) if record.stage == Stage::Starting => {
+                // Whoever asked for it has had an error instead of an answer.
+                if let Err(error) = machine.pidfd().and_then(|pidfd| machine::kill(&pidfd)) {
+                    tracing::error!(directory = %directory.display(), %error, "cannot end a half-started pod");
+                }
+                clean_up(&directory, Some(&record));
+            }
             (Ok(record), Some(machine)) => match adopt(node, record, machine).await {
                 Ok(pod) => {
                     tracing::info!(pod = pod.id, name = pod.name(), "pod taken over");
                     pods.push(pod);
                 }
                 Err(error) => {
-                    tracing::error!(directory = %directory.display(), %error, "cannot take a pod over")
+                    tracing::error!(directory = %directory.display(), %error, "cannot take a pod over");
                 }
             },
             (record, None) => clean_up(&directory, record.ok().as_ref()),
@@ -174,7 +193,7 @@ fn clean_up(directory: &Path, record: Option<&Record>) {
     match cleaned {
         Ok(()) => tracing::info!(directory = %directory.display(), "removed what a pod had left"),
         Err(error) => {
-            tracing::error!(directory = %directory.display(), %error, "cannot remove what a pod has left")
+            tracing::error!(directory = %directory.display(), %error, "cannot remove what a pod has left");
         }
     }
 }
@@ -194,6 +213,7 @@ mod tests {
     fn a_pid_that_was_given_to_another_process_is_not_the_machine() {
         let mut record = Record {
             version: VERSION,
+            stage: Stage::Running,
             id: "x".into(),
             namespace: "k8s.io".into(),
             netns: String::new(),

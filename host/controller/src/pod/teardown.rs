@@ -23,15 +23,8 @@ impl Pod {
 
     fn end_phase(&self) {
         let mut state = self.state();
-        let had_machine = matches!(state.phase, Phase::Running { .. } | Phase::Starting | Phase::Ended);
         state.phase = Phase::Ended;
         state.host_service = None;
-        drop(state);
-        if !had_machine {
-            // Nobody else would tell those who wait.
-            let ended = Ended { exit: Exit::Code(0), at: std::time::SystemTime::now() };
-            self.ended.send_replace(Some(ended));
-        }
     }
 
     async fn undo_running(&self) -> io::Result<()> {
@@ -41,7 +34,20 @@ impl Pod {
         let (undo, result) = run(undo).await;
         self.state().running = undo;
         self.state().containers.clear();
-        result
+        result?;
+        self.settle_end().await;
+        Ok(())
+    }
+
+    /// Waits until the machine's process, which has been killed, is gone altogether.
+    async fn settle_end(&self) {
+        if self.state().watched {
+            self.wait().await;
+        } else if self.end().is_none() {
+            // There was no machine, so nobody else tells those who wait.
+            let ended = Ended { exit: Exit::Code(0), at: std::time::SystemTime::now() };
+            self.ended.send_replace(Some(ended));
+        }
     }
 
     pub(super) async fn undo_all(&self) -> io::Result<()> {

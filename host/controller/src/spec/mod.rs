@@ -38,6 +38,9 @@ pub enum Error {
     /// A field has another type than the OCI runtime spec gives it.
     #[error("the container's OCI spec is malformed: {0}")]
     Malformed(&'static str),
+    /// The OCI runtime spec wants an absolute one.
+    #[error("the container's working directory {0:?} is not an absolute path")]
+    WorkingDirectory(String),
     /// The spec asks for something that a pod in a machine of its own cannot have.
     #[error("{what} cannot be used in a pericarp pod: {remedy}")]
     Unsupported {
@@ -72,6 +75,7 @@ pub fn translate(spec: &[u8], container: &str, machine_pid: u32) -> Result<Trans
     // These belong to the UTS namespace, which is the pod's and is set by the agent.
     root.remove("hostname");
     root.remove("domainname");
+    check_working_directory(root)?;
     let read_only_root = set_root_path(root, container)?;
     security_labels(root)?;
     linux(root, container, machine_pid)?;
@@ -110,6 +114,15 @@ fn refuse_hooks(root: &Map<String, Value>) -> Result<(), Error> {
             "hooks run on the host, where the container is not; remove them from the base spec or the NRI plugin",
         ),
         None => Ok(()),
+    }
+}
+
+/// runc refuses this too (`validate.go`, `cwd`); libcontainer would only fail to go there.
+fn check_working_directory(root: &mut Map<String, Value>) -> Result<(), Error> {
+    let Some(process) = object(root, "process", "process is not an object")? else { return Ok(()) };
+    match text(process, "cwd") {
+        absolute if absolute.starts_with('/') => Ok(()),
+        other => Err(Error::WorkingDirectory(other.to_owned())),
     }
 }
 
@@ -229,20 +242,31 @@ fn refuse_user_namespace<T>() -> Result<T, Error> {
 }
 
 fn devices(linux: &mut Map<String, Value>) -> Result<(), Error> {
+    let privileged = allows_every_device(linux);
     let Some(devices) = linux.get_mut("devices").and_then(Value::as_array_mut) else { return Ok(()) };
     for device in devices.iter() {
         let path = device.get("path").and_then(Value::as_str).unwrap_or_default();
-        if !STANDARD_DEVICES.contains(&path) {
+        // containerd lists all the host's devices for a privileged container. It gets the machine's.
+        if !privileged && !STANDARD_DEVICES.contains(&path) {
             return unsupported(
                 format!("the host's device {path:?}"),
-                "a device node of the host does not exist in the machine; for privileged pods set \
-                 privileged_without_host_devices = true on the runtime in containerd's configuration",
+                "a device node of the host does not exist in the machine; remove it from the container",
             );
         }
     }
     // The guest's runtime makes all of them anyway, with the guest's numbers.
     devices.clear();
     Ok(())
+}
+
+/// Whether the container may use every device (`oci.WithAllDevicesAllowed`): it is privileged.
+fn allows_every_device(linux: &Map<String, Value>) -> bool {
+    let rules = linux.get("resources").and_then(|resources| resources.get("devices")?.as_array());
+    rules.into_iter().flatten().any(|rule| {
+        let unset = |key| rule.get(key).is_none_or(Value::is_null);
+        let any_type = unset("type") || rule.get("type").is_some_and(|kind| kind == "a");
+        rule.get("allow") == Some(&Value::Bool(true)) && any_type && unset("major") && unset("minor")
+    })
 }
 
 #[cfg(test)]

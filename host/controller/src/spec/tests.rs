@@ -287,7 +287,7 @@ fn what_is_not_a_spec_is_an_error_not_a_panic() {
         assert!(translate(text.as_bytes(), ID, PID).is_err(), "{text}");
     }
     for text in [
-        r#"[1]"#,
+        r"[1]",
         r#"[{"destination":"x"}]"#,
         r#"[{"destination":"/x","type":"bind","source":"/","options":[1]}]"#,
     ] {
