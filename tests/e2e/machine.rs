@@ -11,10 +11,12 @@ use pericarp_tests::{api, machine::MachineProcess, on_pericarp, report};
 #[test]
 fn a_container_runs_on_the_guests_kernel_in_a_machine_of_the_asked_size() -> Result<()> {
     on_pericarp(async |node| {
+        // The virtual node has one CPU (tests/node/run says why).
+        let vcpus = std::thread::available_parallelism()?.get().min(2).to_string();
         let pod = node
             .pod("where")
             .with(|config| {
-                config.annotations.insert("io.pericarp.vcpus".to_owned(), "2".to_owned());
+                config.annotations.insert("io.pericarp.vcpus".to_owned(), vcpus.clone());
                 config.annotations.insert("io.pericarp.memory-mib".to_owned(), "300".to_owned());
             })
             .run()
@@ -31,7 +33,7 @@ fn a_container_runs_on_the_guests_kernel_in_a_machine_of_the_asked_size() -> Res
             "{of_guest} is not the release of the guest image's kernel"
         );
 
-        assert_eq!(container.shell("nproc").await?, "2");
+        assert_eq!(container.shell("nproc").await?, vcpus);
         let total = container.shell("awk '/MemTotal/ { print $2 }' /proc/meminfo").await?;
         let total: u32 = total.parse().with_context(|| format!("MemTotal {total:?}"))?;
         assert!((240 << 10..=300 << 10).contains(&total), "300 MiB were asked for; MemTotal is {total} kB");
@@ -39,7 +41,7 @@ fn a_container_runs_on_the_guests_kernel_in_a_machine_of_the_asked_size() -> Res
         // Nothing of the pod is on the node but its machine.
         let machine = MachineProcess::of_pod(&pod.id)?.context("the pod's machine")?;
         let threads = fs::read_dir(format!("/proc/{}/task", machine.pid))?.count();
-        assert!(threads >= 3, "a machine with two vCPUs has {threads} threads");
+        assert!(threads >= 3, "a machine has only {threads} threads");
         let info = pod.info().await?;
         assert_eq!(info["pid"], machine.pid, "{info:#}");
         assert_eq!(info["runtimeHandler"], "pericarp");

@@ -264,7 +264,7 @@ async fn containers_can_share_the_pods_pid_namespace() {
     let output = agent.stream("c2-stdout").await;
     agent.create("c2", &["stdout"]).await;
     agent.start_task("c2").await;
-    assert_eq!(output.read_to_end().await, b"pericarp-agent\n");
+    assert_eq!(output.read_to_end().await, b"pause\n");
     assert_eq!(agent.wait("c2", "").await, 0);
     // The first process is nobody's init here: the rest must be killed for it.
     agent.kill("c1", 9).await.unwrap();

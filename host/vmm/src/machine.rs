@@ -263,10 +263,11 @@ fn cmdline(config: &MachineConfig, devices: usize) -> String {
     // panic=-1: a guest that panics ends at once, and its pod with it.
     // no_timer_check, tsc=reliable: there is no timer chip to check against; the TSC is KVM's.
     // rcupdate.rcu_expedited=1: nothing in a small guest gains from lazy grace periods.
+    // dummy.numdummies=0: a pod's first interface should not be a dummy that nobody asked for.
     // random.trust_cpu: the processor's generator and virtio-rng seed it.
     let mut line = String::from(
         "console=ttyS0 8250.nr_uarts=1 quiet reboot=k panic=-1 no_timer_check tsc=reliable \
-         rcupdate.rcu_expedited=1 random.trust_cpu=on",
+         rcupdate.rcu_expedited=1 dummy.numdummies=0 random.trust_cpu=on",
     );
     for slot in 0..devices as u64 {
         let (address, irq) = (DEVICES + slot * DEVICE_SIZE, u64::from(FIRST_IRQ) + slot);
