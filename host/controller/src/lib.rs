@@ -4,9 +4,9 @@
 //! the whole of it.
 
 pub mod config;
+pub mod errors;
 
 mod cgroup;
-mod errors;
 mod events;
 mod guest;
 mod machine;

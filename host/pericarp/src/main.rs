@@ -1,5 +1,7 @@
 //! The `pericarp` command.
 
+mod check;
+
 use std::{
     fs,
     os::{
@@ -40,6 +42,9 @@ enum Command {
         #[command(flatten)]
         control: ControlSocket,
     },
+    /// Say whether this node can run Pericarp, and what to do where it cannot. Exits with 1 if anything
+    /// has failed.
+    Check(check::Arguments),
 }
 
 /// Where the machine serves its control service.
@@ -80,7 +85,7 @@ const CONFIG: &str = "/etc/pericarp/config.toml";
 fn main() -> ExitCode {
     let process_start_ns = pericarp_vmm::monotonic_ns();
     match run(process_start_ns) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(status) => status,
         Err(error) => {
             // One line: the controller quotes a machine's last words.
             eprintln!("error: {error:#}");
@@ -89,11 +94,16 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(process_start_ns: u64) -> anyhow::Result<()> {
+fn run(process_start_ns: u64) -> anyhow::Result<ExitCode> {
     match Arguments::parse().command {
-        Command::Serve { config } => serve(config.as_deref()),
-        Command::Vmm { config, control } => vmm(&config, control, process_start_ns),
+        Command::Serve { config } => serve(config.as_deref())?,
+        Command::Vmm { config, control } => vmm(&config, control, process_start_ns)?,
+        Command::Check(arguments) => {
+            let good = check::run(&arguments, Path::new(CONFIG)).context("cannot print what was found")?;
+            return Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        }
     }
+    Ok(ExitCode::SUCCESS)
 }
 
 fn serve(path: Option<&Path>) -> anyhow::Result<()> {

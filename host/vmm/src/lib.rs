@@ -1,7 +1,7 @@
 //! The machine: one KVM microVM, its vCPUs, memory and virtio devices.
 //!
 //! It speaks no Task API and knows no containers; see ARCHITECTURE.md. [`run`] is the whole of it:
-//! everything else is reached from there.
+//! everything else is reached from there. [`probe()`] finds out whether this host can run one.
 
 mod arch;
 mod bus;
@@ -10,8 +10,10 @@ mod console;
 mod control;
 mod machine;
 mod memory;
+mod probe;
 mod vcpu;
 mod virtio;
 
 pub use config::{ConsoleConfig, MachineConfig, ShareConfig, VsockConfig};
 pub use machine::{Error, ExitReason, monotonic_ns, run};
+pub use probe::{ProbeError, Progress, probe};

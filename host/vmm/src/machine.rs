@@ -156,7 +156,7 @@ pub fn run(
     Ok(reason)
 }
 
-fn refused(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Error {
+pub(crate) fn refused(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Error {
     move |source| Error::Kvm { what, source }
 }
 
@@ -180,7 +180,8 @@ fn check_size(config: &MachineConfig, kvm: &Kvm) -> Result<(), Error> {
     Ok(())
 }
 
-fn register_memory(vm: &VmFd, memory: &GuestMemory) -> Result<(), Error> {
+/// Gives `vm` its memory, which must stay mapped for as long as a vCPU runs.
+pub(crate) fn register_memory(vm: &VmFd, memory: &GuestMemory) -> Result<(), Error> {
     for (slot, region) in (0..).zip(memory.iter()) {
         let region = kvm_userspace_memory_region {
             slot,
@@ -189,13 +190,14 @@ fn register_memory(vm: &VmFd, memory: &GuestMemory) -> Result<(), Error> {
             memory_size: region.len(),
             userspace_addr: region.as_ptr() as u64,
         };
-        // SAFETY: the region is a mapping that lives as long as the process, and no two overlap.
+        // SAFETY: the region is a mapping that stays while a vCPU runs, and no two overlap.
         unsafe { vm.set_user_memory_region(region) }.map_err(refused("take the guest's memory"))?;
     }
     Ok(())
 }
 
-fn make_vcpus(kvm: &Kvm, vm: &VmFd, count: u8) -> Result<Vec<VcpuFd>, Error> {
+/// Makes all vCPUs of a machine, as they are after a reset.
+pub(crate) fn make_vcpus(kvm: &Kvm, vm: &VmFd, count: u8) -> Result<Vec<VcpuFd>, Error> {
     let supported = cpuid::supported(kvm).map_err(refused("tell what processor features it supports"))?;
     (0..count)
         .map(|id| {

@@ -31,7 +31,7 @@ pub fn start(
 }
 
 /// Where a vCPU stands, for whoever has to find out why.
-fn place(vcpu: &VcpuFd) -> String {
+pub fn place(vcpu: &VcpuFd) -> String {
     match (vcpu.get_regs(), vcpu.get_sregs()) {
         (Ok(registers), Ok(special)) => format!(
             "rip {:#x}, rsp {:#x}, cr2 {:#x}, cr3 {:#x}",
@@ -39,6 +39,17 @@ fn place(vcpu: &VcpuFd) -> String {
         ),
         _ => "registers unknown".to_owned(),
     }
+}
+
+/// An exit that no guest is known to cause.
+pub fn unexpected(exit: &VcpuExit) -> ExitReason {
+    ExitReason::Kvm(match exit {
+        VcpuExit::FailEntry(reason, _) => {
+            format!("the processor refuses to enter the guest (reason {reason:#x})")
+        }
+        VcpuExit::InternalError => "KVM cannot emulate what the guest did (internal error)".to_owned(),
+        exit => format!("unexpected exit {exit:?}"),
+    })
 }
 
 fn run(vcpu: &mut VcpuFd, bus: &Bus) -> ExitReason {
@@ -52,16 +63,8 @@ fn run(vcpu: &mut VcpuFd, bus: &Bus) -> ExitReason {
                 PortWrite::Reset => return ExitReason::GuestReset,
             },
             Ok(VcpuExit::Shutdown) => return ExitReason::TripleFault(place(vcpu)),
-            Ok(VcpuExit::FailEntry(reason, _)) => {
-                return ExitReason::Kvm(format!(
-                    "the processor refuses to enter the guest (reason {reason:#x})"
-                ));
-            }
-            Ok(VcpuExit::InternalError) => {
-                return ExitReason::Kvm("KVM cannot emulate what the guest did (internal error)".into());
-            }
             Ok(VcpuExit::Hlt | VcpuExit::Intr | VcpuExit::IrqWindowOpen) => {}
-            Ok(exit) => return ExitReason::Kvm(format!("unexpected exit {exit:?}")),
+            Ok(exit) => return unexpected(&exit),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
             Err(error) => return ExitReason::Kvm(format!("KVM_RUN failed: {error}")),
         }

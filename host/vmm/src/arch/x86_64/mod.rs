@@ -5,6 +5,7 @@ pub mod boot;
 pub mod cpuid;
 pub mod layout;
 pub mod mptable;
+pub mod probe;
 pub mod registers;
 
 use kvm_ioctls::VmFd;

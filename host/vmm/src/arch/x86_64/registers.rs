@@ -16,8 +16,10 @@ const EFER_LONG_MODE: u64 = 1 << 8 | 1 << 10;
 /// Reserved bit 1 of RFLAGS is always set.
 const RFLAGS: u64 = 2;
 
-const PAGE_PRESENT_WRITABLE: u64 = 0b11;
-const PAGE_LARGE: u64 = 1 << 7;
+/// Flags of a page table's entry, for the supervisor.
+pub const PAGE_PRESENT_WRITABLE: u64 = 0b11;
+/// The entry of a page directory is a page of 2 MiB.
+pub const PAGE_LARGE: u64 = 1 << 7;
 
 const MSR_MISC_ENABLE: u32 = 0x1a0;
 const MISC_ENABLE_FAST_STRING: u64 = 1;
