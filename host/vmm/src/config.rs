@@ -30,6 +30,23 @@ pub struct MachineConfig {
     /// The directory that the guest sees through virtio-fs, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub share: Option<ShareConfig>,
+    /// The guest's network devices, in the order in which it finds them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nets: Vec<NetConfig>,
+}
+
+/// A virtio-net device on a tap that exists already.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetConfig {
+    /// The network namespace that the tap is in, for example `/run/netns/cni-1234`.
+    pub netns: PathBuf,
+    /// The tap's name.
+    pub tap: String,
+    /// The guest's MAC address.
+    pub mac: [u8; 6],
+    /// The guest's MTU in bytes.
+    pub mtu: u16,
 }
 
 /// The console log: what the guest's kernel prints, bounded.

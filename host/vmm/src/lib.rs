@@ -14,6 +14,6 @@ mod probe;
 mod vcpu;
 mod virtio;
 
-pub use config::{ConsoleConfig, MachineConfig, ShareConfig, VsockConfig};
+pub use config::{ConsoleConfig, MachineConfig, NetConfig, ShareConfig, VsockConfig};
 pub use machine::{Error, ExitReason, monotonic_ns, run};
 pub use probe::{ProbeError, Progress, probe};

@@ -188,6 +188,7 @@ impl Pod {
                 tag: guest::SHARE_TAG.into(),
                 directory: self.directory.join(file::SHARE),
             }),
+            nets: Vec::new(),
         }
     }
 
