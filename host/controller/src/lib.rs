@@ -12,6 +12,7 @@ mod guest;
 mod machine;
 mod metrics;
 mod mounts;
+mod network;
 mod notify;
 mod pod;
 mod rootfs;
