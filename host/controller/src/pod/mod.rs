@@ -25,6 +25,7 @@ use crate::{
     config::Config,
     events::Forwarder,
     machine::{self, Exit, file},
+    network::InterfaceStatus,
     share::Share,
     size::{self, Host, Size},
     source::ContainerSource,
@@ -119,6 +120,8 @@ struct State {
     running: Undo,
     /// The machine's cgroup, once there is one.
     cgroup: Option<PathBuf>,
+    /// What the guest has of the pod's network.
+    interfaces: Vec<InterfaceStatus>,
     /// Removes the directory.
     directory: Undo,
     /// Whether somebody waits for the end of the machine: see [`Pod::watch`].
@@ -174,6 +177,7 @@ impl Pod {
                 phase: Phase::Created,
                 running: Undo::default(),
                 cgroup: None,
+                interfaces: Vec::new(),
                 directory: Undo::default(),
                 watched: false,
                 host_service: None,
@@ -289,6 +293,7 @@ impl Pod {
                 "devices": machine.as_ref().map(|machine| {
                     machine.devices.iter().map(|device| (device.device.clone(), json!(device.counters))).collect::<serde_json::Map<_, _>>()
                 }),
+                "interfaces": state.interfaces,
                 "guestKernel": state.guest_kernel,
                 "bootTimeline": timeline,
                 "containers": state.containers,
