@@ -37,7 +37,7 @@ fn enter(netns: &Path) -> Result<(), NetworkError> {
     let missing = |source| NetworkError::Missing { netns: netns.to_owned(), source };
     let failed = |source| NetworkError::Enter { netns: netns.to_owned(), source };
     let file = File::open(netns).map_err(|error| match error.kind() {
-        io::ErrorKind::NotFound => missing(error),
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => missing(error),
         _ => failed(error),
     })?;
     let own = stat("/proc/thread-self/ns/net").map_err(|errno| failed(errno.into()))?;

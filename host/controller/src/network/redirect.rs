@@ -54,13 +54,16 @@ fn refused(error: rtnetlink::Error, link: End<'_>, what: &'static str) -> Networ
 
 /// The links that have an ingress or clsact qdisc.
 pub async fn ingress_qdiscs(handle: &Handle) -> Result<Vec<u32>, NetworkError> {
-    let qdiscs: Vec<TcMessage> = handle
-        .qdisc()
-        .get()
-        .execute()
-        .collect::<Result<_, _>>()
-        .await
-        .map_err(netlink("list the pod's qdiscs"))?;
+    let qdiscs: Result<Vec<TcMessage>, _> = handle.qdisc().get().execute().collect().await;
+    let qdiscs = match qdiscs {
+        // A kernel without traffic control has none.
+        Err(rtnetlink::Error::NetlinkError(message))
+            if message.raw_code() == -Errno::OPNOTSUPP.raw_os_error() =>
+        {
+            return Ok(Vec::new());
+        }
+        qdiscs => qdiscs.map_err(netlink("list the pod's qdiscs"))?,
+    };
     let ingress = |qdisc: &&TcMessage| qdisc.header.parent == TcHandle::INGRESS;
     Ok(qdiscs.iter().filter(ingress).map(|qdisc| qdisc.header.index.cast_unsigned()).collect())
 }

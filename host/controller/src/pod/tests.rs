@@ -71,6 +71,21 @@ async fn a_pod_on_the_hosts_network_is_refused_with_its_name_and_what_to_do() {
 }
 
 #[tokio::test]
+async fn a_pod_whose_netns_is_gone_does_not_start_and_leaves_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = config(cri::NamespaceMode::Pod);
+    let netns = "/run/netns/no-such-netns".to_owned();
+    let pod = Pod::new("abc".into(), "k8s.io".into(), config, netns.clone(), node(directory.path())).unwrap();
+    let pod = Arc::new(pod);
+    let error = pod.start().await.unwrap_err();
+    let text = crate::errors::chain(&error);
+    assert!(text.contains("default/web") && text.contains(&netns) && text.contains("CNI"), "{text}");
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+    pod.stop().await.unwrap();
+    pod.shutdown().await.unwrap();
+}
+
+#[tokio::test]
 async fn a_guest_cannot_prepare_another_pods_container() {
     let directory = tempfile::tempdir().unwrap();
     let pod = pod(directory.path());
