@@ -399,7 +399,8 @@ pub fn context() -> context::Context {
 
 /// `$0` is the agent; the arguments are its. What a guest's boot provides, in namespaces of its own.
 const SET_UP: &str = "mount -t tmpfs tmpfs /run && mount -t cgroup2 cgroup2 /sys/fs/cgroup && \
-                      mkdir /sys/fs/cgroup/pod-$$ && \
+                      mkdir -p /sys/fs/cgroup/pod-$$/agent && \
+                      echo $$ > /sys/fs/cgroup/pod-$$/agent/cgroup.procs && \
                       for controller in $(cat /sys/fs/cgroup/cgroup.subtree_control); do \
                           echo +$controller > /sys/fs/cgroup/pod-$$/cgroup.subtree_control; \
                       done && \
