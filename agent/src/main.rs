@@ -8,6 +8,7 @@ mod boot;
 mod cgroup;
 mod events;
 mod host;
+mod network;
 mod pod;
 mod runtime;
 mod server;

@@ -8,5 +8,6 @@ mod errors;
 mod exec;
 mod logs;
 mod machine;
+mod network;
 mod pods;
 mod volumes;
