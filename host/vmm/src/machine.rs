@@ -32,6 +32,7 @@ use crate::{
         Counter, Device,
         fs::{Fs, FsError},
         mmio::{MmioDevice, QUEUE_NOTIFY},
+        net::{Net, TapError},
         rng::Rng,
         vsock::{Vsock, VsockError},
     },
@@ -89,6 +90,8 @@ pub enum Error {
     Vsock(#[from] VsockError),
     #[error(transparent)]
     Fs(#[from] FsError),
+    #[error(transparent)]
+    Tap(#[from] TapError),
     #[error("cannot make the machine's {what}")]
     Io {
         what: &'static str,
@@ -217,6 +220,9 @@ fn make_devices(config: &MachineConfig, vm: &VmFd, memory: &GuestMemory) -> Resu
         vec![Box::new(Vsock::new(&config.vsock)?), Box::new(Rng::default())];
     if let Some(share) = &config.share {
         devices.push(Box::new(Fs::new(share)?));
+    }
+    for net in &config.nets {
+        devices.push(Box::new(Net::new(net)?));
     }
     let mmio = (0..)
         .zip(devices)

@@ -255,7 +255,11 @@ impl MmioDevice {
             let notified = notified.try_clone().map_err(super::ActivateError::Worker)?;
             active.push(ActiveQueue { queue, notified, interrupt: self.interrupt.clone() });
         }
-        self.device.activate(Active { memory: self.memory.clone(), queues: active })
+        self.device.activate(Active {
+            memory: self.memory.clone(),
+            queues: active,
+            features: self.driver_features,
+        })
     }
 }
 

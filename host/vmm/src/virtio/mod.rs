@@ -5,6 +5,7 @@
 
 pub mod fs;
 pub mod mmio;
+pub mod net;
 pub mod rng;
 #[cfg(test)]
 mod testing;
@@ -19,12 +20,14 @@ use std::{
 };
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT as _, QueueT as _};
+use vm_memory::{Bytes as _, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestMemory;
 
 /// Device types (virtio 1.2, section 5).
 pub mod device_type {
+    pub const NET: u32 = 1;
     pub const RNG: u32 = 4;
     pub const VSOCK: u32 = 19;
     pub const FS: u32 = 26;
@@ -79,6 +82,8 @@ pub struct Active {
     pub memory: GuestMemory,
     /// One for each of [`Device::queue_sizes`]; all ready and checked.
     pub queues: Vec<ActiveQueue>,
+    /// What the driver has accepted of [`Device::features`].
+    pub features: u64,
 }
 
 /// A queue of an active device.
@@ -114,6 +119,27 @@ impl ActiveQueue {
         length: u32,
     ) -> Result<(), virtio_queue::Error> {
         self.queue.add_used(memory, head, length)
+    }
+
+    /// Hands several chains back at once: the guest sees all of them or none. Whoever calls this
+    /// interrupts the guest in any case, because the queue does not count the chains one by one.
+    pub fn add_used_together(
+        &mut self,
+        memory: &GuestMemory,
+        used: &[(u16, u32)],
+    ) -> Result<(), virtio_queue::Error> {
+        let Some((last, others)) = used.split_last() else { return Ok(()) };
+        for (head, length) in others {
+            // virtio 1.2, section 2.7.8: flags and index, then elements of identifier and length.
+            let slot = u64::from(self.queue.next_used() % self.queue.size());
+            let element = self.queue.used_ring().checked_add(4 + slot * 8);
+            let element = GuestAddress(element.ok_or(virtio_queue::Error::AddressOverflow)?);
+            let value = u64::from(u32::from(*head).to_le()) | u64::from(length.to_le()) << 32;
+            memory.write_obj(value, element).map_err(virtio_queue::Error::GuestMemory)?;
+            self.queue.set_next_used(self.queue.next_used().wrapping_add(1));
+        }
+        // This one sets the index past all of them.
+        self.add_used(memory, last.0, last.1)
     }
 
     /// Interrupts the guest if it wants to know of what was added.
