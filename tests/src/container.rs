@@ -212,7 +212,7 @@ impl Container {
             if status.state() == api::ContainerState::ContainerExited {
                 return Ok(status);
             }
-            if start.elapsed() > Duration::from_secs(60) {
+            if start.elapsed() > Duration::from_secs(180) {
                 bail!("container {} has not exited: {status:?}", self.id);
             }
             tokio::time::sleep(Duration::from_millis(100)).await;

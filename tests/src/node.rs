@@ -20,7 +20,7 @@ const DURATIONS: &str = "/results/durations";
 use crate::{Cri, PodBuilder, api};
 
 /// A test that takes longer than this has hung. Cleaning up has as long again.
-const TEST_LIMIT: Duration = Duration::from_secs(180);
+const TEST_LIMIT: Duration = Duration::from_secs(300);
 
 /// The label that every pod of one test carries, so that all of them are found again.
 const TEST_LABEL: &str = "pericarp.test";
