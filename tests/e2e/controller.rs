@@ -90,11 +90,13 @@ async fn broken(what: &str, settings: &str) -> Result<Status> {
     let mut controller = Controller::serve(settings).await?;
     let netns = NetworkNamespace::new(&format!("netns-{what}")).await?;
     let pod = format!("pod-{what}");
+    // Of its own, because other tests look for their machines at the same time.
+    let id = format!("{what:0<64}");
     let error =
-        controller.start_pod(ID, &config(&pod), &netns).await.err().context("this pod should not start")?;
+        controller.start_pod(&id, &config(&pod), &netns).await.err().context("this pod should not start")?;
     assert!(error.message().contains(&pod), "{pod:?} is not in: {error}");
     assert_eq!(controller.pod_directories()?, Vec::<String>::new(), "after {error}");
-    assert_eq!(MachineProcess::of_pod(ID)?, None, "after {error}");
+    assert_eq!(MachineProcess::of_pod(&id)?, None, "after {error}");
     let mounts = fs::read_to_string("/proc/self/mountinfo")?;
     assert!(!mounts.contains(&controller.run_dir.display().to_string()), "after {error}");
     controller.stop().await?;
