@@ -127,13 +127,14 @@ fn a_guest_that_never_becomes_ready_is_given_up_with_the_end_of_its_console() ->
         let initramfs = node.file("hangs.cpio", "")?;
         fs::write(&initramfs, archive(&[("init", 0o100_755, &fs::read("/usr/bin/busybox")?)]))?;
         let start = Instant::now();
-        let error = broken("hangs", &format!("initramfs = '{initramfs}'\nready_timeout_seconds = 6")).await?;
+        let error =
+            broken("hangs", &format!("initramfs = '{initramfs}'\nready_timeout_seconds = 20")).await?;
         assert_eq!(error.code(), Code::DeadlineExceeded, "{error}");
         assert!(error.message().contains("not ready"), "{error}");
         // BusyBox's last words.
         assert!(error.message().contains("/etc/init.d/rcS"), "{error}");
         let took = start.elapsed();
-        assert!(took >= Duration::from_secs(6) && took < Duration::from_secs(20), "it took {took:?}");
+        assert!(took >= Duration::from_secs(20) && took < Duration::from_secs(60), "it took {took:?}");
         Ok(())
     })
 }
