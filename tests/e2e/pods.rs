@@ -138,7 +138,7 @@ fn ten_pods_run_at_once() -> Result<()> {
             anyhow::Ok(pod)
         });
         let pods =
-            timeout(Duration::from_secs(100), try_join_all(run)).await.context("ten pods in time")??;
+            timeout(Duration::from_secs(250), try_join_all(run)).await.context("ten pods in time")??;
         assert_eq!(node.pods().await?.len(), 10);
         try_join_all(pods.iter().map(async |pod| {
             assert!(pod.is_ready().await?);
