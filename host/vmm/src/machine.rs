@@ -233,14 +233,16 @@ fn interrupt_line(vm: &VmFd, irq: u32) -> Result<EventFd, Error> {
     Ok(irqfd)
 }
 
-fn counters(bus: &Bus) -> Vec<(&'static str, Vec<(&'static str, Counter)>)> {
-    let exits =
-        ("vcpus", vec![("mmio_exits", bus.exits.mmio.clone()), ("port_exits", bus.exits.port.clone())]);
+fn counters(bus: &Bus) -> Vec<(String, Vec<(&'static str, Counter)>)> {
+    let exits = (
+        "vcpus".to_owned(),
+        vec![("mmio_exits", bus.exits.mmio.clone()), ("port_exits", bus.exits.port.clone())],
+    );
     bus.mmio
         .iter()
         .map(|device| {
             let device = device.lock().unwrap_or_else(PoisonError::into_inner);
-            (device.device().name(), device.device().counters())
+            (device.device().name().to_owned(), device.device().counters())
         })
         .chain([exits])
         .collect()
