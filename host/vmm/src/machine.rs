@@ -19,7 +19,7 @@ use crate::{
         self as arch,
         boot::{self, BootError},
         cpuid,
-        layout::{self, DEVICE_SIZE, DEVICES, FIRST_IRQ, SERIAL_IRQ},
+        layout::{self, DEVICE_SIZE, DEVICES, DEVICES_MAX, FIRST_IRQ, SERIAL_IRQ},
         registers::{self, RegisterError},
     },
     bus::{Bus, Exits},
@@ -32,6 +32,7 @@ use crate::{
         Counter, Device,
         fs::{Fs, FsError},
         mmio::{MmioDevice, QUEUE_NOTIFY},
+        net::{Net, NetError},
         rng::Rng,
         vsock::{Vsock, VsockError},
     },
@@ -89,6 +90,10 @@ pub enum Error {
     Vsock(#[from] VsockError),
     #[error(transparent)]
     Fs(#[from] FsError),
+    #[error(transparent)]
+    Net(#[from] NetError),
+    #[error("{count} devices are asked for; there are interrupts for {DEVICES_MAX}, so use fewer networks")]
+    TooManyDevices { count: usize },
     #[error("cannot make the machine's {what}")]
     Io {
         what: &'static str,
@@ -217,6 +222,13 @@ fn make_devices(config: &MachineConfig, vm: &VmFd, memory: &GuestMemory) -> Resu
         vec![Box::new(Vsock::new(&config.vsock)?), Box::new(Rng::default())];
     if let Some(share) = &config.share {
         devices.push(Box::new(Fs::new(share)?));
+    }
+    let count = devices.len() + config.nets.len();
+    if count > DEVICES_MAX {
+        return Err(Error::TooManyDevices { count });
+    }
+    for (index, net) in config.nets.iter().enumerate() {
+        devices.push(Box::new(Net::new(index, net)?));
     }
     let mmio = (0..)
         .zip(devices)

@@ -5,6 +5,7 @@
 
 pub mod fs;
 pub mod mmio;
+pub mod net;
 pub mod rng;
 #[cfg(test)]
 mod testing;
@@ -26,6 +27,7 @@ use crate::memory::GuestMemory;
 
 /// Device types (virtio 1.2, section 5).
 pub mod device_type {
+    pub const NET: u32 = 1;
     pub const RNG: u32 = 4;
     pub const VSOCK: u32 = 19;
     pub const FS: u32 = 26;
@@ -38,7 +40,7 @@ pub const F_EVENT_IDX: u64 = 1 << 29;
 
 /// What the guest can set up and activate.
 pub trait Device: Send {
-    /// For messages and counters; no two devices of a machine share one: "vsock", "fs", "rng".
+    /// For messages and counters; no two devices of a machine share one: "vsock", "fs", "rng", "net0".
     fn name(&self) -> &str;
     /// Number from virtio 1.2, section 5.
     fn device_type(&self) -> u32;
