@@ -19,7 +19,7 @@ use crate::{
         self as arch,
         boot::{self, BootError},
         cpuid,
-        layout::{self, DEVICE_SIZE, DEVICES, FIRST_IRQ, SERIAL_IRQ},
+        layout::{self, DEVICE_SIZE, DEVICES, DEVICES_MAX, FIRST_IRQ, SERIAL_IRQ},
         registers::{self, RegisterError},
     },
     bus::{Bus, Exits},
@@ -32,7 +32,7 @@ use crate::{
         Counter, Device,
         fs::{Fs, FsError},
         mmio::{MmioDevice, QUEUE_NOTIFY},
-        net::{Net, TapError},
+        net::{Net, NetError},
         rng::Rng,
         vsock::{Vsock, VsockError},
     },
@@ -91,7 +91,9 @@ pub enum Error {
     #[error(transparent)]
     Fs(#[from] FsError),
     #[error(transparent)]
-    Tap(#[from] TapError),
+    Net(#[from] NetError),
+    #[error("{count} devices are asked for; there are interrupts for {DEVICES_MAX}, so use fewer networks")]
+    TooManyDevices { count: usize },
     #[error("cannot make the machine's {what}")]
     Io {
         what: &'static str,
@@ -221,8 +223,12 @@ fn make_devices(config: &MachineConfig, vm: &VmFd, memory: &GuestMemory) -> Resu
     if let Some(share) = &config.share {
         devices.push(Box::new(Fs::new(share)?));
     }
-    for net in &config.nets {
-        devices.push(Box::new(Net::new(net)?));
+    let count = devices.len() + config.nets.len();
+    if count > DEVICES_MAX {
+        return Err(Error::TooManyDevices { count });
+    }
+    for (index, net) in config.nets.iter().enumerate() {
+        devices.push(Box::new(Net::new(index, net)?));
     }
     let mmio = (0..)
         .zip(devices)
@@ -239,14 +245,16 @@ fn interrupt_line(vm: &VmFd, irq: u32) -> Result<EventFd, Error> {
     Ok(irqfd)
 }
 
-fn counters(bus: &Bus) -> Vec<(&'static str, Vec<(&'static str, Counter)>)> {
-    let exits =
-        ("vcpus", vec![("mmio_exits", bus.exits.mmio.clone()), ("port_exits", bus.exits.port.clone())]);
+fn counters(bus: &Bus) -> Vec<(String, Vec<(&'static str, Counter)>)> {
+    let exits = (
+        "vcpus".to_owned(),
+        vec![("mmio_exits", bus.exits.mmio.clone()), ("port_exits", bus.exits.port.clone())],
+    );
     bus.mmio
         .iter()
         .map(|device| {
             let device = device.lock().unwrap_or_else(PoisonError::into_inner);
-            (device.device().name(), device.device().counters())
+            (device.device().name().to_owned(), device.device().counters())
         })
         .chain([exits])
         .collect()

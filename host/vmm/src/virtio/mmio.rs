@@ -253,12 +253,12 @@ impl MmioDevice {
                 return Err(super::ActivateError::Queues);
             }
             let notified = notified.try_clone().map_err(super::ActivateError::Worker)?;
-            active.push(ActiveQueue { queue, notified, interrupt: self.interrupt.clone() });
+            active.push(ActiveQueue::new(queue, notified, self.interrupt.clone()));
         }
         self.device.activate(Active {
             memory: self.memory.clone(),
-            queues: active,
             features: self.driver_features,
+            queues: active,
         })
     }
 }
@@ -306,6 +306,7 @@ mod tests {
         }
         fn activate(&mut self, active: Active) -> Result<(), ActivateError> {
             assert_eq!(active.queues.len(), 2);
+            assert_eq!(active.features, F_VERSION_1);
             self.active.fetch_add(1, Ordering::SeqCst);
             Ok(())
         }

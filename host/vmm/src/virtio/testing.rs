@@ -52,7 +52,7 @@ impl Ring {
         let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let interrupt = Interrupt { irqfd: Arc::new(event()), status: Arc::new(AtomicU32::new(0)) };
         let ring = Ring { memory: memory.clone(), base, size, next_descriptor: 0, available: 0, seen: 0 };
-        (ring, ActiveQueue { queue, notified: event(), interrupt })
+        (ring, ActiveQueue::new(queue, event(), interrupt))
     }
 
     /// Makes a chain available; answers with its head.

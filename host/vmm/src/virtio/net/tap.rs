@@ -1,184 +1,285 @@
-//! The host's end: a tap that the controller has made in the pod's network namespace.
+//! The tap: an interface in the pod's network namespace whose other end is a file descriptor.
 
 use std::{
     fs::File,
-    io,
-    os::fd::{AsRawFd, RawFd},
+    io, mem,
+    os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
 };
 
+use rustix::{
+    fs::{Mode, OFlags},
+    io::Errno,
+    net::{AddressFamily, SocketType},
+    thread::{LinkNameSpaceType, move_into_link_name_space},
+};
 use thiserror::Error;
-use vmm_sys_util::ioctl::{ioctl_with_ref, ioctl_with_val};
 
-use super::worker::HEADER_SIZE;
+use super::{HEADER_SIZE, feature};
 
 const TUN: &str = "/dev/net/tun";
 
-/// A tap cannot be attached to. Nothing of the machine has run yet.
+/// A tap cannot be used.
 #[derive(Debug, Error)]
 pub enum TapError {
-    #[error("cannot enter the pod's network namespace {netns}")]
+    #[error("the tap's name {name:?} is empty or longer than {} bytes", libc::IFNAMSIZ - 1)]
+    Name { name: String },
+    #[error(
+        "cannot open {netns}, the network namespace of the tap {tap}; if it is gone, the pod's network has \
+         been torn down and the pod has to be made again"
+    )]
     Netns {
         netns: PathBuf,
+        tap: String,
         #[source]
         source: io::Error,
     },
-    #[error("cannot open {TUN}; load the module tun, and see that the machine's user may use it")]
-    Tun(#[source] io::Error),
-    #[error("cannot attach to the tap {tap} in {netns}")]
-    Attach {
-        tap: String,
+    #[error("cannot enter {netns}; it must be a network namespace, and the machine needs CAP_SYS_ADMIN")]
+    Enter {
         netns: PathBuf,
         #[source]
         source: io::Error,
     },
-    #[error("cannot start a thread to enter a network namespace with")]
-    Thread(#[source] io::Error),
+    #[error(
+        "there is no interface {tap} in {netns}; the tap must exist before the machine starts, so the pod \
+         has to be made again"
+    )]
+    Missing {
+        netns: PathBuf,
+        tap: String,
+        #[source]
+        source: io::Error,
+    },
+    #[error(
+        "cannot open {TUN}; load the kernel module tun (`modprobe tun`), and let the machine's user read \
+         and write the device"
+    )]
+    OpenTun(#[source] io::Error),
+    #[error(
+        "cannot attach to {tap} in {netns}; it must be a tap with a single queue that no other process \
+         holds, and the machine needs CAP_NET_ADMIN"
+    )]
+    Attach {
+        netns: PathBuf,
+        tap: String,
+        #[source]
+        source: io::Error,
+    },
+    #[error("the kernel refuses to {what} the tap {tap} in {netns}")]
+    SetUp {
+        what: &'static str,
+        netns: PathBuf,
+        tap: String,
+        #[source]
+        source: io::Error,
+    },
 }
 
-/// What the guest's driver can do with frames that come to it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Offload {
-    /// It verifies, or does without, checksums that were never computed.
-    pub checksum: bool,
-    /// It takes TCP segments over IPv4 larger than its MTU.
-    pub tso4: bool,
-    /// And over IPv6.
-    pub tso6: bool,
-}
-
-/// An open tap. Frames are read and written with a `virtio_net_hdr_v1` in front of them.
-#[derive(Debug)]
+/// The machine's end of a tap. Reads and writes move whole frames, each behind a `virtio_net_hdr`, and
+/// do not wait.
 pub struct Tap {
-    file: File,
-    /// A stand-in for a tap in tests takes no ioctls.
-    #[cfg(test)]
-    stand_in: bool,
+    fd: OwnedFd,
+    /// Whether the kernel segments UDP for the tap (since Linux 6.2).
+    segments_udp: bool,
 }
-
-/// `struct ifreq` as `TUNSETIFF` uses it.
-#[repr(C)]
-struct InterfaceRequest {
-    name: [u8; libc::IFNAMSIZ],
-    flags: libc::c_short,
-    rest: [u8; 22],
-}
-
-const _: () = assert!(size_of::<InterfaceRequest>() == size_of::<libc::ifreq>());
 
 impl Tap {
-    /// Attaches to a tap that exists in another network namespace. This process stays in its own: a
-    /// thread that ends at once goes there.
-    pub fn open(netns: &Path, tap: &str) -> Result<Tap, TapError> {
-        let (inside, name) = (netns.to_owned(), tap.to_owned());
-        std::thread::Builder::new()
-            .name("netns".into())
-            .spawn(move || {
-                enter(&inside)?;
-                attach(&inside, &name)
+    /// Attaches to the tap `name` in the network namespace `netns`. The caller stays in its own
+    /// namespace.
+    ///
+    /// Until [`Tap::set_offloads`], the tap gives only frames that are complete: checksums filled in,
+    /// none larger than its MTU.
+    pub fn open(netns: &Path, name: &str) -> Result<Tap, TapError> {
+        // Another thread enters the namespace: a process's threads may differ in theirs.
+        let attached = std::thread::scope(|scope| {
+            let namespace = rustix::fs::open(netns, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+                .map_err(|error| TapError::Netns {
+                    netns: netns.to_owned(),
+                    tap: name.to_owned(),
+                    source: error.into(),
+                })?;
+            let thread = std::thread::Builder::new()
+                .name("tap".into())
+                .spawn_scoped(scope, move || attach(&namespace, netns, name))
+                .map_err(|source| TapError::Enter { netns: netns.to_owned(), source })?;
+            // The machine aborts when a thread panics, so that there is one answer only.
+            thread.join().unwrap_or_else(|_| {
+                Err(TapError::Enter { netns: netns.to_owned(), source: io::ErrorKind::Other.into() })
             })
-            .map_err(TapError::Thread)?
-            .join()
-            .unwrap_or_else(|_| Err(TapError::Thread(io::Error::other("it has panicked"))))
+        });
+        let refused = |what| {
+            move |source| TapError::SetUp { what, netns: netns.to_owned(), tap: name.to_owned(), source }
+        };
+        let mut tap = Tap { fd: attached?, segments_udp: false };
+        tap.set_header_size().map_err(refused("put virtio headers before the frames of"))?;
+        // The kernel refuses flags that it does not know. (It knows TUN_F_UFO, but has not given anyone
+        // a UDP datagram still to be fragmented since Linux 4.14: there is nothing to gain from it.)
+        tap.segments_udp = tap.set_offload_flags(ALL_OFFLOADS).is_ok();
+        if !tap.segments_udp {
+            tap.set_offload_flags(ALL_OFFLOADS & !USO).map_err(refused("offload segmentation on"))?;
+        }
+        tap.set_offload_flags(0).map_err(refused("switch off offloads on"))?;
+        tap.discard_queued();
+        Ok(tap)
     }
 
-    /// Tells the kernel what it may leave to the guest.
-    pub fn set_offload(&self, offload: Offload) -> io::Result<()> {
-        #[cfg(test)]
-        if self.stand_in {
-            return Ok(());
-        }
-        let mut flags = 0;
-        if offload.checksum {
-            flags |= libc::TUN_F_CSUM;
-            for (wanted, flag) in [(offload.tso4, libc::TUN_F_TSO4), (offload.tso6, libc::TUN_F_TSO6)] {
-                if wanted {
-                    flags |= flag;
-                }
+    /// Some other end of frames in place of a tap: a socket that keeps message boundaries.
+    #[cfg(test)]
+    pub fn from_fd(fd: OwnedFd) -> Tap {
+        Tap { fd, segments_udp: true }
+    }
+
+    /// Whether UDP segmentation can be offered to the guest.
+    pub fn segments_udp(&self) -> bool {
+        self.segments_udp
+    }
+
+    /// Lets the tap give what the guest's driver has said it can take: frames without checksum, and
+    /// frames larger than the MTU.
+    pub fn set_offloads(&self, features: u64) -> io::Result<()> {
+        self.set_offload_flags(offload_flags(features))
+    }
+
+    /// Loses the frames that the tap has taken with whatever offloads were on: nobody has been there to
+    /// receive them anyway.
+    fn discard_queued(&self) {
+        /// Longest queue of a tap (its `txqueuelen`), unless somebody has set a longer one.
+        const QUEUE_MAX: usize = 1000;
+        let mut start = [0; HEADER_SIZE as usize];
+        for _ in 0..QUEUE_MAX {
+            if rustix::io::read(&self.fd, &mut start).is_err() {
+                break;
             }
         }
-        // SAFETY: this request takes a number and touches no memory.
-        let result = unsafe { ioctl_with_val(&self.file, libc::TUNSETOFFLOAD, flags.into()) };
-        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    fn set_header_size(&self) -> io::Result<()> {
+        let size = libc::c_int::from(HEADER_SIZE);
+        // SAFETY: the request reads one int, which outlives the call.
+        result(unsafe { libc::ioctl(self.fd.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const size) })
+    }
+
+    fn set_offload_flags(&self, flags: libc::c_uint) -> io::Result<()> {
+        // SAFETY: the request's argument is a number, not an address.
+        result(unsafe { libc::ioctl(self.fd.as_raw_fd(), libc::TUNSETOFFLOAD, libc::c_ulong::from(flags)) })
     }
 }
 
-impl AsRawFd for Tap {
-    fn as_raw_fd(&self) -> RawFd {
-        self.file.as_raw_fd()
+impl AsFd for Tap {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
     }
 }
 
-fn enter(netns: &Path) -> Result<(), TapError> {
-    let failed = |source| TapError::Netns { netns: netns.into(), source };
-    let file = File::open(netns).map_err(failed)?;
-    rustix::thread::move_into_link_name_space(
-        std::os::fd::AsFd::as_fd(&file),
-        Some(rustix::thread::LinkNameSpaceType::Network),
-    )
-    .map_err(|errno| failed(errno.into()))
+const USO: libc::c_uint = libc::TUN_F_USO4 | libc::TUN_F_USO6;
+const ALL_OFFLOADS: libc::c_uint = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | USO;
+
+/// The tap's offloads for a driver that has accepted `features`. Segmentation needs
+/// [`feature::GUEST_CSUM`] (virtio 1.2, section 5.1.3.1), and the kernel has one switch for both kinds
+/// of UDP.
+fn offload_flags(features: u64) -> libc::c_uint {
+    let accepted = |wanted: u64| features & wanted == wanted;
+    if !accepted(feature::GUEST_CSUM) {
+        return 0;
+    }
+    let mut flags = libc::TUN_F_CSUM;
+    if accepted(feature::GUEST_TSO4) {
+        flags |= libc::TUN_F_TSO4;
+    }
+    if accepted(feature::GUEST_TSO6) {
+        flags |= libc::TUN_F_TSO6;
+    }
+    if accepted(feature::GUEST_USO4 | feature::GUEST_USO6) {
+        flags |= USO;
+    }
+    flags
 }
 
-fn attach(netns: &Path, tap: &str) -> Result<Tap, TapError> {
+/// Runs on a thread of its own, which ends in the tap's namespace.
+fn attach(namespace: &OwnedFd, netns: &Path, name: &str) -> Result<OwnedFd, TapError> {
+    let request = interface_request(name)?;
+    move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))
+        .map_err(|error| TapError::Enter { netns: netns.to_owned(), source: error.into() })?;
+    // Asked for first, because the tun driver makes an interface that does not exist.
+    interface_index(name).map_err(|error| TapError::Missing {
+        netns: netns.to_owned(),
+        tap: name.to_owned(),
+        source: error.into(),
+    })?;
+    let tun = open_tun().map_err(TapError::OpenTun)?;
+    // SAFETY: the request is an ifreq, which outlives the call.
+    result(unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF, &raw const request) })
+        .map_err(|source| TapError::Attach { netns: netns.to_owned(), tap: name.to_owned(), source })?;
+    Ok(tun)
+}
+
+fn open_tun() -> io::Result<OwnedFd> {
     use std::os::unix::fs::OpenOptionsExt as _;
-    let failed = |source| TapError::Attach { tap: tap.to_owned(), netns: netns.into(), source };
-    let file = File::options()
-        .read(true)
-        .write(true)
-        .custom_flags(libc::O_NONBLOCK)
-        .open(TUN)
-        .map_err(TapError::Tun)?;
-    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
-    let mut request = InterfaceRequest {
-        name: [0; libc::IFNAMSIZ],
-        flags: libc::c_short::try_from(flags).map_err(|_| failed(io::ErrorKind::InvalidInput.into()))?,
-        rest: [0; 22],
-    };
-    // One byte is left for the terminator.
-    if tap.is_empty() || tap.len() >= request.name.len() || tap.contains('\0') {
-        return Err(failed(io::Error::new(io::ErrorKind::InvalidInput, "not the name of an interface")));
-    }
-    request.name[..tap.len()].copy_from_slice(tap.as_bytes());
-    // SAFETY: the request has the size and layout of the kernel's `ifreq` and lives for the call.
-    if unsafe { ioctl_with_ref(&file, libc::TUNSETIFF, &request) } < 0 {
-        return Err(failed(io::Error::last_os_error()));
-    }
-    let size = i32::try_from(HEADER_SIZE).unwrap_or_default();
-    // SAFETY: the kernel reads one `int`, which lives for the call.
-    if unsafe { ioctl_with_ref(&file, libc::TUNSETVNETHDRSZ, &size) } < 0 {
-        return Err(failed(io::Error::last_os_error()));
-    }
-    Ok(Tap {
-        file,
-        #[cfg(test)]
-        stand_in: false,
-    })
+    // The standard library adds O_CLOEXEC.
+    let tun = File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(TUN)?;
+    Ok(tun.into())
 }
 
-/// A stand-in for a tap, and its other end: like a tap, it keeps frames apart.
-#[cfg(test)]
-pub fn pair() -> (Tap, std::os::unix::net::UnixDatagram) {
-    let (ours, theirs) = std::os::unix::net::UnixDatagram::pair().unwrap();
-    ours.set_nonblocking(true).unwrap();
-    theirs.set_nonblocking(true).unwrap();
-    (Tap { file: File::from(std::os::fd::OwnedFd::from(ours)), stand_in: true }, theirs)
+fn interface_index(name: &str) -> Result<u32, Errno> {
+    // Any socket will do: it stands for the thread's namespace.
+    let socket = rustix::net::socket(AddressFamily::UNIX, SocketType::DGRAM, None)?;
+    rustix::net::netdevice::name_to_index(socket, name)
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
+fn interface_request(name: &str) -> Result<libc::ifreq, TapError> {
+    if name.is_empty() || name.len() >= libc::IFNAMSIZ {
+        return Err(TapError::Name { name: name.to_owned() });
+    }
+    // SAFETY: an ifreq is made of numbers and addresses, all of which may be zero.
+    let mut request: libc::ifreq = unsafe { mem::zeroed() };
+    for (target, source) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *target = libc::c_char::from_ne_bytes([source]);
+    }
+    #[expect(clippy::cast_possible_truncation, reason = "every flag is below 0x8000")]
+    let flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
+    request.ifr_ifru.ifru_flags = flags;
+    Ok(request)
+}
 
-    #[test]
-    fn a_network_namespace_that_is_gone_is_named() {
-        let error = Tap::open(Path::new("/no/such/netns"), "tap0").unwrap_err();
-        assert!(error.to_string().contains("/no/such/netns"), "{error}");
+fn result(answer: libc::c_int) -> io::Result<()> {
+    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// What an error on moving a frame means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// Nothing can be moved now; the descriptor becomes ready when that changes.
+    NotNow,
+    /// This frame is lost; the next may do better.
+    Frame,
+    /// The tap will never move a frame again.
+    Gone,
+}
+
+impl Failure {
+    /// Of a read. The kernel has taken the frame from the tap when it reports a header that cannot be
+    /// built, or memory that cannot be written; all else would come again at once, and for ever.
+    pub fn of_read(error: &io::Error) -> Failure {
+        match error.raw_os_error() {
+            Some(libc::EAGAIN) => Failure::NotNow,
+            Some(libc::EINVAL | libc::EFAULT | libc::ENOMEM | libc::ENOBUFS) => Failure::Frame,
+            _ => Failure::Gone,
+        }
     }
 
-    #[test]
-    fn a_name_that_no_interface_can_have_is_refused() {
-        for name in ["", "a-name-that-is-too-long", "a\0b"] {
-            let error = Tap::open(Path::new("/proc/self/ns/net"), name).unwrap_err();
-            assert!(matches!(error, TapError::Attach { .. }), "{error}");
+    /// Of a write. Each write is a frame of the guest's that is used up, so that nothing can come again
+    /// for ever: EIO is an interface that is down, EINVAL a header that the kernel does not accept.
+    pub fn of_write(error: &io::Error) -> Failure {
+        match error.raw_os_error() {
+            Some(libc::EAGAIN) => Failure::NotNow,
+            Some(
+                libc::EBADFD | libc::EBADF | libc::ENODEV | libc::ENXIO | libc::EPIPE | libc::ECONNRESET,
+            ) => Failure::Gone,
+            _ => Failure::Frame,
         }
     }
 }
+
+#[cfg(test)]
+#[path = "tap_tests.rs"]
+mod tests;

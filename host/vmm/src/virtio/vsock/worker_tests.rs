@@ -68,7 +68,7 @@ impl Scene {
         let mux = Mux::new(config, listener, Counters::default()).unwrap();
         let queues = vec![receive_queue, transmit_queue, event_queue];
         let stop = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let worker = Worker::new(Active { memory: memory.clone(), queues, features: 0 }, mux, &stop).unwrap();
+        let worker = Worker::new(Active { memory: memory.clone(), features: 0, queues }, mux, &stop).unwrap();
         Scene { directory, worker, memory, receive, transmit, buffers: HashMap::new() }
     }
 
