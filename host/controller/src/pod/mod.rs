@@ -293,6 +293,7 @@ impl Pod {
                 "devices": machine.as_ref().map(|machine| {
                     machine.devices.iter().map(|device| (device.device.clone(), json!(device.counters))).collect::<serde_json::Map<_, _>>()
                 }),
+                "netns": self.netns,
                 "interfaces": state.interfaces,
                 "guestKernel": state.guest_kernel,
                 "bootTimeline": timeline,
