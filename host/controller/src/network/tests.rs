@@ -10,9 +10,9 @@ use std::{
 };
 
 use rtnetlink::{
-    LinkMacVlan, LinkUnspec, LinkVeth, RouteMessageBuilder,
+    LinkUnspec, LinkVeth, RouteMessageBuilder,
     packet_route::{
-        link::{AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, MacVlanMode},
+        link::{AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute},
         tc::{TcAttribute, TcMessage},
     },
 };
@@ -246,35 +246,8 @@ async fn a_pod_without_interfaces_has_an_empty_network() {
 #[tokio::test]
 async fn frames_cross_from_the_veth_peer_to_the_tap_and_back() {
     let (pod, outside) = pod_with_veth(1500);
-    frames_cross(&pod, &outside).await;
-}
-
-#[tokio::test]
-#[ignore = "needs the module macvlan, which not every kernel of a build machine has; run it on the virtual node"]
-async fn frames_cross_from_a_macvlans_network_to_the_tap_and_back() {
-    let (pod, outside) = (Netns::new(), Netns::new());
-    let there = File::open(pod.path()).unwrap();
-    outside.with(async |handle| {
-        handle.link().add(LinkVeth::new("parent", "peer").build()).execute().await.unwrap();
-        let parent = index(handle, "parent").await;
-        let macvlan = LinkMacVlan::new("eth0", parent, MacVlanMode::Bridge).address(POD_MAC.into()).build();
-        handle.link().add(macvlan).execute().await.expect("this test needs the module macvlan");
-        up(handle, "parent").await;
-        up(handle, "peer").await;
-        add_address(handle, "peer", "10.9.0.1", 24).await;
-        let away = LinkUnspec::new_with_index(index(handle, "eth0").await).setns_by_fd(there.as_raw_fd());
-        handle.link().set(away.build()).execute().await.unwrap();
-    });
-    pod.with(async |handle| {
-        up(handle, "eth0").await;
-        add_address(handle, "eth0", "10.9.0.2", 24).await;
-    });
-    frames_cross(&pod, &outside).await;
-}
-
-async fn frames_cross(pod: &Netns, outside: &Netns) {
     let mut undo = Undo::default();
-    let network = set_up_with(pod, &mut undo).await;
+    let network = set_up_with(&pod, &mut undo).await;
     let name = network.nets[0].tap.clone();
     let mut tap = pod.with(async |_| tap::attach(&name, 0).unwrap());
 
