@@ -10,10 +10,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use pericarp_protos::{
-    agent::{ConfigureRequest, Dns},
-    guest, ttrpc,
-};
+use pericarp_protos::{guest, ttrpc};
 use pericarp_vmm::{ConsoleConfig, MachineConfig, NetConfig, ShareConfig, VsockConfig, monotonic_ns};
 use thiserror::Error;
 use tokio::sync::oneshot;
@@ -206,32 +203,6 @@ impl Pod {
                 directory: self.directory.join(file::SHARE),
             }),
             nets,
-        }
-    }
-
-    fn configuration(&self, network: PodNetwork) -> ConfigureRequest {
-        let dns = self.config.dns_config.clone().unwrap_or_default();
-        let hostname = if self.config.hostname.is_empty() {
-            // As containerd does for its own sandboxes.
-            rustix::system::uname().nodename().to_string_lossy().into_owned()
-        } else {
-            self.config.hostname.clone()
-        };
-        ConfigureRequest {
-            sandbox_id: self.id.clone(),
-            hostname,
-            dns: Some(Dns {
-                servers: dns.servers,
-                searches: dns.searches,
-                options: dns.options,
-                ..Dns::default()
-            })
-            .into(),
-            sysctls: self.config.linux.clone().unwrap_or_default().sysctls,
-            interfaces: network.interfaces,
-            routes: network.routes,
-            neighbours: network.neighbours,
-            ..ConfigureRequest::default()
         }
     }
 
