@@ -23,8 +23,11 @@ use vmm_sys_util::eventfd::EventFd;
 
 pub use self::tap::TapError;
 use self::{tap::Tap, worker::Worker};
-use super::{ActivateError, Active, Counter, Device, F_EVENT_IDX, device_type, read_config_bytes};
-use crate::config::NetConfig;
+use super::{
+    ActivateError, Active, ActiveQueue, Counter, Device, F_EVENT_IDX, all_queues, device_type,
+    read_config_bytes,
+};
+use crate::{config::NetConfig, memory::GuestMemory};
 
 /// Feature bits (virtio 1.2, section 5.1.3).
 mod feature {
@@ -114,12 +117,13 @@ impl Net {
         })
     }
 
-    fn start(&mut self, active: Active) -> io::Result<()> {
+    fn start(&mut self, memory: &GuestMemory, features: u64, queues: [ActiveQueue; 2]) -> io::Result<()> {
         let tap = self.tap.take().ok_or(io::ErrorKind::NotConnected)?;
         // Not before now: a driver must not get what it has not accepted.
-        tap.set_offloads(active.features)?;
+        tap.set_offloads(features)?;
         let stop = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        let worker = Worker::new(self.name.clone(), active, tap, self.counters.clone(), &stop)?;
+        let counters = self.counters.clone();
+        let worker = Worker::new(self.name.clone(), memory, features, queues, tap, counters, &stop)?;
         let thread = std::thread::Builder::new().name(self.name.clone()).spawn(move || worker.run())?;
         self.worker = Some((thread, stop));
         Ok(())
@@ -171,7 +175,8 @@ impl Device for Net {
     }
 
     fn activate(&mut self, active: Active) -> Result<(), ActivateError> {
-        self.start(active).map_err(ActivateError::Worker)
+        let queues = all_queues(active.queues)?;
+        self.start(&active.memory, active.features, queues).map_err(ActivateError::Worker)
     }
 
     fn stop(&mut self) {

@@ -110,7 +110,7 @@ fn a_frame_passes_both_ways_through_a_real_tap() {
             receive.add(&[Buffer { address, length: 700, writable: true }]);
         }
         let features = device.features() & !crate::virtio::F_EVENT_IDX | F_VERSION_1;
-        let queues = vec![receive_queue, transmit_queue];
+        let queues = vec![Some(receive_queue), Some(transmit_queue)];
         device.activate(Active { memory: memory.clone(), features, queues }).unwrap();
         let socket = packet_socket("tap0");
 

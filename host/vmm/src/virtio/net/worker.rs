@@ -17,7 +17,7 @@ use super::{
     tap::Tap,
     transmit::{self, Transmitter},
 };
-use crate::virtio::{Active, ActiveQueue};
+use crate::{memory::GuestMemory, virtio::ActiveQueue};
 
 const TOKEN_RECEIVE: u64 = 1;
 const TOKEN_TRANSMIT: u64 = 2;
@@ -43,15 +43,14 @@ pub struct Worker {
 impl Worker {
     pub fn new(
         name: String,
-        active: Active,
+        memory: &GuestMemory,
+        features: u64,
+        queues: [ActiveQueue; 2],
         tap: Tap,
         counters: Counters,
         stop: &EventFd,
     ) -> io::Result<Worker> {
-        let Active { memory, features, queues } = active;
-        let Ok([receive, transmit]) = <[ActiveQueue; 2]>::try_from(queues) else {
-            return Err(io::ErrorKind::InvalidInput.into());
-        };
+        let [receive, transmit] = queues;
         let epoll = Epoll::new()?;
         let watched =
             [(&receive.notified, TOKEN_RECEIVE), (&transmit.notified, TOKEN_TRANSMIT), (stop, TOKEN_STOP)];
@@ -61,8 +60,8 @@ impl Worker {
         let worker = Worker {
             name,
             epoll,
-            receiver: Receiver::new(receive, &memory, features, counters.clone()),
-            transmitter: Transmitter::new(transmit, &memory, counters),
+            receiver: Receiver::new(receive, memory, features, counters.clone()),
+            transmitter: Transmitter::new(transmit, memory, counters),
             tap: Some(tap),
             readable: true,
             writable: true,

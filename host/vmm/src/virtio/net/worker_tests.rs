@@ -7,12 +7,9 @@ use virtio_queue::QueueT as _;
 use vm_memory::{Bytes as _, GuestAddress};
 
 use super::*;
-use crate::{
-    memory::GuestMemory,
-    virtio::{
-        net::{FRAME_MAX, feature},
-        testing::{Buffer, RING_SIZE, Ring, guest_memory},
-    },
+use crate::virtio::{
+    net::{FRAME_MAX, feature},
+    testing::{Buffer, RING_SIZE, Ring, guest_memory},
 };
 
 const QUEUE: u16 = 256;
@@ -49,8 +46,10 @@ impl Scene {
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::NONBLOCK, None).unwrap();
         let counters = Counters::default();
         let stop = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let active = Active { memory: memory.clone(), features, queues: vec![receive_queue, transmit_queue] };
-        let worker = Worker::new("net0".into(), active, Tap::from_fd(tap), counters.clone(), &stop).unwrap();
+        let queues = [receive_queue, transmit_queue];
+        let tap = Tap::from_fd(tap);
+        let worker =
+            Worker::new("net0".into(), &memory, features, queues, tap, counters.clone(), &stop).unwrap();
         Scene {
             worker,
             memory,
