@@ -206,6 +206,7 @@ async fn join(handle: &Handle, netns: &Path) -> Result<PodNetwork, NetworkError>
             tap: name,
             mac: interface.mac,
             mtu: interface.mtu,
+            queue_pairs: 1,
         });
     }
     let interfaces = survey.interfaces.into_iter().map(survey::Surveyed::into_interface).collect();

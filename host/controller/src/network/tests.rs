@@ -190,7 +190,13 @@ async fn a_veth_with_both_families_is_surveyed() {
 
     let mut undo = Undo::default();
     let network = set_up_with(&pod, &mut undo).await;
-    let expected = NetConfig { netns: pod.path(), tap: "pericarp0".into(), mac: POD_MAC, mtu: 1400 };
+    let expected = NetConfig {
+        netns: pod.path(),
+        tap: "pericarp0".into(),
+        mac: POD_MAC,
+        mtu: 1400,
+        queue_pairs: 1,
+    };
     assert_eq!(network.nets, [expected]);
     assert_eq!(
         network.status(),

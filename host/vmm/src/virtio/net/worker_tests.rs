@@ -7,9 +7,12 @@ use virtio_queue::QueueT as _;
 use vm_memory::{Bytes as _, GuestAddress};
 
 use super::*;
-use crate::virtio::{
-    net::{FRAME_MAX, feature},
-    testing::{Buffer, RING_SIZE, Ring, guest_memory},
+use crate::{
+    memory::GuestMemory,
+    virtio::{
+        net::{Counters, FRAME_MAX, feature},
+        testing::{Buffer, RING_SIZE, Ring, guest_memory},
+    },
 };
 
 const QUEUE: u16 = 256;
@@ -46,10 +49,10 @@ impl Scene {
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::NONBLOCK, None).unwrap();
         let counters = Counters::default();
         let stop = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let queues = [receive_queue, transmit_queue];
-        let tap = Tap::from_fd(tap);
-        let worker =
-            Worker::new("net0".into(), &memory, features, queues, tap, counters.clone(), &stop).unwrap();
+        let receiver = Receiver::new(receive_queue, &memory, features, counters.clone());
+        let transmitter = Transmitter::new(transmit_queue, &memory, counters.clone());
+        let tap = Arc::new(Tap::from_fd(tap));
+        let worker = Worker::new("net0".into(), receiver, transmitter, tap, &stop).unwrap();
         Scene {
             worker,
             memory,
