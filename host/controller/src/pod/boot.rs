@@ -122,7 +122,7 @@ impl Pod {
 
     async fn set_up_network(&self) -> Result<PodNetwork, BootError> {
         let mut running = Undo::default();
-        let network = network::set_up(Path::new(&self.netns), &mut running).await;
+        let network = network::set_up(Path::new(&self.netns), self.size.vcpus, &mut running).await;
         let mut state = self.state();
         // Registered before any error is returned, so that it is undone.
         state.running = running;
