@@ -105,7 +105,8 @@ impl Pod {
 
         let ready = self.wait_until_ready(ready).await?;
         let agent = Agent::connect(&self.directory.join(file::VSOCK)).await.map_err(BootError::Connect)?;
-        agent.configure(&self.configuration(network)).await.map_err(BootError::Configure)?;
+        let limit = self.node.config.ready_timeout();
+        agent.configure(&self.configuration(network), limit).await.map_err(BootError::Configure)?;
         {
             let mut state = self.state();
             state.marks.ready = ready.at;
@@ -119,7 +120,7 @@ impl Pod {
 
     async fn set_up_network(&self) -> Result<PodNetwork, BootError> {
         let mut running = Undo::default();
-        let network = network::set_up(Path::new(&self.netns), &mut running).await;
+        let network = network::set_up(Path::new(&self.netns), self.size.vcpus, &mut running).await;
         let mut state = self.state();
         // Registered before any error is returned, so that it is undone.
         state.running = running;
