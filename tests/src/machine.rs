@@ -48,10 +48,46 @@ impl MachineProcess {
         Ok(CpuTime(times))
     }
 
+    /// How often its guest has left its processor so far. Zero where debugfs is not mounted.
+    pub fn exits(self) -> Result<Exits> {
+        let mut exits = Exits::default();
+        let Ok(machines) = fs::read_dir("/sys/kernel/debug/kvm") else { return Ok(exits) };
+        for machine in machines {
+            let machine = machine?;
+            // "pid-descriptor"
+            if machine.file_name().to_str().is_some_and(|name| name.starts_with(&format!("{}-", self.pid))) {
+                let counter = |name: &str| -> Result<u32> {
+                    Ok(fs::read_to_string(machine.path().join(name))?.trim().parse()?)
+                };
+                exits.all += counter("exits")?;
+                exits.to_the_machine += counter("mmio_exits")? + counter("io_exits")?;
+            }
+        }
+        Ok(exits)
+    }
+
     /// Kills it, as the kernel would when memory is short.
     pub fn kill(self) -> Result<()> {
         let pid = rustix::process::Pid::from_raw(self.pid).context("a process id")?;
         rustix::process::kill_process(pid, rustix::process::Signal::KILL).context("kill the machine")
+    }
+}
+
+/// How often a guest has left its processor, as KVM counts it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Exits {
+    all: u32,
+    /// Those that KVM could not deal with by itself.
+    to_the_machine: u32,
+}
+
+impl Exits {
+    /// How often since then, by name.
+    pub fn since(self, before: Self) -> [(&'static str, u32); 2] {
+        [
+            ("all", self.all.wrapping_sub(before.all)),
+            ("that the machine deals with", self.to_the_machine.wrapping_sub(before.to_the_machine)),
+        ]
     }
 }
 

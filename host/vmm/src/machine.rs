@@ -7,8 +7,8 @@ use std::{
     sync::{Arc, Mutex, PoisonError, mpsc},
 };
 
-use kvm_bindings::kvm_userspace_memory_region;
-use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
+use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use pericarp_protos::{ttrpc, vmm_blocking::BootTimes};
 use thiserror::Error;
 use vm_memory::{GuestMemory as _, GuestMemoryRegion as _};
@@ -31,8 +31,9 @@ use crate::{
     virtio::{
         Counter, Device,
         fs::{Fs, FsError},
-        mmio::{MmioDevice, QUEUE_NOTIFY},
+        mmio::{INTERRUPT_ACK, MmioDevice, QUEUE_NOTIFY},
         net::{Net, NetError},
+        page::{self, Page},
         rng::Rng,
         vsock::{Vsock, VsockError},
     },
@@ -185,12 +186,19 @@ fn check_size(config: &MachineConfig, kvm: &Kvm) -> Result<(), Error> {
     Ok(())
 }
 
+/// Slot of KVM's for the devices' pages; the guest's memory has the first ones.
+const DEVICES_SLOT: u32 = 2;
+
 /// Gives `vm` its memory, which must stay mapped for as long as a vCPU runs.
 pub(crate) fn register_memory(vm: &VmFd, memory: &GuestMemory) -> Result<(), Error> {
-    for (slot, region) in (0..).zip(memory.iter()) {
+    register_regions(vm, memory, 0, 0)
+}
+
+fn register_regions(vm: &VmFd, memory: &GuestMemory, first_slot: u32, flags: u32) -> Result<(), Error> {
+    for (slot, region) in (first_slot..).zip(memory.iter()) {
         let region = kvm_userspace_memory_region {
             slot,
-            flags: 0,
+            flags,
             guest_phys_addr: region.start_addr().0,
             memory_size: region.len(),
             userspace_addr: region.as_ptr() as u64,
@@ -230,9 +238,15 @@ fn make_devices(config: &MachineConfig, vm: &VmFd, memory: &GuestMemory) -> Resu
     for (index, net) in config.nets.iter().enumerate() {
         devices.push(Box::new(Net::new(index, net)?));
     }
+    // As long as there is a device, its page is mapped.
+    let pages = page::allocate(count)?;
+    register_regions(vm, &pages, DEVICES_SLOT, KVM_MEM_READONLY)?;
     let mmio = (0..)
         .zip(devices)
-        .map(|(slot, device)| attach(vm, memory, slot, device).map(Mutex::new))
+        .map(|(slot, device)| {
+            let page = Page::new(pages.clone(), slot);
+            attach(vm, memory, page, slot, device).map(Mutex::new)
+        })
         .collect::<Result<_, _>>()?;
     Ok(Bus { mmio, console: Mutex::new(console), exits: Exits::default() })
 }
@@ -261,13 +275,25 @@ fn counters(bus: &Bus) -> Vec<(String, Vec<(&'static str, Counter)>)> {
 }
 
 /// Connects a device's interrupt and notifications to KVM.
-fn attach(vm: &VmFd, memory: &GuestMemory, slot: u32, device: Box<dyn Device>) -> Result<MmioDevice, Error> {
-    let device = MmioDevice::new(device, memory.clone(), interrupt_line(vm, FIRST_IRQ + slot)?)
+fn attach(
+    vm: &VmFd,
+    memory: &GuestMemory,
+    page: Page,
+    slot: u32,
+    device: Box<dyn Device>,
+) -> Result<MmioDevice, Error> {
+    let device = MmioDevice::new(device, memory.clone(), page, interrupt_line(vm, FIRST_IRQ + slot)?)
         .map_err(|source| Error::Io { what: "eventfds", source })?;
-    let notify = IoEventAddress::Mmio(DEVICES + u64::from(slot) * DEVICE_SIZE + QUEUE_NOTIFY);
+    let register = |offset| IoEventAddress::Mmio(DEVICES + u64::from(slot) * DEVICE_SIZE + offset);
     for (queue, event) in (0u32..).zip(device.notify_events()) {
-        vm.register_ioevent(event, &notify, queue).map_err(refused("watch a device's notifications"))?;
+        vm.register_ioevent(event, &register(QUEUE_NOTIFY), queue)
+            .map_err(refused("watch a device's notifications"))?;
     }
+    // Nobody reads it: KVM swallows what is written there, and goes on with the guest.
+    let nobody = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+        .map_err(|source| Error::Io { what: "eventfds", source })?;
+    vm.register_ioevent(&nobody, &register(INTERRUPT_ACK), NoDatamatch)
+        .map_err(refused("swallow a device's acknowledgements"))?;
     Ok(device)
 }
 

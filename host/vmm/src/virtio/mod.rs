@@ -6,6 +6,7 @@
 pub mod fs;
 pub mod mmio;
 pub mod net;
+pub mod page;
 pub mod rng;
 #[cfg(test)]
 mod testing;
@@ -15,7 +16,7 @@ use std::{
     io,
     sync::{
         Arc,
-        atomic::{AtomicU32, AtomicU64, Ordering, fence},
+        atomic::{AtomicU64, Ordering, fence},
     },
 };
 
@@ -191,24 +192,16 @@ impl ActiveQueue {
     }
 }
 
-/// A device's interrupt line: an irqfd and the status that the guest reads to learn why.
+/// A device's interrupt line: an irqfd, bound to it in KVM.
 #[derive(Clone)]
-pub struct Interrupt {
-    /// Bound to the device's line in KVM.
-    pub irqfd: Arc<EventFd>,
-    /// `InterruptStatus` register.
-    pub status: Arc<AtomicU32>,
-}
+pub struct Interrupt(pub Arc<EventFd>);
 
 impl Interrupt {
-    const USED_BUFFER: u32 = 1;
-
     /// Tells the guest that a used ring has grown.
     pub fn used_buffer(&self) {
-        self.status.fetch_or(Self::USED_BUFFER, Ordering::SeqCst);
         // An eventfd refuses a write only when its counter is about to overflow, and then the guest
         // has an interrupt pending anyway.
-        let _ = self.irqfd.write(1);
+        let _ = self.0.write(1);
     }
 }
 

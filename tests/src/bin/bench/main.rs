@@ -23,6 +23,7 @@ async fn main() -> Result<()> {
     calls.memory.print("memory per pod with one idle container, MiB");
     network.traffic.print("between node and pod");
     network.cpu.print("CPU of the machine's threads, ms per MiB");
+    network.exits.print("exits of the guest per answer of a byte");
     network.start.print("start of a pod without CNI, ms");
     let report = json!({
         "node_kernel": fs::read_to_string("/proc/sys/kernel/osrelease")?.trim(),
@@ -31,6 +32,7 @@ async fn main() -> Result<()> {
         "memory_mib": calls.memory.json(),
         "traffic": network.traffic.json(),
         "machine_cpu_ms_per_mib": network.cpu.json(),
+        "exits_per_answer": network.exits.json(),
         "start_without_cni_ms": network.start.json(),
     });
     fs::write(file, serde_json::to_vec_pretty(&report)?).with_context(|| format!("write {file}"))

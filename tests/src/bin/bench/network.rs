@@ -28,13 +28,14 @@ const TRANSFER: usize = TRANSFER_MIB as usize * MEBIBYTE;
 /// How often each transfer is repeated.
 const TRANSFERS: usize = 5;
 /// Answers that are waited for, one after the other, on one connection.
-const QUESTIONS: usize = 500;
+const QUESTIONS: u16 = 500;
 
 /// What is measured.
 #[derive(Default)]
 pub struct Network {
     pub traffic: Comparison,
     pub cpu: Figures,
+    pub exits: Figures,
     pub start: Figures,
 }
 
@@ -80,11 +81,19 @@ async fn traffic(ours: &Node, measured: &mut Network) -> Result<()> {
             if let (Some(machine), Some(before)) = (machine, before) {
                 for (thread, spent) in machine.cpu_time()?.since(&before) {
                     let per_mebibyte = spent.as_secs_f64() * 1e3 / f64::from(2 * TRANSFER_MIB);
-                    measured.cpu.add(&thread, per_mebibyte);
+                    if per_mebibyte > 0.0 {
+                        measured.cpu.add(&thread, per_mebibyte);
+                    }
                 }
             }
+            let before = machine.map(MachineProcess::exits).transpose()?;
             for microseconds in ask(*address).await? {
                 figures.add("TCP answer of a byte, us", microseconds);
+            }
+            if let (Some(machine), Some(before)) = (machine, before) {
+                for (name, exits) in machine.exits()?.since(before) {
+                    measured.exits.add(name, f64::from(exits) / f64::from(QUESTIONS));
+                }
             }
         }
         println!("bench: {} of {TRANSFERS} rounds of traffic", round + 1);
@@ -134,7 +143,7 @@ async fn ask(server: SocketAddr) -> Result<Vec<f64>> {
     let mut stream = TcpStream::connect(server).await?;
     stream.set_nodelay(true)?;
     stream.write_all(b"echo\n").await?;
-    let mut times = Vec::with_capacity(QUESTIONS);
+    let mut times = Vec::with_capacity(QUESTIONS.into());
     let mut byte = [0];
     for _ in 0..QUESTIONS {
         let start = Instant::now();

@@ -139,7 +139,7 @@ impl Drop for Scene {
 
 fn queue(memory: &GuestMemory, base: u64, size: u16) -> (Option<Queue>, Option<ActiveQueue>) {
     let (ring, active) = Ring::new(memory, base, size);
-    let (notified, irqfd) = (active.notified.try_clone().unwrap(), active.interrupt.irqfd.clone());
+    let (notified, irqfd) = (active.notified.try_clone().unwrap(), active.interrupt.0.clone());
     (Some(Queue { ring, notified, irqfd }), Some(active))
 }
 

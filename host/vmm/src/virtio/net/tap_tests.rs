@@ -58,7 +58,7 @@ fn a_frame_passes_both_ways_through_a_real_tap() {
         let memory = guest_memory();
         let (mut receive, receive_queue) = Ring::new(&memory, RING_SIZE, 256);
         let (mut transmit, transmit_queue) = Ring::new(&memory, 2 * RING_SIZE, 256);
-        let irqfd = receive_queue.interrupt.irqfd.clone();
+        let irqfd = receive_queue.interrupt.0.clone();
         let notified = transmit_queue.notified.try_clone().unwrap();
         for address in [0x10_0000, 0x20_0000, 0x30_0000] {
             receive.add(&[Buffer { address, length: 700, writable: true }]);

@@ -178,7 +178,7 @@ fn a_guest_that_waits_for_a_buffer_in_the_middle_of_a_frame_is_interrupted() {
         scene.give(100);
     }
     let used_event = RECEIVE_RING + 0x1000 + 4 + 2 * u64::from(QUEUE);
-    let interrupted = |scene: &Scene| scene.receive_interrupt.irqfd.read().is_ok();
+    let interrupted = |scene: &Scene| scene.receive_interrupt.0.read().is_ok();
 
     scene.memory.write_obj(3u16, GuestAddress(used_event)).unwrap();
     scene.host_sends(&payload(88));
