@@ -122,6 +122,8 @@ struct State {
     cgroup: Option<PathBuf>,
     /// What the guest has of the pod's network.
     interfaces: Vec<InterfaceStatus>,
+    /// Why port-forward does not work, if it does not.
+    no_port_forward: Option<String>,
     /// Removes the directory.
     directory: Undo,
     /// Whether somebody waits for the end of the machine: see [`Pod::watch`].
@@ -178,6 +180,7 @@ impl Pod {
                 running: Undo::default(),
                 cgroup: None,
                 interfaces: Vec::new(),
+                no_port_forward: None,
                 directory: Undo::default(),
                 watched: false,
                 host_service: None,
@@ -294,6 +297,7 @@ impl Pod {
                     machine.devices.iter().map(|device| (device.device.clone(), json!(device.counters))).collect::<serde_json::Map<_, _>>()
                 }),
                 "interfaces": state.interfaces,
+                "portForward": state.no_port_forward.as_deref().unwrap_or("works"),
                 "guestKernel": state.guest_kernel,
                 "bootTimeline": timeline,
                 "containers": state.containers,
