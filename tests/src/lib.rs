@@ -16,6 +16,6 @@ pub mod streaming;
 
 pub use container::{BUSYBOX, BUSYBOX_USR1, Container, ContainerBuilder, ExecOutput};
 pub use cri::Cri;
-pub use node::{Node, Runtime, on_node, on_pericarp};
+pub use node::{Network, Node, Runtime, on_node, on_pericarp};
 pub use pericarp_protos::cri as api;
 pub use pod::{Pod, PodBuilder};

@@ -296,6 +296,7 @@ impl Pod {
                 "devices": machine.as_ref().map(|machine| {
                     machine.devices.iter().map(|device| (device.device.clone(), json!(device.counters))).collect::<serde_json::Map<_, _>>()
                 }),
+                "netns": self.netns,
                 "interfaces": state.interfaces,
                 "portForward": state.no_port_forward.as_deref().unwrap_or("works"),
                 "guestKernel": state.guest_kernel,
