@@ -136,16 +136,18 @@ impl Pod {
     }
 
     /// What port-forward needs. A pod without it is a pod nonetheless.
-    fn take_forward(&self, network: &mut PodNetwork) -> Option<Forward> {
-        match network.forward.take()? {
-            Ok(forward) => Some(forward),
+    pub(super) fn take_forward(&self, network: &mut PodNetwork) -> Option<Forward> {
+        let forward = network.forward.take()?;
+        let status = match &forward {
+            Ok(_) => "works".to_owned(),
             Err(error) => {
-                let reason = chain(&error);
+                let reason = chain(error);
                 tracing::warn!(pod = self.id, error = reason, "port-forward to this pod will not work");
-                self.state().no_port_forward = Some(reason);
-                None
+                format!("does not work: {reason}")
             }
-        }
+        };
+        self.state().port_forward = Some(status);
+        forward.ok()
     }
 
     /// Makes everything on the host that the machine needs, and the machine. What is made is undone by the

@@ -122,8 +122,8 @@ struct State {
     cgroup: Option<PathBuf>,
     /// What the guest has of the pod's network.
     interfaces: Vec<InterfaceStatus>,
-    /// Why port-forward does not work, if it does not.
-    no_port_forward: Option<String>,
+    /// Whether port-forward works or why it does not, once that is known.
+    port_forward: Option<String>,
     /// Removes the directory.
     directory: Undo,
     /// Whether somebody waits for the end of the machine: see [`Pod::watch`].
@@ -180,7 +180,7 @@ impl Pod {
                 running: Undo::default(),
                 cgroup: None,
                 interfaces: Vec::new(),
-                no_port_forward: None,
+                port_forward: None,
                 directory: Undo::default(),
                 watched: false,
                 host_service: None,
@@ -298,7 +298,7 @@ impl Pod {
                 }),
                 "netns": self.netns,
                 "interfaces": state.interfaces,
-                "portForward": state.no_port_forward.as_deref().unwrap_or("works"),
+                "portForward": state.port_forward,
                 "guestKernel": state.guest_kernel,
                 "bootTimeline": timeline,
                 "containers": state.containers,

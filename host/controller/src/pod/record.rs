@@ -55,9 +55,9 @@ pub struct Record {
     /// What the guest has of the pod's network.
     #[serde(default)]
     interfaces: Vec<InterfaceStatus>,
-    /// Why port-forward does not work, if it does not.
+    /// Whether port-forward works or why it does not.
     #[serde(default)]
-    no_port_forward: Option<String>,
+    port_forward: Option<String>,
 }
 
 /// Writes the record so that it is either there whole or not at all.
@@ -73,7 +73,7 @@ pub fn write(pod: &Pod, pid: u32, stage: Stage) -> io::Result<()> {
         start_time: start_time(pid)?,
         cgroup: cgroup_of(pid)?,
         interfaces: pod.state().interfaces.clone(),
-        no_port_forward: pod.state().no_port_forward.clone(),
+        port_forward: pod.state().port_forward.clone(),
     };
     let path = pod.directory.join(file::STATE);
     let temporary = path.with_extension("json.new");
@@ -183,7 +183,7 @@ async fn adopt(node: &Arc<Node>, record: Record, machine: Machine) -> io::Result
         state.known_containers = known_containers;
         state.cgroup = cgroup;
         state.interfaces = record.interfaces;
-        state.no_port_forward = record.no_port_forward;
+        state.port_forward = record.port_forward;
         state.directory = pod.undo_directory();
         state.host_service = Some(service);
     }
@@ -235,7 +235,7 @@ mod tests {
             start_time: 1,
             cgroup: None,
             interfaces: Vec::new(),
-            no_port_forward: None,
+            port_forward: None,
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
         let _guard = runtime.enter();
