@@ -239,6 +239,12 @@ impl Pod {
         self.state().cgroup.clone()
     }
 
+    /// What the guest has of the pod's network, and whether port-forward works.
+    fn network_status(&self) -> (Vec<InterfaceStatus>, Option<String>) {
+        let state = self.state();
+        (state.interfaces.clone(), state.port_forward.clone())
+    }
+
     pub(crate) fn node(&self) -> &Node {
         &self.node
     }

@@ -62,6 +62,7 @@ pub struct Record {
 
 /// Writes the record so that it is either there whole or not at all.
 pub fn write(pod: &Pod, pid: u32, stage: Stage) -> io::Result<()> {
+    let (interfaces, port_forward) = pod.network_status();
     let record = Record {
         version: VERSION,
         stage,
@@ -72,8 +73,8 @@ pub fn write(pod: &Pod, pid: u32, stage: Stage) -> io::Result<()> {
         pid,
         start_time: start_time(pid)?,
         cgroup: cgroup_of(pid)?,
-        interfaces: pod.state().interfaces.clone(),
-        port_forward: pod.state().port_forward.clone(),
+        interfaces,
+        port_forward,
     };
     let path = pod.directory.join(file::STATE);
     let temporary = path.with_extension("json.new");
