@@ -79,7 +79,7 @@ async fn apply_through(handle: &Handle, request: &ConfigureRequest) -> Result<()
         handle.link().get().execute().try_collect().await.map_err(refused("list", ""))?;
     let mut found = Vec::with_capacity(request.interfaces.len());
     for interface in &request.interfaces {
-        found.push(find(&links, interface)?);
+        found.push(find(&links, interface, &found)?);
     }
     make_names_free(handle, &links, &found).await?;
     for (interface, found) in request.interfaces.iter().zip(&found) {
@@ -99,7 +99,9 @@ fn refused(what: impl Into<String>, name: &str) -> impl FnOnce(rtnetlink::Error)
     move |source| NetworkError::Kernel { what, name, source }
 }
 
-fn find(links: &[LinkMessage], interface: &Interface) -> Result<Found, NetworkError> {
+/// The device with the interface's MAC address. Interfaces may have the same (ipvlan); each then takes the next device,
+/// as the machine's devices are in the order of the interfaces.
+fn find(links: &[LinkMessage], interface: &Interface, taken: &[Found]) -> Result<Found, NetworkError> {
     let name = interface.name.clone();
     if name.is_empty() || name.len() > NAME_MAX {
         return Err(NetworkError::Malformed { name, what: "name" });
@@ -109,7 +111,7 @@ fn find(links: &[LinkMessage], interface: &Interface) -> Result<Found, NetworkEr
             LinkAttribute::Address(mac) => Some(mac),
             _ => None,
         });
-        mac == Some(&interface.mac)
+        mac == Some(&interface.mac) && taken.iter().all(|taken| taken.index != link.header.index)
     };
     match links.iter().find(has_its_mac) {
         Some(link) => Ok(Found { name, index: link.header.index }),

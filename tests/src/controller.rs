@@ -201,6 +201,16 @@ impl NetworkNamespace {
         format!("/run/netns/{}", self.0)
     }
 
+    /// Runs shell commands in it.
+    pub async fn run(&self, commands: &str) -> Result<String> {
+        let netns = format!("--net={}", self.path());
+        let output = Command::new("nsenter").args([&netns, "sh", "-ec", commands]).output().await?;
+        if !output.status.success() {
+            bail!("{commands:?}: {}", String::from_utf8_lossy(&output.stderr));
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    }
+
     /// Removes it.
     pub async fn remove(self) -> Result<()> {
         ip(&["netns", "delete", &self.0]).await

@@ -1,6 +1,6 @@
 //! Machines as the node sees them: processes.
 
-use std::fs;
+use std::{collections::BTreeMap, fs, time::Duration};
 
 use anyhow::{Context, Result, bail};
 
@@ -29,10 +29,44 @@ impl MachineProcess {
         }
     }
 
+    /// What each of its threads has used of a CPU so far.
+    pub fn cpu_time(self) -> Result<CpuTime> {
+        // The kernel counts in these, whatever its own clock is (proc_pid_stat(5)).
+        const TICK: Duration = Duration::from_millis(10);
+        let mut times = BTreeMap::new();
+        for task in fs::read_dir(format!("/proc/{}/task", self.pid))? {
+            // "tid (name) state ppid …": the name may hold anything but ends with the last parenthesis.
+            let stat = fs::read_to_string(task?.path().join("stat"))?;
+            let (name, rest) = stat.rsplit_once(')').context("a thread's name")?;
+            let name = name.split_once('(').context("a thread's name")?.1;
+            let field = |number: usize| -> Result<u32> {
+                Ok(rest.split_whitespace().nth(number).context("a field of a thread's")?.parse()?)
+            };
+            // utime and stime, fields 14 and 15 of which `rest` begins with the third.
+            *times.entry(name.to_owned()).or_default() += TICK * (field(11)? + field(12)?);
+        }
+        Ok(CpuTime(times))
+    }
+
     /// Kills it, as the kernel would when memory is short.
     pub fn kill(self) -> Result<()> {
         let pid = rustix::process::Pid::from_raw(self.pid).context("a process id")?;
         rustix::process::kill_process(pid, rustix::process::Signal::KILL).context("kill the machine")
+    }
+}
+
+/// CPU time by the names of threads.
+#[derive(Clone, Debug, Default)]
+pub struct CpuTime(BTreeMap<String, Duration>);
+
+impl CpuTime {
+    /// What each thread has used since then.
+    pub fn since(&self, before: &Self) -> Vec<(String, Duration)> {
+        let used = |(name, after): (&String, &Duration)| {
+            let before = before.0.get(name).copied().unwrap_or_default();
+            (name.clone(), after.saturating_sub(before))
+        };
+        self.0.iter().map(used).collect()
     }
 }
 

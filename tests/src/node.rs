@@ -80,7 +80,7 @@ pub enum Network {
     Two,
     /// A macvlan interface on the link `lan0`.
     Macvlan,
-    /// An ipvlan interface on the link `lan0`.
+    /// An ipvlan interface on the link `lan1`.
     Ipvlan,
     /// A tap that a CNI plugin has made.
     Tap,

@@ -47,6 +47,22 @@ pub struct NetConfig {
     pub mac: [u8; 6],
     /// The guest's MTU in bytes.
     pub mtu: u16,
+    /// Receive and transmit queues of the guest's, of which each pair has a thread of its own: 1 to
+    /// [`NetConfig::QUEUE_PAIRS_MAX`]. With more than one the tap must have been made with several
+    /// queues (`IFF_MULTI_QUEUE`), and with one it must not.
+    #[serde(default = "one_queue_pair")]
+    pub queue_pairs: u16,
+}
+
+impl NetConfig {
+    /// Each pair costs a thread on the host and some 400 KiB of the guest's memory in receive buffers.
+    /// All interrupts of a device arrive at one vCPU (virtio-mmio has one line), so that what more
+    /// pairs would bring gets less and less.
+    pub const QUEUE_PAIRS_MAX: u16 = 4;
+}
+
+fn one_queue_pair() -> u16 {
+    1
 }
 
 /// The console log: what the guest's kernel prints, bounded.
@@ -82,4 +98,18 @@ pub struct ShareConfig {
     pub tag: String,
     /// Root of the shared tree; mounts that appear below it later are seen by the guest.
     pub directory: PathBuf,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_network_device_written_before_there_were_queue_pairs_has_one() {
+        let written = r#"{"netns": "/run/netns/pod", "tap": "tap0", "mac": [2, 0, 0, 0, 0, 7], "mtu": 1500}"#;
+        let config: NetConfig = serde_json::from_str(written).unwrap();
+        assert_eq!(config.queue_pairs, 1);
+        let again: NetConfig = serde_json::from_str(&serde_json::to_string(&config).unwrap()).unwrap();
+        assert_eq!(again, config);
+    }
 }

@@ -9,6 +9,9 @@ use pericarp_tests::{
 
 use super::{Server, ask, on_the_node};
 
+/// An interface that a machine can be given.
+const VETH: &str = "ip link add eth0 type veth peer name peer0; ip link set eth0 up";
+
 /// The links and qdiscs of a network namespace that are Pericarp's.
 async fn left_by_pericarp(netns: &str) -> Result<String> {
     let links = format!("nsenter --net={netns} sh -c 'ip -o link; tc qdisc show'");
@@ -46,8 +49,7 @@ fn a_network_that_is_half_made_is_undone() -> Result<()> {
         let mut controller = Controller::serve("").await?;
         let netns = NetworkNamespace::new(node.name()).await?;
         // The first interface can be had, the second cannot.
-        let inside = format!("nsenter --net={} sh -c", netns.path());
-        on_the_node(&format!("{inside} 'ip link add eth0 type veth peer name peer0; ip link add eth1 type dummy; ip link set peer0 up; ip link set eth0 up'")).await?;
+        netns.run(&format!("{VETH}; ip link add eth1 type dummy; ip link set eth1 up")).await?;
         let config = pod_config("half");
         let refused = controller.start_pod("half", &config, &netns).await.unwrap_err();
         assert!(refused.message().contains("link type dummy"), "{}", refused.message());
@@ -55,7 +57,7 @@ fn a_network_that_is_half_made_is_undone() -> Result<()> {
         assert_eq!(controller.pod_directories()?, Vec::<String>::new());
 
         // An ingress qdisc that is somebody else's stays, and is said to be in the way.
-        on_the_node(&format!("{inside} 'ip link del eth1; ip link set peer0 down; ip link set eth0 up; tc qdisc add dev eth0 ingress'")).await?;
+        netns.run("ip link del eth1; tc qdisc add dev eth0 ingress").await?;
         let refused = controller.start_pod("taken", &config, &netns).await.unwrap_err();
         assert!(refused.message().contains("eth0 has an ingress"), "{}", refused.message());
         assert!(left_by_pericarp(&netns.path()).await?.contains("ingress"));
@@ -84,8 +86,7 @@ fn a_host_without_taps_is_a_clear_error() -> Result<()> {
     on_pericarp(async |node| {
         let mut controller = Controller::serve_where("mount --bind /dev/null /dev/net/tun", "").await?;
         let netns = NetworkNamespace::new(node.name()).await?;
-        on_the_node(&format!("nsenter --net={} ip link add eth0 type veth peer name peer0", netns.path()))
-            .await?;
+        netns.run(VETH).await?;
         let config = pod_config("no-tun");
         let refused = controller.start_pod("no-tun", &config, &netns).await.unwrap_err();
         assert!(refused.message().contains("tap"), "{}", refused.message());

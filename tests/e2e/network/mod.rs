@@ -118,11 +118,14 @@ async fn pod_connects_to_node(server: &Server, node: IpAddr) -> Result<IpAddr> {
     let port = listener.local_addr()?.port();
     let greeter = async {
         let (mut stream, from) = timeout(LIMIT, listener.accept()).await??;
-        stream.write_all(b"node\n").await?;
+        let mut question = String::new();
+        timeout(LIMIT, stream.read_to_string(&mut question)).await??;
+        stream.write_all(format!("{} back", question.trim_end()).as_bytes()).await?;
+        stream.shutdown().await?;
         anyhow::Ok(from.ip())
     };
-    let (from, said) = futures::try_join!(greeter, server.asks("tcp", SocketAddr::new(node, port), ""))?;
-    assert_eq!(said, "node");
+    let (from, said) = futures::try_join!(greeter, server.asks("tcp", SocketAddr::new(node, port), "there"))?;
+    assert_eq!(said, "there back");
     Ok(from)
 }
 

@@ -25,8 +25,11 @@ fn the_pods_address_is_the_guests() -> Result<()> {
         assert!(shown.contains("mtu 1500"), "{shown}");
         let routes = server.container.shell("ip route").await?;
         assert!(routes.contains(&format!("default via {GATEWAY} dev eth0")), "{routes}");
-        let hosts = server.container.shell("cat /etc/hosts").await?;
-        assert!(hosts.lines().any(|line| line == format!("{address}\tserver")), "{hosts}");
+        if node.runtime == Runtime::Pericarp {
+            // Until kubelet mounts its own; containerd gives runc's containers the node's.
+            let hosts = server.container.shell("cat /etc/hosts").await?;
+            assert!(hosts.lines().any(|line| line == format!("{address}\tserver")), "{hosts}");
+        }
         Ok(())
     })
 }

@@ -56,7 +56,7 @@ pub enum NetworkError {
         source: io::Error,
     },
     #[error(
-        "the pod's interface {interface} is of the link type {kind}, whose frames cannot be handed to a machine; use a CNI plugin that makes veth or macvlan interfaces (bridge, ptp, macvlan), or the runc runtime for this pod"
+        "the pod's interface {interface} is of the link type {kind}, whose frames cannot be handed to a machine; use a CNI plugin that makes veth, macvlan or ipvlan interfaces (bridge, ptp, macvlan, ipvlan in mode l2), or the runc runtime for this pod"
     )]
     Kind { interface: String, kind: String },
     #[error(
@@ -167,15 +167,19 @@ fn ip_text(bytes: &[u8]) -> String {
 
 /// Joins every interface of the pod's network namespace to a tap and reads what the guest must know. Without a
 /// namespace, or with one that has no interface but loopback, there is nothing to do.
-pub async fn set_up(netns: &Path, undo: &mut Undo) -> Result<PodNetwork, NetworkError> {
+///
+/// Each of the guest's devices gets a queue pair for each of its vCPUs, as far as a machine takes them.
+pub async fn set_up(netns: &Path, vcpus: u8, undo: &mut Undo) -> Result<PodNetwork, NetworkError> {
     if netns.as_os_str().is_empty() {
         return Ok(PodNetwork::default());
     }
     push_removal(netns, undo);
     let netns = netns.to_owned();
+    let queue_pairs = u16::from(vcpus).clamp(1, NetConfig::QUEUE_PAIRS_MAX);
     // The thread that has entered the namespace is waited for where waiting is allowed.
-    let done =
-        tokio::task::spawn_blocking(move || inside(&netns, async |handle| join(&handle, &netns).await));
+    let done = tokio::task::spawn_blocking(move || {
+        inside(&netns, async |handle| join(&handle, &netns, queue_pairs).await)
+    });
     done.await.unwrap_or_else(|error| Err(NetworkError::Thread(io::Error::other(error))))
 }
 
@@ -197,7 +201,7 @@ pub fn remove(netns: &Path) -> io::Result<()> {
     }
 }
 
-async fn join(handle: &Handle, netns: &Path) -> Result<PodNetwork, NetworkError> {
+async fn join(handle: &Handle, netns: &Path, queue_pairs: u16) -> Result<PodNetwork, NetworkError> {
     // A start that was cut short, by a crash of the controller, say, may have left something.
     part(handle).await?;
     let survey = survey::survey(handle).await?;
@@ -205,7 +209,7 @@ async fn join(handle: &Handle, netns: &Path) -> Result<PodNetwork, NetworkError>
     let mut names = tap::names(&survey.names);
     for interface in &survey.interfaces {
         let name = names.next().unwrap_or_default();
-        let tap = tap::make(handle, &name, interface.mtu).await?;
+        let tap = tap::make(handle, &name, interface.mtu, queue_pairs).await?;
         let pod_end = End { index: interface.index, name: &interface.name };
         let tap_end = End { index: tap, name: &name };
         redirect::redirect(handle, tap_end, pod_end).await?;
@@ -216,6 +220,7 @@ async fn join(handle: &Handle, netns: &Path) -> Result<PodNetwork, NetworkError>
             tap: name,
             mac: interface.mac,
             mtu: interface.mtu,
+            queue_pairs,
         });
     }
     let interfaces = survey.interfaces.into_iter().map(survey::Surveyed::into_interface).collect();

@@ -87,7 +87,7 @@ async fn a_pods_network_is_steered_even_if_nobody_has_brought_loopback_up() {
         let down = LinkUnspec::new_with_index(LOOPBACK).down().build();
         handle.link().set(down).execute().await.unwrap();
     });
-    let network = set_up(&netns.path(), &mut Undo::default()).await.unwrap();
+    let network = set_up(&netns.path(), 1, &mut Undo::default()).await.unwrap();
     let forward = network.forward.unwrap().unwrap();
     assert_eq!(refused(&netns), [false, false]);
     drop(forward);

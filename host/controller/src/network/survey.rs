@@ -142,8 +142,10 @@ fn link(message: LinkMessage) -> Link {
 /// guest's MAC address, which is the interface's own.
 fn interface(link: &Link, addresses: &[&AddressMessage]) -> Result<Surveyed, NetworkError> {
     let mac = <[u8; 6]>::try_from(&link.mac[..]);
+    // An ipvlan that does not resolve neighbours (modes l3 and l3s) carries packets, not frames.
+    let resolves = !link.flags.contains(LinkFlags::Noarp);
     match (&link.kind, mac) {
-        (Some(InfoKind::Veth | InfoKind::MacVlan), Ok(mac)) => Ok(Surveyed {
+        (Some(InfoKind::Veth | InfoKind::MacVlan | InfoKind::IpVlan), Ok(mac)) if resolves => Ok(Surveyed {
             index: link.index,
             name: link.name.clone(),
             mac,
@@ -152,7 +154,11 @@ fn interface(link: &Link, addresses: &[&AddressMessage]) -> Result<Surveyed, Net
         }),
         (kind, _) => Err(NetworkError::Kind {
             interface: link.name.clone(),
-            kind: kind.as_ref().map_or("physical device".into(), ToString::to_string),
+            kind: match kind {
+                Some(InfoKind::IpVlan) => "ipvlan in mode l3".into(),
+                Some(kind) => kind.to_string(),
+                None => "physical device".into(),
+            },
         }),
     }
 }

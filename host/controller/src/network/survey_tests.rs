@@ -192,19 +192,27 @@ fn a_network_is_an_address_without_its_last_bits() {
 
 #[test]
 fn a_kind_of_link_that_a_machine_cannot_have_is_refused_by_name() {
-    let link =
-        |kind| Link { index: 2, name: "net1".into(), kind, flags: LinkFlags::Up, mac: MAC.into(), mtu: 1500 };
+    let link = |kind, flags| Link {
+        index: 2,
+        name: "net1".into(),
+        kind,
+        flags: LinkFlags::Up | flags,
+        mac: MAC.into(),
+        mtu: 1500,
+    };
+    let carries_packets = LinkFlags::Noarp;
+    let refused = interface(&link(Some(InfoKind::IpVlan), carries_packets), &[]).unwrap_err().to_string();
+    assert!(refused.contains("ipvlan in mode l3"), "{refused}");
     for (kind, name) in [
-        (Some(InfoKind::IpVlan), "ipvlan"),
         (Some(InfoKind::Tun), "tun"),
         (Some(InfoKind::Wireguard), "wireguard"),
         (Some(InfoKind::Other("newest".into())), "newest"),
         (None, "physical device"),
     ] {
-        let text = interface(&link(kind), &[]).unwrap_err().to_string();
+        let text = interface(&link(kind, LinkFlags::empty()), &[]).unwrap_err().to_string();
         assert!(text.contains("net1") && text.contains(name) && text.contains("veth"), "{text}");
     }
-    for kind in [InfoKind::Veth, InfoKind::MacVlan] {
-        assert!(interface(&link(Some(kind)), &[]).is_ok());
+    for kind in [InfoKind::Veth, InfoKind::MacVlan, InfoKind::IpVlan] {
+        assert!(interface(&link(Some(kind), LinkFlags::empty()), &[]).is_ok());
     }
 }

@@ -10,9 +10,9 @@ use std::{
 };
 
 use rtnetlink::{
-    LinkMacVlan, LinkUnspec, LinkVeth, RouteMessageBuilder,
+    LinkUnspec, LinkVeth, RouteMessageBuilder,
     packet_route::{
-        link::{AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute, MacVlanMode},
+        link::{AfSpecInet6, AfSpecUnspec, In6AddrGenMode, LinkAttribute},
         tc::{TcAttribute, TcMessage},
     },
 };
@@ -136,8 +136,8 @@ fn add_veth(pod: &Netns, outside: &Netns, name: &str, peer: &str, mac: [u8; 6], 
     outside.with(async |handle| up(handle, peer).await);
 }
 
-async fn set_up_with(pod: &Netns, undo: &mut Undo) -> PodNetwork {
-    set_up(&pod.path(), undo)
+async fn set_up_with(pod: &Netns, vcpus: u8, undo: &mut Undo) -> PodNetwork {
+    set_up(&pod.path(), vcpus, undo)
         .await
         .expect("these tests need the modules tun, sch_ingress, cls_u32 and act_mirred")
 }
@@ -189,8 +189,9 @@ async fn a_veth_with_both_families_is_surveyed() {
     });
 
     let mut undo = Undo::default();
-    let network = set_up_with(&pod, &mut undo).await;
-    let expected = NetConfig { netns: pod.path(), tap: "pericarp0".into(), mac: POD_MAC, mtu: 1400 };
+    let network = set_up_with(&pod, 1, &mut undo).await;
+    let expected =
+        NetConfig { netns: pod.path(), tap: "pericarp0".into(), mac: POD_MAC, mtu: 1400, queue_pairs: 1 };
     assert_eq!(network.nets, [expected]);
     assert_eq!(
         network.status(),
@@ -223,7 +224,7 @@ async fn a_veth_with_both_families_is_surveyed() {
 async fn each_of_several_interfaces_gets_a_tap() {
     let (pod, outside) = pod_with_veth(1500);
     add_veth(&pod, &outside, "net1", "peer1", [2, 0, 0, 0, 0, 9], 9000);
-    let network = set_up_with(&pod, &mut Undo::default()).await;
+    let network = set_up_with(&pod, 1, &mut Undo::default()).await;
     let taps: Vec<_> = network.nets.iter().map(|net| (net.tap.as_str(), net.mtu)).collect();
     assert_eq!(taps.len(), 2);
     assert!(taps.contains(&("pericarp0", 1500)) || taps.contains(&("pericarp1", 1500)), "{taps:?}");
@@ -236,47 +237,19 @@ async fn a_pod_without_interfaces_has_an_empty_network() {
     let before = pod.inventory();
     for netns in [pod.path(), PathBuf::new()] {
         let mut undo = Undo::default();
-        let network = set_up(&netns, &mut undo).await.unwrap();
+        let network = set_up(&netns, 1, &mut undo).await.unwrap();
         assert!(network.nets.is_empty() && network.interfaces.is_empty() && network.routes.is_empty());
         undo.run().unwrap();
     }
     assert_eq!(pod.inventory(), before);
 }
 
-#[tokio::test]
-async fn frames_cross_from_the_veth_peer_to_the_tap_and_back() {
-    let (pod, outside) = pod_with_veth(1500);
-    frames_cross(&pod, &outside).await;
-}
-
-#[tokio::test]
-#[ignore = "needs the module macvlan, which not every kernel of a build machine has; run it on the virtual node"]
-async fn frames_cross_from_a_macvlans_network_to_the_tap_and_back() {
-    let (pod, outside) = (Netns::new(), Netns::new());
-    let there = File::open(pod.path()).unwrap();
-    outside.with(async |handle| {
-        handle.link().add(LinkVeth::new("parent", "peer").build()).execute().await.unwrap();
-        let parent = index(handle, "parent").await;
-        let macvlan = LinkMacVlan::new("eth0", parent, MacVlanMode::Bridge).address(POD_MAC.into()).build();
-        handle.link().add(macvlan).execute().await.expect("this test needs the module macvlan");
-        up(handle, "parent").await;
-        up(handle, "peer").await;
-        add_address(handle, "peer", "10.9.0.1", 24).await;
-        let away = LinkUnspec::new_with_index(index(handle, "eth0").await).setns_by_fd(there.as_raw_fd());
-        handle.link().set(away.build()).execute().await.unwrap();
-    });
-    pod.with(async |handle| {
-        up(handle, "eth0").await;
-        add_address(handle, "eth0", "10.9.0.2", 24).await;
-    });
-    frames_cross(&pod, &outside).await;
-}
-
-async fn frames_cross(pod: &Netns, outside: &Netns) {
+async fn frames_cross(pod: &Netns, outside: &Netns, vcpus: u8) {
     let mut undo = Undo::default();
-    let network = set_up_with(pod, &mut undo).await;
+    let network = set_up_with(pod, vcpus, &mut undo).await;
     let name = network.nets[0].tap.clone();
-    let mut tap = pod.with(async |_| tap::attach(&name, 0).unwrap());
+    let flags = if vcpus > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
+    let mut tap = pod.with(async |_| tap::attach(&name, flags).unwrap());
 
     // To the guest: who looks for the pod's address asks the guest, and nobody else answers.
     outside.with(async |_| {
@@ -310,7 +283,7 @@ async fn undo_leaves_the_netns_as_it_was() {
     let (pod, _outside) = pod_with_veth(1500);
     let before = pod.inventory();
     let mut undo = Undo::default();
-    set_up_with(&pod, &mut undo).await;
+    set_up_with(&pod, 1, &mut undo).await;
     assert_ne!(pod.inventory(), before);
     undo.run().unwrap();
     assert_eq!(pod.inventory(), before);
@@ -325,7 +298,7 @@ async fn a_set_up_that_fails_midway_is_undone() {
     push_removal(&pod.path(), &mut undo);
     let error = pod.with(async |handle| {
         let eth0 = index(handle, "eth0").await;
-        let tap = tap::make(handle, "pericarp0", 1500).await.unwrap();
+        let tap = tap::make(handle, "pericarp0", 1500, 1).await.unwrap();
         let tap = End { index: tap, name: "pericarp0" };
         redirect::redirect(handle, End { index: eth0, name: "eth0" }, tap).await.unwrap();
         let net1 = index(handle, "net1").await;
@@ -343,8 +316,8 @@ async fn setting_up_twice_or_removing_twice_is_harmless() {
     let (pod, _outside) = pod_with_veth(1500);
     let before = pod.inventory();
     let mut undo = Undo::default();
-    let first = set_up_with(&pod, &mut undo).await;
-    let second = set_up_with(&pod, &mut undo).await;
+    let first = set_up_with(&pod, 1, &mut undo).await;
+    let second = set_up_with(&pod, 1, &mut undo).await;
     assert_eq!(first.nets, second.nets);
     undo.run().unwrap();
     remove(&pod.path()).unwrap();
@@ -356,7 +329,7 @@ async fn setting_up_twice_or_removing_twice_is_harmless() {
 async fn an_interface_removed_under_a_running_pod_does_not_hinder_its_end() {
     let (pod, _outside) = pod_with_veth(1500);
     let mut undo = Undo::default();
-    set_up_with(&pod, &mut undo).await;
+    set_up_with(&pod, 1, &mut undo).await;
     pod.with(async |handle| {
         let eth0 = index(handle, "eth0").await;
         handle.link().del(eth0).execute().await.unwrap();
@@ -372,7 +345,7 @@ async fn a_netns_that_is_gone_is_named() {
     // Unmounted, it is a plain file; then not even that.
     for _ in 0..2 {
         let mut undo = Undo::default();
-        let error = set_up(&pod.path(), &mut undo).await.unwrap_err();
+        let error = set_up(&pod.path(), 1, &mut undo).await.unwrap_err();
         assert!(matches!(error, NetworkError::Missing { .. }), "{error:?}");
         assert!(error.to_string().contains(pod.path().to_str().unwrap()), "{error}");
         undo.run().unwrap();
@@ -384,7 +357,7 @@ async fn a_netns_that_is_gone_is_named() {
 async fn a_netns_that_went_after_the_set_up_does_not_hinder_the_pods_end() {
     let (pod, _outside) = pod_with_veth(1500);
     let mut undo = Undo::default();
-    set_up_with(&pod, &mut undo).await;
+    set_up_with(&pod, 1, &mut undo).await;
     pod.unmount();
     undo.run().unwrap();
 }
@@ -392,7 +365,7 @@ async fn a_netns_that_went_after_the_set_up_does_not_hinder_the_pods_end() {
 #[tokio::test]
 async fn the_controllers_own_namespace_is_never_touched() {
     let own = Path::new("/proc/self/ns/net");
-    let error = set_up(own, &mut Undo::default()).await.unwrap_err();
+    let error = set_up(own, 1, &mut Undo::default()).await.unwrap_err();
     assert!(matches!(error, NetworkError::Own { .. }), "{error:?}");
     remove(own).unwrap();
 }
@@ -406,7 +379,7 @@ async fn an_ingress_qdisc_of_somebody_else_is_left_alone() {
     });
     let before = pod.inventory();
     let mut undo = Undo::default();
-    let error = set_up(&pod.path(), &mut undo).await.unwrap_err();
+    let error = set_up(&pod.path(), 1, &mut undo).await.unwrap_err();
     assert!(matches!(error, NetworkError::IngressTaken { .. }), "{error:?}");
     undo.run().unwrap();
     assert_eq!(pod.inventory(), before);
@@ -416,7 +389,7 @@ async fn an_ingress_qdisc_of_somebody_else_is_left_alone() {
 async fn a_tap_makes_itself_no_ipv6_address() {
     let (pod, _outside) = pod_with_veth(1500);
     let mut undo = Undo::default();
-    let name = set_up_with(&pod, &mut undo).await.nets[0].tap.clone();
+    let name = set_up_with(&pod, 1, &mut undo).await.nets[0].tap.clone();
     let links = pod.with(async |handle| {
         let links = handle.link().get().match_name(name).execute();
         links.collect::<Result<Vec<_>, _>>().await.unwrap()
@@ -427,6 +400,43 @@ async fn a_tap_makes_itself_no_ipv6_address() {
         |attribute| matches!(attribute, LinkAttribute::AfSpecUnspec(specs) if specs.iter().any(is_none)),
     );
     assert!(found, "{links:?}");
+}
+
+#[tokio::test]
+async fn a_tap_has_a_queue_for_each_vcpu_up_to_a_limit() {
+    for (vcpus, expected) in [(0, 1), (1, 1), (2, 2), (255, NetConfig::QUEUE_PAIRS_MAX)] {
+        let (pod, _outside) = pod_with_veth(1500);
+        let mut undo = Undo::default();
+        let network = set_up_with(&pod, vcpus, &mut undo).await;
+        assert_eq!(network.nets[0].queue_pairs, expected);
+        let name = &network.nets[0].tap;
+        pod.with(async |_| {
+            let (right, wrong) =
+                if expected > 1 { (libc::IFF_MULTI_QUEUE, 0) } else { (0, libc::IFF_MULTI_QUEUE) };
+            assert!(tap::attach(name, wrong).is_err());
+            let attached: Result<Vec<_>, _> = (0..expected).map(|_| tap::attach(name, right)).collect();
+            assert!(attached.is_ok(), "{attached:?}");
+        });
+    }
+}
+
+#[tokio::test]
+async fn frames_cross_a_tap_which_has_no_qdisc_but_ours_however_many_queues_it_has() {
+    for vcpus in [1, 2] {
+        let (pod, outside) = pod_with_veth(1500);
+        let before = pod.inventory();
+        let mut undo = Undo::default();
+        let network = set_up_with(&pod, vcpus, &mut undo).await;
+        let index = pod.with(async |handle| index(handle, &network.nets[0].tap).await);
+        let qdiscs: Vec<_> =
+            pod.inventory().into_iter().filter(|line| line.starts_with(&format!("qdisc {index} "))).collect();
+        assert_eq!(qdiscs.len(), 2, "{qdiscs:?}");
+        assert!(qdiscs.iter().any(|line| line.contains("noqueue")), "{qdiscs:?}");
+        assert!(qdiscs.iter().any(|line| line.contains("ingress")), "{qdiscs:?}");
+        undo.run().unwrap();
+        assert_eq!(pod.inventory(), before);
+        frames_cross(&pod, &outside, vcpus).await;
+    }
 }
 
 #[test]

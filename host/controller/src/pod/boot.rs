@@ -10,10 +10,7 @@ use std::{
 };
 
 use async_trait::async_trait;
-use pericarp_protos::{
-    agent::{ConfigureRequest, Dns},
-    guest, ttrpc,
-};
+use pericarp_protos::{guest, ttrpc};
 use pericarp_vmm::{
     ConsoleConfig, Forward, MachineConfig, NetConfig, ShareConfig, VsockConfig, monotonic_ns,
 };
@@ -111,7 +108,8 @@ impl Pod {
 
         let ready = self.wait_until_ready(ready).await?;
         let agent = Agent::connect(&self.directory.join(file::VSOCK)).await.map_err(BootError::Connect)?;
-        agent.configure(&self.configuration(network)).await.map_err(BootError::Configure)?;
+        let limit = self.node.config.ready_timeout();
+        agent.configure(&self.configuration(network), limit).await.map_err(BootError::Configure)?;
         {
             let mut state = self.state();
             state.marks.ready = ready.at;
@@ -125,7 +123,7 @@ impl Pod {
 
     async fn set_up_network(&self) -> Result<PodNetwork, BootError> {
         let mut running = Undo::default();
-        let network = network::set_up(Path::new(&self.netns), &mut running).await;
+        let network = network::set_up(Path::new(&self.netns), self.size.vcpus, &mut running).await;
         let mut state = self.state();
         // Registered before any error is returned, so that it is undone.
         state.running = running;
@@ -240,32 +238,6 @@ impl Pod {
                 directory: self.directory.join(file::SHARE),
             }),
             nets,
-        }
-    }
-
-    fn configuration(&self, network: PodNetwork) -> ConfigureRequest {
-        let dns = self.config.dns_config.clone().unwrap_or_default();
-        let hostname = if self.config.hostname.is_empty() {
-            // As containerd does for its own sandboxes.
-            rustix::system::uname().nodename().to_string_lossy().into_owned()
-        } else {
-            self.config.hostname.clone()
-        };
-        ConfigureRequest {
-            sandbox_id: self.id.clone(),
-            hostname,
-            dns: Some(Dns {
-                servers: dns.servers,
-                searches: dns.searches,
-                options: dns.options,
-                ..Dns::default()
-            })
-            .into(),
-            sysctls: self.config.linux.clone().unwrap_or_default().sysctls,
-            interfaces: network.interfaces,
-            routes: network.routes,
-            neighbours: network.neighbours,
-            ..ConfigureRequest::default()
         }
     }
 

@@ -4,6 +4,7 @@
 //! on disk about it.
 
 mod boot;
+mod configuration;
 mod containers;
 pub mod record;
 mod teardown;

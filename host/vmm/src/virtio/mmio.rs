@@ -247,13 +247,18 @@ impl MmioDevice {
     fn start(&mut self, queues: Vec<Queue>) -> Result<(), super::ActivateError> {
         let mut active = Vec::with_capacity(queues.len());
         for (mut queue, notified) in queues.into_iter().zip(&self.notified) {
+            if !queue.ready() {
+                // The device knows whether it can do without.
+                active.push(None);
+                continue;
+            }
             queue.set_event_idx(self.driver_features & F_EVENT_IDX != 0);
-            // Checked here once: ready, aligned, and wholly inside memory.
+            // Checked here once: aligned, and wholly inside memory.
             if !queue.is_valid(&self.memory) {
                 return Err(super::ActivateError::Queues);
             }
             let notified = notified.try_clone().map_err(super::ActivateError::Worker)?;
-            active.push(ActiveQueue::new(queue, notified, self.interrupt.clone()));
+            active.push(Some(ActiveQueue::new(queue, notified, self.interrupt.clone())));
         }
         self.device.activate(Active {
             memory: self.memory.clone(),
@@ -307,11 +312,16 @@ mod tests {
         fn activate(&mut self, active: Active) -> Result<(), ActivateError> {
             assert_eq!(active.queues.len(), 2);
             assert_eq!(active.features, F_VERSION_1);
-            self.active.fetch_add(1, Ordering::SeqCst);
+            // The first is one that it cannot do without.
+            if active.queues[0].is_none() {
+                return Err(ActivateError::Queues);
+            }
+            let ready = active.queues.iter().flatten().count();
+            self.active.store(u32::try_from(ready).unwrap(), Ordering::SeqCst);
             Ok(())
         }
         fn stop(&mut self) {
-            self.active.fetch_sub(1, Ordering::SeqCst);
+            self.active.store(0, Ordering::SeqCst);
         }
         fn counters(&self) -> Vec<(&'static str, crate::virtio::Counter)> {
             Vec::new()
@@ -336,12 +346,16 @@ mod tests {
     }
 
     fn set_up(device: &mut MmioDevice, table: u32) {
+        set_up_queues(device, table, 0..2);
+    }
+
+    fn set_up_queues(device: &mut MmioDevice, table: u32, queues: std::ops::Range<u32>) {
         set(device, 0x70, 1);
         set(device, 0x70, 3);
         set(device, 0x24, 1);
         set(device, 0x20, 1);
         set(device, 0x70, 11);
-        for queue in 0..2 {
+        for queue in queues {
             set(device, 0x30, queue);
             set(device, 0x38, 16);
             set(device, 0x80, table + queue * 0x1000);
@@ -358,7 +372,17 @@ mod tests {
         assert_eq!((get(&device, 0), get(&device, 4), get(&device, 8)), (0x7472_6976, 2, 42));
         set_up(&mut device, 0x1000);
         assert_eq!(get(&device, 0x70), 15);
-        assert_eq!(active.load(Ordering::SeqCst), 1);
+        assert_eq!(active.load(Ordering::SeqCst), 2);
+    }
+
+    #[test]
+    fn the_device_decides_which_queues_the_driver_may_leave_out() {
+        let (mut device, active) = self::device();
+        set_up_queues(&mut device, 0x1000, 0..1);
+        assert_eq!((get(&device, 0x70), active.load(Ordering::SeqCst)), (15, 1));
+        let (mut device, active) = self::device();
+        set_up_queues(&mut device, 0x1000, 1..2);
+        assert_eq!((get(&device, 0x70), active.load(Ordering::SeqCst)), (status::FAILED, 0));
     }
 
     #[test]

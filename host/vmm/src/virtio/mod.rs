@@ -82,8 +82,16 @@ pub struct Active {
     pub memory: GuestMemory,
     /// The features that the guest's driver has accepted, all of them offered.
     pub features: u64,
-    /// One for each of [`Device::queue_sizes`]; all ready and checked.
-    pub queues: Vec<ActiveQueue>,
+    /// One for each of [`Device::queue_sizes`], checked; none where the driver has not made one ready.
+    pub queues: Vec<Option<ActiveQueue>>,
+}
+
+/// The queues of a device that can do without none of its `N`.
+pub fn all_queues<const N: usize>(
+    queues: Vec<Option<ActiveQueue>>,
+) -> Result<[ActiveQueue; N], ActivateError> {
+    let queues: Option<Vec<_>> = queues.into_iter().collect();
+    queues.and_then(|queues| queues.try_into().ok()).ok_or(ActivateError::Queues)
 }
 
 /// A queue of an active device.

@@ -1,10 +1,17 @@
-//! The tap: an interface in the pod's network namespace whose other end is a file descriptor.
+//! The tap: an interface in the pod's network namespace whose other end is a file descriptor, or
+//! several.
+//!
+//! A tap with several queues spreads the frames that it gives over those that are attached, by the
+//! connection that a frame belongs to; frames of a connection that the guest itself sends on come by
+//! the queue that it sends them through. A queue that is detached is given nothing, but still takes
+//! frames. (`Documentation/networking/tuntap.rst`, "Multiqueue tuntap interface".)
 
 use std::{
     fs::File,
     io, mem,
     os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
+    sync::{Mutex, MutexGuard, PoisonError},
 };
 
 use rustix::{
@@ -56,12 +63,14 @@ pub enum TapError {
     )]
     OpenTun(#[source] io::Error),
     #[error(
-        "cannot attach to {tap} in {netns}; it must be a tap with a single queue that no other process \
-         holds, and the machine needs CAP_NET_ADMIN"
+        "cannot attach to {tap} in {netns} (queues: {queues}); it must be a tap that no other process \
+         holds, made with IFF_MULTI_QUEUE for several queues and without it for one, and the machine needs \
+         CAP_NET_ADMIN"
     )]
     Attach {
         netns: PathBuf,
         tap: String,
+        queues: u16,
         #[source]
         source: io::Error,
     },
@@ -75,21 +84,23 @@ pub enum TapError {
     },
 }
 
-/// The machine's end of a tap. Reads and writes move whole frames, each behind a `virtio_net_hdr`, and
-/// do not wait.
+/// The machine's end of a tap, or of one of its queues. Reads and writes move whole frames, each behind
+/// a `virtio_net_hdr`, and do not wait.
 pub struct Tap {
     fd: OwnedFd,
     /// Whether the kernel segments UDP for the tap (since Linux 6.2).
     segments_udp: bool,
+    /// Held by whoever moves frames from the tap to the guest; see [`Tap::detach_queue`].
+    receiving: Mutex<()>,
 }
 
 impl Tap {
-    /// Attaches to the tap `name` in the network namespace `netns`. The caller stays in its own
-    /// namespace.
+    /// Attaches to the tap `name` in the network namespace `netns` by one or more queues, all of which
+    /// but the first are detached until [`Tap::attach_queue`]. The caller stays in its own namespace.
     ///
     /// Until [`Tap::set_offloads`], the tap gives only frames that are complete: checksums filled in,
     /// none larger than its MTU.
-    pub fn open(netns: &Path, name: &str) -> Result<Tap, TapError> {
+    pub fn open(netns: &Path, name: &str, queues: u16) -> Result<Vec<Tap>, TapError> {
         // Another thread enters the namespace: a process's threads may differ in theirs.
         let attached = std::thread::scope(|scope| {
             let namespace = rustix::fs::open(netns, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
@@ -100,7 +111,7 @@ impl Tap {
                 })?;
             let thread = std::thread::Builder::new()
                 .name("tap".into())
-                .spawn_scoped(scope, move || attach(&namespace, netns, name))
+                .spawn_scoped(scope, move || attach(&namespace, netns, name, queues))
                 .map_err(|source| TapError::Enter { netns: netns.to_owned(), source })?;
             // The machine aborts when a thread panics, so that there is one answer only.
             thread.join().unwrap_or_else(|_| {
@@ -110,23 +121,42 @@ impl Tap {
         let refused = |what| {
             move |source| TapError::SetUp { what, netns: netns.to_owned(), tap: name.to_owned(), source }
         };
-        let mut tap = Tap { fd: attached?, segments_udp: false };
-        tap.set_header_size().map_err(refused("put virtio headers before the frames of"))?;
+        let mut taps: Vec<_> = attached?.into_iter().map(Tap::new).collect();
+        for tap in taps.iter().skip(1) {
+            tap.detach_queue().map_err(refused("detach a queue of"))?;
+        }
+        // What is set is the whole tap's, whichever queue it is asked of.
+        let mut segments_udp = false;
+        if let Some(tap) = taps.first() {
+            tap.set_header_size().map_err(refused("put virtio headers before the frames of"))?;
+            segments_udp = tap.try_offloads().map_err(refused("offload segmentation on"))?;
+            tap.set_offload_flags(0).map_err(refused("switch off offloads on"))?;
+            tap.discard_queued();
+        }
+        for tap in &mut taps {
+            tap.segments_udp = segments_udp;
+        }
+        Ok(taps)
+    }
+
+    fn new(fd: OwnedFd) -> Tap {
+        Tap { fd, segments_udp: false, receiving: Mutex::new(()) }
+    }
+
+    /// Answers whether the kernel segments UDP too.
+    fn try_offloads(&self) -> io::Result<bool> {
         // The kernel refuses flags that it does not know. (It knows TUN_F_UFO, but has not given anyone
         // a UDP datagram still to be fragmented since Linux 4.14: there is nothing to gain from it.)
-        tap.segments_udp = tap.set_offload_flags(ALL_OFFLOADS).is_ok();
-        if !tap.segments_udp {
-            tap.set_offload_flags(ALL_OFFLOADS & !USO).map_err(refused("offload segmentation on"))?;
+        if self.set_offload_flags(ALL_OFFLOADS).is_ok() {
+            return Ok(true);
         }
-        tap.set_offload_flags(0).map_err(refused("switch off offloads on"))?;
-        tap.discard_queued();
-        Ok(tap)
+        self.set_offload_flags(ALL_OFFLOADS & !USO).map(|()| false)
     }
 
     /// Some other end of frames in place of a tap: a socket that keeps message boundaries.
     #[cfg(test)]
     pub fn from_fd(fd: OwnedFd) -> Tap {
-        Tap { fd, segments_udp: true }
+        Tap { segments_udp: true, ..Tap::new(fd) }
     }
 
     /// Whether UDP segmentation can be offered to the guest.
@@ -138,6 +168,32 @@ impl Tap {
     /// frames larger than the MTU.
     pub fn set_offloads(&self, features: u64) -> io::Result<()> {
         self.set_offload_flags(offload_flags(features))
+    }
+
+    /// Lets the kernel give frames to this queue of the tap's, which was detached.
+    pub fn attach_queue(&self) -> io::Result<()> {
+        self.set_queue(libc::IFF_ATTACH_QUEUE)
+    }
+
+    /// From the return on, the guest receives nothing more from this queue of the tap's: the kernel has
+    /// emptied it and gives it nothing, and nobody is in the middle of moving a frame.
+    pub fn detach_queue(&self) -> io::Result<()> {
+        self.set_queue(libc::IFF_DETACH_QUEUE)?;
+        drop(self.receive());
+        Ok(())
+    }
+
+    /// To be held while frames are moved from the tap to the guest.
+    pub fn receive(&self) -> MutexGuard<'_, ()> {
+        self.receiving.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The kernel takes the lock that all of the host's network configuration shares (`rtnl_lock`), and
+    /// waits for all processors when a queue is detached.
+    fn set_queue(&self, change: libc::c_int) -> io::Result<()> {
+        let request = no_interface(change);
+        // SAFETY: the request is an ifreq, which outlives the call.
+        result(unsafe { libc::ioctl(self.fd.as_raw_fd(), libc::TUNSETQUEUE, &raw const request) })
     }
 
     /// Loses the frames that the tap has taken with whatever offloads were on: nobody has been there to
@@ -196,8 +252,8 @@ fn offload_flags(features: u64) -> libc::c_uint {
 }
 
 /// Runs on a thread of its own, which ends in the tap's namespace.
-fn attach(namespace: &OwnedFd, netns: &Path, name: &str) -> Result<OwnedFd, TapError> {
-    let request = interface_request(name)?;
+fn attach(namespace: &OwnedFd, netns: &Path, name: &str, queues: u16) -> Result<Vec<OwnedFd>, TapError> {
+    let request = interface_request(name, queues)?;
     move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))
         .map_err(|error| TapError::Enter { netns: netns.to_owned(), source: error.into() })?;
     // Asked for first, because the tun driver makes an interface that does not exist.
@@ -206,42 +262,55 @@ fn attach(namespace: &OwnedFd, netns: &Path, name: &str) -> Result<OwnedFd, TapE
         tap: name.to_owned(),
         source: error.into(),
     })?;
-    let tun = open_tun().map_err(TapError::OpenTun)?;
-    // SAFETY: the request is an ifreq, which outlives the call.
-    result(unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF, &raw const request) })
-        .map_err(|source| TapError::Attach { netns: netns.to_owned(), tap: name.to_owned(), source })?;
-    Ok(tun)
+    let attach_one = |_| {
+        let tun = open_tun().map_err(TapError::OpenTun)?;
+        // SAFETY: the request is an ifreq, which outlives the call.
+        result(unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF, &raw const request) }).map_err(
+            |source| TapError::Attach { netns: netns.to_owned(), tap: name.to_owned(), queues, source },
+        )?;
+        Ok(tun)
+    };
+    (0..queues).map(attach_one).collect()
 }
 
-fn open_tun() -> io::Result<OwnedFd> {
+pub(super) fn open_tun() -> io::Result<OwnedFd> {
     use std::os::unix::fs::OpenOptionsExt as _;
     // The standard library adds O_CLOEXEC.
     let tun = File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(TUN)?;
     Ok(tun.into())
 }
 
-fn interface_index(name: &str) -> Result<u32, Errno> {
+pub(super) fn interface_index(name: &str) -> Result<u32, Errno> {
     // Any socket will do: it stands for the thread's namespace.
     let socket = rustix::net::socket(AddressFamily::UNIX, SocketType::DGRAM, None)?;
     rustix::net::netdevice::name_to_index(socket, name)
 }
 
-fn interface_request(name: &str) -> Result<libc::ifreq, TapError> {
+/// The kernel attaches to a tap with several queues only with `IFF_MULTI_QUEUE`, and to any other only
+/// without.
+pub(super) fn interface_request(name: &str, queues: u16) -> Result<libc::ifreq, TapError> {
     if name.is_empty() || name.len() >= libc::IFNAMSIZ {
         return Err(TapError::Name { name: name.to_owned() });
     }
-    // SAFETY: an ifreq is made of numbers and addresses, all of which may be zero.
-    let mut request: libc::ifreq = unsafe { mem::zeroed() };
+    let several = if queues > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
+    let mut request = no_interface(libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR | several);
     for (target, source) in request.ifr_name.iter_mut().zip(name.bytes()) {
         *target = libc::c_char::from_ne_bytes([source]);
     }
-    #[expect(clippy::cast_possible_truncation, reason = "every flag is below 0x8000")]
-    let flags = (libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR) as libc::c_short;
-    request.ifr_ifru.ifru_flags = flags;
     Ok(request)
 }
 
-fn result(answer: libc::c_int) -> io::Result<()> {
+/// A request without the name of an interface.
+fn no_interface(flags: libc::c_int) -> libc::ifreq {
+    // SAFETY: an ifreq is made of numbers and addresses, all of which may be zero.
+    let mut request: libc::ifreq = unsafe { mem::zeroed() };
+    #[expect(clippy::cast_possible_truncation, reason = "every flag is below 0x8000")]
+    let flags = flags as libc::c_short;
+    request.ifr_ifru.ifru_flags = flags;
+    request
+}
+
+pub(super) fn result(answer: libc::c_int) -> io::Result<()> {
     if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 

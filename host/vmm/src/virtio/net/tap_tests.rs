@@ -1,7 +1,4 @@
-//! On real taps, in a network namespace of each test's own. They need root and the tun module, as every
-//! machine with a network does.
-
-use std::{os::fd::FromRawFd as _, time::Duration};
+//! On real taps.
 
 use vm_memory::{Bytes as _, GuestAddress};
 use vmm_sys_util::{
@@ -14,70 +11,16 @@ use crate::{
     config::NetConfig,
     virtio::{
         Active, Device as _, F_VERSION_1,
-        net::Net,
+        net::{
+            Net,
+            testing::{OWN_NETNS, in_new_namespace, make_tap, packet_socket, switch_on},
+        },
         testing::{Buffer, RING_SIZE, Ring, guest_memory},
     },
 };
 
-/// The namespace of the thread that asks.
-const OWN_NETNS: &str = "/proc/thread-self/ns/net";
 /// An Ethernet type for experiments (IEEE 802), which no kernel sends by itself.
 const ETHER_TYPE: u16 = 0x88b5;
-
-/// Runs a test on a thread in a new network namespace.
-fn in_new_namespace(test: impl FnOnce() + Send) {
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            // SAFETY: only this thread's network namespace changes, and it ends with the test.
-            unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }
-                .expect("these tests need root");
-            // A kernel without IPv6 has no such file; one with it sends frames of its own.
-            let _ = std::fs::write("/proc/sys/net/ipv6/conf/default/disable_ipv6", "1");
-            test();
-        });
-    });
-}
-
-/// Makes a tap that stays, and switches it on.
-fn make_tap(name: &str) {
-    let mut request = interface_request(name).unwrap();
-    let tun = open_tun().unwrap();
-    // SAFETY: an ifreq that outlives the call; a number.
-    unsafe {
-        result(libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF, &raw const request)).unwrap();
-        result(libc::ioctl(tun.as_raw_fd(), libc::TUNSETPERSIST, 1)).unwrap();
-    }
-    let socket = rustix::net::socket(AddressFamily::INET, SocketType::DGRAM, None).unwrap();
-    request.ifr_ifru.ifru_flags = libc::c_short::try_from(libc::IFF_UP).unwrap();
-    // SAFETY: an ifreq that outlives the call.
-    result(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) }).unwrap();
-}
-
-/// A socket that sends through an interface and receives what comes in by it.
-fn packet_socket(interface: &str) -> OwnedFd {
-    let protocol = ETHER_TYPE.to_be();
-    // SAFETY: numbers only; the descriptor is nobody else's.
-    let socket = unsafe {
-        let socket = libc::socket(libc::AF_PACKET, libc::SOCK_RAW, protocol.into());
-        assert!(socket >= 0);
-        OwnedFd::from_raw_fd(socket)
-    };
-    // SAFETY: a sockaddr_ll is made of numbers.
-    let mut address: libc::sockaddr_ll = unsafe { mem::zeroed() };
-    address.sll_family = u16::try_from(libc::AF_PACKET).unwrap();
-    address.sll_protocol = protocol;
-    address.sll_ifindex = i32::try_from(interface_index(interface).unwrap()).unwrap();
-    let size = libc::socklen_t::try_from(size_of_val(&address)).unwrap();
-    // SAFETY: the address outlives the call, and is as long as it says.
-    result(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), size) }).unwrap();
-    rustix::net::sockopt::set_socket_timeout(
-        &socket,
-        rustix::net::sockopt::Timeout::Recv,
-        Some(Duration::from_secs(10)),
-    )
-    .unwrap();
-    socket
-}
 
 fn frame(length: usize) -> Vec<u8> {
     let mut frame = [[0xff; 6], [2, 0, 0, 0, 0, 9]].concat();
@@ -94,13 +37,24 @@ fn wait_for(event: &EventFd) {
     event.read().unwrap();
 }
 
+/// A tap with a single queue.
+fn open(name: &str) -> Result<Tap, TapError> {
+    Tap::open(Path::new(OWN_NETNS), name, 1).map(|mut taps| taps.remove(0))
+}
+
 #[test]
 fn a_frame_passes_both_ways_through_a_real_tap() {
     in_new_namespace(|| {
-        make_tap("tap0");
-        let config =
-            NetConfig { netns: OWN_NETNS.into(), tap: "tap0".into(), mac: [2, 0, 0, 0, 0, 7], mtu: 1500 };
+        make_tap("tap0", 1);
+        let config = NetConfig {
+            netns: OWN_NETNS.into(),
+            tap: "tap0".into(),
+            mac: [2, 0, 0, 0, 0, 7],
+            mtu: 1500,
+            queue_pairs: 1,
+        };
         let mut device = Net::new(0, &config).unwrap();
+        switch_on("tap0");
         let memory = guest_memory();
         let (mut receive, receive_queue) = Ring::new(&memory, RING_SIZE, 256);
         let (mut transmit, transmit_queue) = Ring::new(&memory, 2 * RING_SIZE, 256);
@@ -110,9 +64,9 @@ fn a_frame_passes_both_ways_through_a_real_tap() {
             receive.add(&[Buffer { address, length: 700, writable: true }]);
         }
         let features = device.features() & !crate::virtio::F_EVENT_IDX | F_VERSION_1;
-        let queues = vec![receive_queue, transmit_queue];
+        let queues = vec![Some(receive_queue), Some(transmit_queue)];
         device.activate(Active { memory: memory.clone(), features, queues }).unwrap();
-        let socket = packet_socket("tap0");
+        let socket = packet_socket("tap0", ETHER_TYPE);
 
         rustix::io::write(&socket, &frame(1000)).unwrap();
         wait_for(&irqfd);
@@ -143,10 +97,28 @@ fn a_frame_passes_both_ways_through_a_real_tap() {
 }
 
 #[test]
+fn to_detach_a_queue_waits_for_whoever_moves_its_frames() {
+    in_new_namespace(|| {
+        make_tap("tap0", 2);
+        let taps = Tap::open(Path::new(OWN_NETNS), "tap0", 2).unwrap();
+        taps[1].attach_queue().unwrap();
+        let moving = taps[1].receive();
+        std::thread::scope(|scope| {
+            let detached = scope.spawn(|| taps[1].detach_queue().unwrap());
+            std::thread::sleep(std::time::Duration::from_millis(100));
+            assert!(!detached.is_finished());
+            drop(moving);
+            detached.join().unwrap();
+        });
+    });
+}
+
+#[test]
 fn a_header_that_does_not_fit_its_frame_is_refused_by_the_kernel() {
     in_new_namespace(|| {
-        make_tap("tap0");
-        let tap = Tap::open(Path::new(OWN_NETNS), "tap0").unwrap();
+        make_tap("tap0", 1);
+        let tap = open("tap0").unwrap();
+        switch_on("tap0");
         let send = |header: [u8; 12]| rustix::io::write(&tap, &[&header[..], &frame(60)].concat());
         send([0; 12]).unwrap();
         // A checksum beyond the end of the frame; a header longer than it; an unknown kind of segment.
@@ -163,8 +135,9 @@ fn a_header_that_does_not_fit_its_frame_is_refused_by_the_kernel() {
 #[test]
 fn a_tap_that_is_removed_is_gone_for_reads_and_writes() {
     in_new_namespace(|| {
-        make_tap("tap0");
-        let tap = Tap::open(Path::new(OWN_NETNS), "tap0").unwrap();
+        make_tap("tap0", 1);
+        let tap = open("tap0").unwrap();
+        switch_on("tap0");
         // SAFETY: a number.
         result(unsafe { libc::ioctl(tap.fd.as_raw_fd(), libc::TUNSETPERSIST, 0) }).unwrap();
         remove("tap0");
@@ -197,7 +170,7 @@ fn remove(interface: &str) {
 #[test]
 fn what_is_missing_is_named() {
     in_new_namespace(|| {
-        let open = |netns: &str, tap| Tap::open(Path::new(netns), tap).map(drop).unwrap_err();
+        let open = |netns: &str, tap| Tap::open(Path::new(netns), tap, 1).map(drop).unwrap_err();
         let error = open("/run/netns/gone", "tap0");
         assert!(matches!(error, TapError::Netns { .. }) && error.to_string().contains("/run/netns/gone"));
         let error = open("/proc/self/status", "tap0");
@@ -210,10 +183,50 @@ fn what_is_missing_is_named() {
         assert!(matches!(error, TapError::Attach { .. }), "{error}");
         let error = open(OWN_NETNS, "a-name-that-is-too-long");
         assert!(matches!(error, TapError::Name { .. }), "{error}");
-        make_tap("tap1");
-        let _holder = Tap::open(Path::new(OWN_NETNS), "tap1").unwrap();
+        make_tap("tap1", 1);
+        let _holder = self::open("tap1").unwrap();
         let error = open(OWN_NETNS, "tap1");
         assert!(matches!(error, TapError::Attach { .. }), "{error}");
+    });
+}
+
+#[test]
+fn a_tap_with_one_queue_is_none_with_several() {
+    in_new_namespace(|| {
+        for (made, asked) in [(1, 2), (2, 1)] {
+            let name = format!("tap{made}");
+            make_tap(&name, made);
+            let error = Tap::open(Path::new(OWN_NETNS), &name, asked).map(drop).unwrap_err();
+            assert!(matches!(error, TapError::Attach { queues, .. } if queues == asked), "{error}");
+            assert_eq!(Tap::open(Path::new(OWN_NETNS), &name, made).unwrap().len(), usize::from(made));
+        }
+    });
+}
+
+#[test]
+fn a_detached_queue_holds_no_frame_and_still_sends() {
+    in_new_namespace(|| {
+        make_tap("tap0", 2);
+        let taps = Tap::open(Path::new(OWN_NETNS), "tap0", 2).unwrap();
+        switch_on("tap0");
+        let socket = packet_socket("tap0", ETHER_TYPE);
+        let read = |tap: &Tap| rustix::io::read(tap, &mut [0; 2000]);
+
+        // All frames of this kind belong together: they come by the queue that is attached.
+        rustix::io::write(&socket, &frame(100)).unwrap();
+        assert_eq!((read(&taps[0]), read(&taps[1])), (Ok(112), Err(Errno::AGAIN)));
+        taps[1].attach_queue().unwrap();
+        taps[0].detach_queue().unwrap();
+        rustix::io::write(&socket, &frame(100)).unwrap();
+        assert_eq!((read(&taps[0]), read(&taps[1])), (Err(Errno::AGAIN), Ok(112)));
+        rustix::io::write(&socket, &frame(100)).unwrap();
+        taps[1].detach_queue().unwrap();
+        assert_eq!(read(&taps[1]), Err(Errno::AGAIN));
+
+        rustix::io::write(&taps[1], &[&[0; 12][..], &frame(60)].concat()).unwrap();
+        let mut got = vec![0; 2000];
+        let length = rustix::io::read(&socket, &mut got).unwrap();
+        assert_eq!(got[..length], frame(60));
     });
 }
 
@@ -225,13 +238,13 @@ fn the_caller_stays_in_its_namespace() {
     std::thread::scope(|scope| {
         scope.spawn(move || {
             in_new_namespace(move || {
-                make_tap("tap0");
+                make_tap("tap0", 1);
                 let thread = rustix::thread::gettid().as_raw_nonzero();
                 send.send(format!("/proc/self/task/{thread}/ns/net")).unwrap();
                 let _ = finished.recv();
             });
         });
-        let tap = Tap::open(Path::new(&receive.recv().unwrap()), "tap0");
+        let tap = Tap::open(Path::new(&receive.recv().unwrap()), "tap0", 1);
         drop(done);
         assert!(tap.is_ok());
         assert_eq!(std::fs::read_link(OWN_NETNS).unwrap(), own);

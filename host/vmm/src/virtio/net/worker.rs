@@ -4,6 +4,7 @@ use std::{
     io,
     ops::ControlFlow,
     os::fd::{AsFd as _, AsRawFd as _},
+    sync::Arc,
 };
 
 use vmm_sys_util::{
@@ -12,12 +13,10 @@ use vmm_sys_util::{
 };
 
 use super::{
-    Counters,
     receive::{self, Receiver},
     tap::Tap,
     transmit::{self, Transmitter},
 };
-use crate::virtio::{Active, ActiveQueue};
 
 const TOKEN_RECEIVE: u64 = 1;
 const TOKEN_TRANSMIT: u64 = 2;
@@ -27,13 +26,13 @@ const TOKEN_TAP: u64 = 4;
 const BATCH: usize = 64;
 
 pub struct Worker {
-    /// The device's, for messages.
+    /// For messages.
     name: String,
     epoll: Epoll,
     receiver: Receiver,
     transmitter: Transmitter,
     /// None once it is gone: the guest then receives nothing, and what it sends is dropped.
-    tap: Option<Tap>,
+    tap: Option<Arc<Tap>>,
     /// The tap may have frames: none has been missed since it last said that it had none.
     readable: bool,
     /// The tap has not refused a frame since it last said that it takes some.
@@ -43,30 +42,22 @@ pub struct Worker {
 impl Worker {
     pub fn new(
         name: String,
-        active: Active,
-        tap: Tap,
-        counters: Counters,
+        receiver: Receiver,
+        transmitter: Transmitter,
+        tap: Arc<Tap>,
         stop: &EventFd,
     ) -> io::Result<Worker> {
-        let Active { memory, features, queues } = active;
-        let Ok([receive, transmit]) = <[ActiveQueue; 2]>::try_from(queues) else {
-            return Err(io::ErrorKind::InvalidInput.into());
-        };
         let epoll = Epoll::new()?;
-        let watched =
-            [(&receive.notified, TOKEN_RECEIVE), (&transmit.notified, TOKEN_TRANSMIT), (stop, TOKEN_STOP)];
+        let watched = [
+            (&receiver.queue.notified, TOKEN_RECEIVE),
+            (&transmitter.queue.notified, TOKEN_TRANSMIT),
+            (stop, TOKEN_STOP),
+        ];
         for (event, token) in watched {
             epoll.ctl(ControlOperation::Add, event.as_raw_fd(), EpollEvent::new(EventSet::IN, token))?;
         }
-        let worker = Worker {
-            name,
-            epoll,
-            receiver: Receiver::new(receive, &memory, features, counters.clone()),
-            transmitter: Transmitter::new(transmit, &memory, counters),
-            tap: Some(tap),
-            readable: true,
-            writable: true,
-        };
+        let worker =
+            Worker { name, epoll, receiver, transmitter, tap: Some(tap), readable: true, writable: true };
         worker.watch_tap(ControlOperation::Add, EventSet::IN)?;
         Ok(worker)
     }
@@ -87,14 +78,14 @@ impl Worker {
                 Ok(ControlFlow::Continue(())) => {}
                 Ok(ControlFlow::Break(())) => return,
                 Err(error) => {
-                    tracing::error!(device = self.name, %error, "cannot wait for events; the device stops");
+                    tracing::error!(device = self.name, %error, "cannot wait for events; the pair stops");
                     return;
                 }
             }
             more = match self.move_frames() {
                 Ok(more) => more,
                 Err(error) => {
-                    tracing::warn!(device = self.name, %error, "the guest broke a queue; the device stops");
+                    tracing::warn!(device = self.name, %error, "the guest broke a queue; its pair stops");
                     return;
                 }
             };
@@ -143,7 +134,7 @@ impl Worker {
         if !self.writable {
             return Ok(false);
         }
-        match self.transmitter.serve(self.tap.as_ref(), BATCH)? {
+        match self.transmitter.serve(self.tap.as_deref(), BATCH)? {
             transmit::Stopped::Turn => Ok(true),
             transmit::Stopped::QueueEmpty => Ok(false),
             transmit::Stopped::TapFull => {
@@ -164,8 +155,11 @@ impl Worker {
     }
 
     fn receive(&mut self) -> Result<bool, virtio_queue::Error> {
-        let Some(tap) = self.tap.as_ref().filter(|_| self.readable) else { return Ok(false) };
-        match self.receiver.serve(tap, BATCH)? {
+        let Some(tap) = self.tap.as_deref().filter(|_| self.readable) else { return Ok(false) };
+        let turn = tap.receive();
+        let stopped = self.receiver.serve(tap, BATCH)?;
+        drop(turn);
+        match stopped {
             receive::Stopped::Turn => Ok(true),
             receive::Stopped::NoBuffers => Ok(false),
             receive::Stopped::TapEmpty => {
@@ -185,7 +179,7 @@ impl Worker {
             device = self.name,
             "the tap is gone, and with it the guest's connection; the machine goes on without it"
         );
-        // Closing it ends the watch too.
+        // Closing it, now or once nobody changes its queues, ends the watch too.
         self.tap = None;
         self.writable = true;
     }

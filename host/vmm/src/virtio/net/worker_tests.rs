@@ -10,7 +10,7 @@ use super::*;
 use crate::{
     memory::GuestMemory,
     virtio::{
-        net::{FRAME_MAX, feature},
+        net::{Counters, FRAME_MAX, feature},
         testing::{Buffer, RING_SIZE, Ring, guest_memory},
     },
 };
@@ -49,8 +49,10 @@ impl Scene {
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::NONBLOCK, None).unwrap();
         let counters = Counters::default();
         let stop = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let active = Active { memory: memory.clone(), features, queues: vec![receive_queue, transmit_queue] };
-        let worker = Worker::new("net0".into(), active, Tap::from_fd(tap), counters.clone(), &stop).unwrap();
+        let receiver = Receiver::new(receive_queue, &memory, features, counters.clone());
+        let transmitter = Transmitter::new(transmit_queue, &memory, counters.clone());
+        let tap = Arc::new(Tap::from_fd(tap));
+        let worker = Worker::new("net0".into(), receiver, transmitter, tap, &stop).unwrap();
         Scene {
             worker,
             memory,

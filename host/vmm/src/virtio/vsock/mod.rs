@@ -30,8 +30,11 @@ use vmm_sys_util::eventfd::EventFd;
 
 pub use self::forward::Forward;
 use self::{mux::Mux, packet::GUEST_CID, worker::Worker};
-use super::{ActivateError, Active, Counter, Device, F_EVENT_IDX, device_type, read_config_bytes};
-use crate::config::VsockConfig;
+use super::{
+    ActivateError, Active, ActiveQueue, Counter, Device, F_EVENT_IDX, all_queues, device_type,
+    read_config_bytes,
+};
+use crate::{config::VsockConfig, memory::GuestMemory};
 
 /// Receive, transmit and event queue.
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
@@ -91,12 +94,12 @@ impl Vsock {
         })
     }
 
-    fn start(&mut self, active: Active) -> io::Result<()> {
+    fn start(&mut self, memory: GuestMemory, queues: [ActiveQueue; 3]) -> io::Result<()> {
         let listener = self.listener.take().ok_or(io::ErrorKind::NotConnected)?;
         let forward = self.forward.take();
         let mux = Mux::new(self.config.clone(), listener, forward, self.counters.clone())?;
         let stop = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        let worker = Worker::new(active, mux, &stop)?;
+        let worker = Worker::new(memory, queues, mux, &stop)?;
         let thread = std::thread::Builder::new().name("vsock".into()).spawn(move || worker.run())?;
         self.worker = Some((thread, stop));
         Ok(())
@@ -125,7 +128,8 @@ impl Device for Vsock {
     }
 
     fn activate(&mut self, active: Active) -> Result<(), ActivateError> {
-        self.start(active).map_err(ActivateError::Worker)
+        let queues = all_queues(active.queues)?;
+        self.start(active.memory, queues).map_err(ActivateError::Worker)
     }
 
     fn stop(&mut self) {

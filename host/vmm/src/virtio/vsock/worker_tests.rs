@@ -78,9 +78,9 @@ impl Scene {
         listener.set_nonblocking(true).unwrap();
         let config = VsockConfig { path, host_ports: vec![HOST_PORT], forward_port: Some(FORWARD_PORT) };
         let mux = Mux::new(config, listener, forward, Counters::default()).unwrap();
-        let queues = vec![receive_queue, transmit_queue, event_queue];
+        let queues = [receive_queue, transmit_queue, event_queue];
         let stop = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let worker = Worker::new(Active { memory: memory.clone(), features: 0, queues }, mux, &stop).unwrap();
+        let worker = Worker::new(memory.clone(), queues, mux, &stop).unwrap();
         Scene { directory, worker, memory, receive, transmit, buffers: HashMap::new() }
     }
 
