@@ -7,6 +7,7 @@
 mod boot;
 mod cgroup;
 mod events;
+mod forward;
 mod host;
 mod network;
 mod pod;

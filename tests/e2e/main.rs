@@ -10,4 +10,5 @@ mod logs;
 mod machine;
 mod network;
 mod pods;
+mod port_forward;
 mod volumes;

@@ -89,12 +89,24 @@ impl Controller {
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let run_dir = PathBuf::from(format!("/run/{}.{number}", std::process::id()));
         fs::create_dir_all(&run_dir)?;
-        let file = run_dir.join("config.toml");
-        fs::write(&file, format!("run_dir = '{}'\n{config}\n", run_dir.join("r").display()))?;
-        let log = fs::File::create(run_dir.join("log"))?;
+        fs::write(
+            run_dir.join("config.toml"),
+            format!("run_dir = '{}'\n{config}\n", run_dir.join("r").display()),
+        )?;
+        Self::start_in(command, run_dir).await
+    }
+
+    /// Kills it, and starts one that takes its place.
+    pub async fn replace(mut self) -> Result<Self> {
+        self.child.kill().await.context("kill pericarp serve")?;
+        Self::start_in(Command::new("pericarp").arg("serve"), self.run_dir.clone()).await
+    }
+
+    async fn start_in(command: &mut Command, run_dir: PathBuf) -> Result<Self> {
+        let log = fs::File::options().create(true).append(true).open(run_dir.join("log"))?;
         let mut child = command
             .arg("--config")
-            .arg(&file)
+            .arg(run_dir.join("config.toml"))
             .stdout(Stdio::null())
             .stderr(log)
             .kill_on_drop(true)

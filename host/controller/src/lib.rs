@@ -32,6 +32,8 @@ use std::{
     sync::Arc,
 };
 
+pub use self::network::steer::{SteerError, probe as probe_port_forward};
+
 use pericarp_protos::sandbox::controller_server::ControllerServer;
 use thiserror::Error;
 use tokio::signal::unix::{SignalKind, signal};

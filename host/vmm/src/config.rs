@@ -84,6 +84,10 @@ pub struct VsockConfig {
     pub path: PathBuf,
     /// Host ports that the guest may connect to; all others are refused.
     pub host_ports: Vec<u32>,
+    /// The guest's port that takes connections to the pod's localhost, if it has one and the machine is handed a
+    /// listener for them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forward_port: Option<u32>,
 }
 
 /// A directory shared with the guest through virtio-fs.

@@ -15,5 +15,6 @@ mod vcpu;
 mod virtio;
 
 pub use config::{ConsoleConfig, MachineConfig, NetConfig, ShareConfig, VsockConfig};
-pub use machine::{Error, ExitReason, monotonic_ns, run};
+pub use machine::{Error, ExitReason, Inherited, monotonic_ns, run};
 pub use probe::{ProbeError, Progress, probe};
+pub use virtio::vsock::Forward;

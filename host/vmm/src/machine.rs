@@ -35,7 +35,7 @@ use crate::{
         net::{Net, NetError},
         page::{self, Page},
         rng::Rng,
-        vsock::{Vsock, VsockError},
+        vsock::{Forward, Vsock, VsockError},
     },
 };
 
@@ -105,17 +105,21 @@ pub enum Error {
     Control(#[source] ttrpc::Error),
 }
 
+/// What whoever starts a machine has opened for it.
+#[derive(Debug)]
+pub struct Inherited {
+    /// A listening socket on which [`Machine`](pericarp_protos::vmm_blocking::Machine) is served once the vCPUs run.
+    pub control: UnixListener,
+    /// Connections to the pod's localhost, if they can be had.
+    pub forward: Option<Forward>,
+}
+
 /// Starts a machine and waits for its end.
 ///
-/// `control` is a listening socket on which [`Machine`](pericarp_protos::vmm_blocking::Machine) is
-/// served once the vCPUs run. `process_start_ns` (`CLOCK_MONOTONIC`) is when the process began.
+/// `process_start_ns` (`CLOCK_MONOTONIC`) is when the process began.
 ///
 /// The process should exit soon after this returns: vCPU threads may still be running.
-pub fn run(
-    config: &MachineConfig,
-    control: UnixListener,
-    process_start_ns: u64,
-) -> Result<ExitReason, Error> {
+pub fn run(config: &MachineConfig, inherited: Inherited, process_start_ns: u64) -> Result<ExitReason, Error> {
     abort_on_panic();
     let kvm = Kvm::new().map_err(Error::OpenKvm)?;
     check_size(config, &kvm)?;
@@ -124,7 +128,7 @@ pub fn run(
     let memory = memory::allocate(&layout::memory_ranges(u64::from(config.memory_mib) << 20))?;
     register_memory(&vm, &memory)?;
     let vcpus = make_vcpus(&kvm, &vm, config.vcpus)?;
-    let bus = Arc::new(make_devices(config, &vm, &memory)?);
+    let bus = Arc::new(make_devices(config, inherited.forward, &vm, &memory)?);
     let kvm_ready_ns = monotonic_ns();
 
     let cmdline = cmdline(config, bus.mmio.len());
@@ -154,7 +158,7 @@ pub fn run(
         "the vCPUs run"
     );
     let server = Control { boot, vcpus: config.vcpus, memory, counters: counters(&bus), ended };
-    let _server = server.serve(control).map_err(Error::Control)?;
+    let _server = server.serve(inherited.control).map_err(Error::Control)?;
     // The channel cannot close before its first message: the control server holds a sender.
     let reason = end.recv().unwrap_or(ExitReason::Shutdown);
     // The name goes with the machine; the sockets behind it close with the process.
@@ -223,11 +227,16 @@ pub(crate) fn make_vcpus(kvm: &Kvm, vm: &VmFd, count: u8) -> Result<Vec<VcpuFd>,
         .collect()
 }
 
-fn make_devices(config: &MachineConfig, vm: &VmFd, memory: &GuestMemory) -> Result<Bus, Error> {
+fn make_devices(
+    config: &MachineConfig,
+    forward: Option<Forward>,
+    vm: &VmFd,
+    memory: &GuestMemory,
+) -> Result<Bus, Error> {
     let console = Console::open(&config.console, interrupt_line(vm, SERIAL_IRQ)?)
         .map_err(|source| Error::Console { path: config.console.path.clone(), source })?;
     let mut devices: Vec<Box<dyn Device>> =
-        vec![Box::new(Vsock::new(&config.vsock)?), Box::new(Rng::default())];
+        vec![Box::new(Vsock::new(&config.vsock, forward)?), Box::new(Rng::default())];
     if let Some(share) = &config.share {
         devices.push(Box::new(Fs::new(share)?));
     }

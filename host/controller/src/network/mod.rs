@@ -6,10 +6,15 @@
 //! ingress redirection takes a frame before the namespace's own protocols see it, so ARP, neighbour discovery
 //! and everything else is answered by the guest alone.
 //!
-//! All of it is done by netlink, on a thread of its own that has entered the namespace.
+//! Connections to localhost in the namespace are the exception: [`steer`] leads them to the machine, which carries
+//! them to the guest's localhost. CRI's port-forward makes such connections.
+//!
+//! All of it is done by netlink and bpf(2), on a thread of its own that has entered the namespace.
 
+mod bpf;
 mod inside;
 mod redirect;
+pub mod steer;
 mod survey;
 mod tap;
 
@@ -20,13 +25,13 @@ use std::{
 };
 
 use pericarp_protos::agent::{Interface, Neighbour, Route};
-use pericarp_vmm::NetConfig;
-use rtnetlink::Handle;
+use pericarp_vmm::{Forward, NetConfig};
+use rtnetlink::{Handle, LinkUnspec};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use self::{inside::inside, redirect::End};
+use self::{inside::inside, redirect::End, steer::SteerError};
 use crate::undo::Undo;
 
 /// The pod's network cannot be made the guest's.
@@ -107,6 +112,9 @@ fn kernel_error(error: rtnetlink::Error) -> io::Error {
     }
 }
 
+/// The index of the loopback interface in every network namespace (Linux `LOOPBACK_IFINDEX`).
+const LOOPBACK: u32 = 1;
+
 /// What the machine and its guest are to be given.
 #[derive(Debug, Default)]
 pub struct PodNetwork {
@@ -116,6 +124,8 @@ pub struct PodNetwork {
     /// In the order in which they are to be added.
     pub routes: Vec<Route>,
     pub neighbours: Vec<Neighbour>,
+    /// Where connections to the pod's localhost come from, or why they do not. Without a namespace there are none.
+    pub forward: Option<Result<Forward, SteerError>>,
 }
 
 /// An interface of a pod, for its status.
@@ -214,7 +224,16 @@ async fn join(handle: &Handle, netns: &Path, queue_pairs: u16) -> Result<PodNetw
         });
     }
     let interfaces = survey.interfaces.into_iter().map(survey::Surveyed::into_interface).collect();
-    Ok(PodNetwork { nets: devices, interfaces, routes: survey.routes, neighbours: survey.neighbours })
+    // CNI's loopback plugin has done this where containerd runs it.
+    let loopback = LinkUnspec::new_with_index(LOOPBACK).up().build();
+    handle.link().set(loopback).execute().await.map_err(netlink("bring the pod's loopback interface up"))?;
+    Ok(PodNetwork {
+        nets: devices,
+        interfaces,
+        routes: survey.routes,
+        neighbours: survey.neighbours,
+        forward: Some(steer::steer()),
+    })
 }
 
 /// Stops the namespace's own kernel from asking for routers in the guest's name: it would go on for ever, as

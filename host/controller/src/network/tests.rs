@@ -33,12 +33,12 @@ const POD_IP: [u8; 4] = [10, 9, 0, 2];
 const PEER_IP: [u8; 4] = [10, 9, 0, 1];
 
 /// A network namespace, mounted as CNI has them.
-struct Netns {
+pub(super) struct Netns {
     directory: TempDir,
 }
 
 impl Netns {
-    fn new() -> Netns {
+    pub fn new() -> Netns {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("netns");
         File::create(&path).unwrap();
@@ -54,11 +54,11 @@ impl Netns {
         netns
     }
 
-    fn path(&self) -> PathBuf {
+    pub fn path(&self) -> PathBuf {
         self.directory.path().join("netns")
     }
 
-    fn with<T: Send>(&self, work: impl AsyncFnOnce(&Handle) -> T + Send) -> T {
+    pub fn with<T: Send>(&self, work: impl AsyncFnOnce(&Handle) -> T + Send) -> T {
         inside(&self.path(), async |handle| Ok(work(&handle).await)).unwrap()
     }
 
@@ -105,7 +105,7 @@ async fn up(handle: &Handle, name: &str) {
     handle.link().set(link).execute().await.unwrap();
 }
 
-async fn add_address(handle: &Handle, link: &str, ip: &str, prefix_length: u8) {
+pub(super) async fn add_address(handle: &Handle, link: &str, ip: &str, prefix_length: u8) {
     let index = index(handle, link).await;
     let ip: IpAddr = ip.parse().unwrap();
     handle.address().add(index, ip, prefix_length).execute().await.unwrap();

@@ -11,7 +11,9 @@ use std::{
 
 use async_trait::async_trait;
 use pericarp_protos::{guest, ttrpc};
-use pericarp_vmm::{ConsoleConfig, MachineConfig, NetConfig, ShareConfig, VsockConfig, monotonic_ns};
+use pericarp_vmm::{
+    ConsoleConfig, Forward, MachineConfig, NetConfig, ShareConfig, VsockConfig, monotonic_ns,
+};
 use thiserror::Error;
 use tokio::sync::oneshot;
 
@@ -95,7 +97,8 @@ impl Pod {
         let (ready_sender, ready) = oneshot::channel();
         self.state().ready = Some(ready_sender);
         let mut network = self.set_up_network().await?;
-        let (machine, host_listener) = self.make_machine(std::mem::take(&mut network.nets))?;
+        let forward = self.take_forward(&mut network);
+        let (machine, host_listener) = self.make_machine(std::mem::take(&mut network.nets), forward)?;
         let pid = machine.pid();
         self.watch(machine);
         let service = guest_calls::serve(host_listener, Arc::new(GuestRequests(self.clone())))
@@ -130,21 +133,45 @@ impl Pod {
         Ok(network)
     }
 
+    /// What port-forward needs. A pod without it is a pod nonetheless.
+    pub(super) fn take_forward(&self, network: &mut PodNetwork) -> Option<Forward> {
+        let forward = network.forward.take()?;
+        let status = match &forward {
+            Ok(_) => "works".to_owned(),
+            Err(error) => {
+                let reason = chain(error);
+                tracing::warn!(pod = self.id, error = reason, "port-forward to this pod will not work");
+                format!("does not work: {reason}")
+            }
+        };
+        self.state().port_forward = Some(status);
+        forward.ok()
+    }
+
     /// Makes everything on the host that the machine needs, and the machine. What is made is undone by the
     /// pod's undo lists.
-    fn make_machine(&self, nets: Vec<NetConfig>) -> Result<(Machine, UnixListener), BootError> {
+    fn make_machine(
+        &self,
+        nets: Vec<NetConfig>,
+        forward: Option<Forward>,
+    ) -> Result<(Machine, UnixListener), BootError> {
         let directory = &self.directory;
         DirBuilder::new().mode(0o700).create(directory).map_err(make("directory"))?;
         self.state().directory = self.undo_directory();
 
         let mut running = std::mem::take(&mut self.state().running);
-        let made = self.spawn(&mut running, nets);
+        let made = self.spawn(&mut running, nets, forward);
         // Registered before any error is returned, so that it is undone.
         self.state().running = running;
         made
     }
 
-    fn spawn(&self, running: &mut Undo, nets: Vec<NetConfig>) -> Result<(Machine, UnixListener), BootError> {
+    fn spawn(
+        &self,
+        running: &mut Undo,
+        nets: Vec<NetConfig>,
+        forward: Option<Forward>,
+    ) -> Result<(Machine, UnixListener), BootError> {
         let directory = &self.directory;
         let share = Share::at(directory.join(file::SHARE));
         running.push("remove the pod's share", {
@@ -168,8 +195,11 @@ impl Pod {
             }
             None => None,
         };
-        let machine = Machine::spawn(directory, &self.machine_config(nets), &control, entrance)
+        let config = self.machine_config(nets);
+        let machine = Machine::spawn(directory, &config, &control, forward.as_ref(), entrance)
             .map_err(make("machine process"))?;
+        // The machine's alone: it ends with it.
+        drop(forward);
         let pidfd = machine.pidfd().map_err(make("machine process"))?;
         running.push("end the pod's machine", move || machine::kill(&pidfd));
         // From here a controller that starts after a crash finds the machine and ends it.
@@ -198,7 +228,11 @@ impl Pod {
                 path: self.directory.join(file::CONSOLE),
                 limit_bytes: config.console_limit_kib << 10,
             },
-            vsock: VsockConfig { path: self.directory.join(file::VSOCK), host_ports: vec![guest::HOST_PORT] },
+            vsock: VsockConfig {
+                path: self.directory.join(file::VSOCK),
+                host_ports: vec![guest::HOST_PORT],
+                forward_port: Some(guest::FORWARD_PORT),
+            },
             share: Some(ShareConfig {
                 tag: guest::SHARE_TAG.into(),
                 directory: self.directory.join(file::SHARE),

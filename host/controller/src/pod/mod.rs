@@ -123,6 +123,8 @@ struct State {
     cgroup: Option<PathBuf>,
     /// What the guest has of the pod's network.
     interfaces: Vec<InterfaceStatus>,
+    /// Whether port-forward works or why it does not, once that is known.
+    port_forward: Option<String>,
     /// Removes the directory.
     directory: Undo,
     /// Whether somebody waits for the end of the machine: see [`Pod::watch`].
@@ -179,6 +181,7 @@ impl Pod {
                 running: Undo::default(),
                 cgroup: None,
                 interfaces: Vec::new(),
+                port_forward: None,
                 directory: Undo::default(),
                 watched: false,
                 host_service: None,
@@ -235,6 +238,12 @@ impl Pod {
     /// The cgroup that has the pod's numbers; `None` on a host without cgroup v2.
     pub fn cgroup(&self) -> Option<PathBuf> {
         self.state().cgroup.clone()
+    }
+
+    /// What the guest has of the pod's network, and whether port-forward works.
+    fn network_status(&self) -> (Vec<InterfaceStatus>, Option<String>) {
+        let state = self.state();
+        (state.interfaces.clone(), state.port_forward.clone())
     }
 
     pub(crate) fn node(&self) -> &Node {
@@ -296,6 +305,7 @@ impl Pod {
                 }),
                 "netns": self.netns,
                 "interfaces": state.interfaces,
+                "portForward": state.port_forward,
                 "guestKernel": state.guest_kernel,
                 "bootTimeline": timeline,
                 "containers": state.containers,

@@ -55,10 +55,14 @@ pub struct Record {
     /// What the guest has of the pod's network.
     #[serde(default)]
     interfaces: Vec<InterfaceStatus>,
+    /// Whether port-forward works or why it does not.
+    #[serde(default)]
+    port_forward: Option<String>,
 }
 
 /// Writes the record so that it is either there whole or not at all.
 pub fn write(pod: &Pod, pid: u32, stage: Stage) -> io::Result<()> {
+    let (interfaces, port_forward) = pod.network_status();
     let record = Record {
         version: VERSION,
         stage,
@@ -69,7 +73,8 @@ pub fn write(pod: &Pod, pid: u32, stage: Stage) -> io::Result<()> {
         pid,
         start_time: start_time(pid)?,
         cgroup: cgroup_of(pid)?,
-        interfaces: pod.state().interfaces.clone(),
+        interfaces,
+        port_forward,
     };
     let path = pod.directory.join(file::STATE);
     let temporary = path.with_extension("json.new");
@@ -179,6 +184,7 @@ async fn adopt(node: &Arc<Node>, record: Record, machine: Machine) -> io::Result
         state.known_containers = known_containers;
         state.cgroup = cgroup;
         state.interfaces = record.interfaces;
+        state.port_forward = record.port_forward;
         state.directory = pod.undo_directory();
         state.host_service = Some(service);
     }
@@ -230,6 +236,7 @@ mod tests {
             start_time: 1,
             cgroup: None,
             interfaces: Vec::new(),
+            port_forward: None,
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
         let _guard = runtime.enter();

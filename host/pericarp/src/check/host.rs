@@ -146,6 +146,17 @@ pub fn tun() -> Finding {
     }
 }
 
+/// BPF, by which port-forward finds its way into a pod's machine.
+pub fn port_forward() -> Finding {
+    match pericarp_controller::probe_port_forward() {
+        Ok(()) => Finding::ok("the kernel takes the BPF program that it needs"),
+        Err(error) => Finding::warning(
+            format!("will not work: {}", chain(&error)),
+            "run this as root, as the controller must be; if that is not it, use a kernel with CONFIG_BPF_SYSCALL",
+        ),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::{super::Status, *};
