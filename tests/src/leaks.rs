@@ -12,8 +12,11 @@ use anyhow::{Context, Result};
 const TREES: [&str; 5] = ["/run/pericarp", "/run/containerd", "/run/netns", "/run/cni/ipam", "/run/pods"];
 
 /// What the first pod makes and all later ones share.
-const SHARED: [&str; 10] = [
+const SHARED: [&str; 12] = [
     "link cni0",
+    // The kernel's module makes these two when it is loaded for the first pod with limited bandwidth.
+    "link ifb0",
+    "link ifb1",
     "cgroup /kubepods",
     "path /run/pods",
     "path /run/cni/ipam",
