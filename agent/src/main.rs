@@ -7,7 +7,9 @@
 mod boot;
 mod cgroup;
 mod events;
+mod forward;
 mod host;
+mod network;
 mod pod;
 mod runtime;
 mod server;

@@ -17,14 +17,18 @@ use std::{
 use async_trait::async_trait;
 use nix::mount::MsFlags;
 use pericarp_protos::{
-    agent::{Agent, ConfigureRequest, ConfigureResponse, Dns},
+    agent::{Agent, ConfigureRequest, ConfigureResponse, Dns, Interface},
     guest::{ETC_DIR, SHM_DIR},
     ttrpc::{self, Code, r#async::TtrpcContext},
 };
 
 use tokio::sync::watch;
 
-use crate::{boot, server};
+use crate::{
+    boot,
+    network::{self, NetworkError},
+    server,
+};
 
 /// Why the guest cannot be made into the pod.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +60,9 @@ pub enum PodError {
         /// What went wrong.
         source: io::Error,
     },
+    /// The pod's network cannot be set up.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
     /// The shared memory file system cannot be mounted.
     #[error("cannot mount the pod's shared memory: {0}")]
     SharedMemory(io::Error),
@@ -68,7 +75,7 @@ impl From<PodError> for ttrpc::Error {
             PodError::Hostname(..) | PodError::UnknownSysctl(_) | PodError::Sysctl { .. } => {
                 Code::INVALID_ARGUMENT
             }
-            PodError::File { .. } | PodError::SharedMemory(_) => Code::INTERNAL,
+            PodError::File { .. } | PodError::SharedMemory(_) | PodError::Network(_) => Code::INTERNAL,
         };
         server::status(code, error.to_string())
     }
@@ -111,7 +118,7 @@ impl Pod {
         }
     }
 
-    fn apply(&self, request: &ConfigureRequest) -> Result<(), PodError> {
+    async fn apply(&self, request: &ConfigureRequest) -> Result<(), PodError> {
         if self.begun.swap(true, Ordering::Relaxed) {
             return Err(PodError::AlreadyConfigured);
         }
@@ -121,6 +128,8 @@ impl Pod {
         }
         write_files(Path::new(ETC_DIR), request)?;
         mount_shared_memory(request.shm_bytes).map_err(PodError::SharedMemory)?;
+        network::apply(request).await?;
+        // Last, because some are an interface's.
         set_sysctls(Path::new("/proc/sys"), &request.sysctls)?;
         self.configured.send_replace(true);
         Ok(())
@@ -136,7 +145,7 @@ impl Agent for Pod {
         request: ConfigureRequest,
     ) -> ttrpc::Result<ConfigureResponse> {
         let arrival = Instant::now();
-        self.apply(&request)?;
+        self.apply(&request).await?;
         let mut response = ConfigureResponse::new();
         response.configure_ns = u64::try_from(arrival.elapsed().as_nanos()).unwrap_or(u64::MAX);
         Ok(response)
@@ -151,14 +160,24 @@ fn write_files(directory: &Path, request: &ConfigureRequest) -> Result<(), PodEr
     };
     fs::create_dir_all(directory).map_err(|source| PodError::File { path: directory.to_owned(), source })?;
     create("hostname", &format!("{hostname}\n"))?;
-    create("hosts", &hosts(hostname))?;
+    create("hosts", &hosts(hostname, &request.interfaces))?;
     create("resolv.conf", &resolv_conf(&request.dns))
 }
 
-/// `/etc/hosts` of a pod without an address of its own.
-fn hosts(hostname: &str) -> String {
+/// `/etc/hosts`: where the pod finds itself.
+fn hosts(hostname: &str, interfaces: &[Interface]) -> String {
     let mut hosts = "127.0.0.1\tlocalhost\n::1\tlocalhost ip6-localhost ip6-loopback\n".to_owned();
-    if hostname != "localhost" {
+    if hostname == "localhost" {
+        return hosts;
+    }
+    let addresses = interfaces.iter().flat_map(|interface| &interface.addresses);
+    let addresses: Vec<_> = addresses.filter_map(|address| network::ip(&address.ip)).collect();
+    // The first of each family is the pod's own, as for kubelet.
+    let own = [addresses.iter().find(|ip| ip.is_ipv4()), addresses.iter().find(|ip| ip.is_ipv6())];
+    for ip in own.into_iter().flatten() {
+        let _ = writeln!(hosts, "{ip}\t{hostname}");
+    }
+    if addresses.is_empty() {
         // As Debian has it for a machine without a permanent address.
         let _ = writeln!(hosts, "127.0.1.1\t{hostname}");
     }
@@ -281,9 +300,25 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_is_configured_only_once() {
+    fn a_pod_with_addresses_finds_itself_at_the_first_of_each_family() {
+        let mut interface = Interface::new();
+        for ip in ["10.0.0.7", "10.0.0.8", "fd00::7"] {
+            let ip: std::net::IpAddr = ip.parse().unwrap();
+            let mut address = pericarp_protos::agent::Address::new();
+            address.ip = match ip {
+                std::net::IpAddr::V4(ip) => ip.octets().to_vec(),
+                std::net::IpAddr::V6(ip) => ip.octets().to_vec(),
+            };
+            interface.addresses.push(address);
+        }
+        let hosts = hosts("web-0", &[interface]);
+        assert!(hosts.ends_with("\n10.0.0.7\tweb-0\nfd00::7\tweb-0\n"), "{hosts}");
+    }
+
+    #[tokio::test]
+    async fn a_guest_is_configured_only_once() {
         let pod = Pod::default();
         pod.begun.store(true, Ordering::Relaxed);
-        assert!(matches!(pod.apply(&ConfigureRequest::new()), Err(PodError::AlreadyConfigured)));
+        assert!(matches!(pod.apply(&ConfigureRequest::new()).await, Err(PodError::AlreadyConfigured)));
     }
 }

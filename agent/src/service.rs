@@ -14,6 +14,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::{
     boot,
     events::Events,
+    forward,
     host::{Address, Host},
     pod::Pod,
     server::{self, Listener, Services},
@@ -33,6 +34,7 @@ pub fn serve_as_init() -> ExitCode {
     }
     run(async move {
         let listener = Listener::vsock(AGENT_PORT)?;
+        tokio::spawn(forward::serve(forward::listen()?));
         let host = Arc::new(Host::new(Address::Vsock));
         announce(Arc::clone(&host), began);
         serve(listener, host).await

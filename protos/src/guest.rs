@@ -6,6 +6,11 @@ pub const AGENT_PORT: u32 = 1024;
 /// vsock port on the host (CID 2) on which the controller serves the agent.
 pub const HOST_PORT: u32 = 1025;
 
+/// vsock port on which the agent takes connections to the pod's localhost, which come from the machine. Each begins
+/// with the TCP port, two bytes in network order; the agent answers with one byte 0 once it has connected there, and
+/// from then on the stream is that connection.
+pub const FORWARD_PORT: u32 = 1026;
+
 /// Tag of the virtio-fs device that carries the pod's share.
 pub const SHARE_TAG: &str = "share";
 

@@ -12,20 +12,13 @@ use pericarp_protos::sandbox::{
     ControllerStatusRequest, ControllerStopRequest, ControllerWaitRequest,
 };
 use pericarp_tests::{
-    api,
-    controller::{self, Controller, NODE_CONTROLLER, NetworkNamespace},
+    controller::{self, Controller, NODE_CONTROLLER, NetworkNamespace, pod_config},
     machine::MachineProcess,
     on_pericarp,
 };
 use tonic::{Code, Status};
 
 const ID: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
-
-fn config(name: &str) -> api::PodSandboxConfig {
-    let metadata =
-        api::PodSandboxMetadata { name: name.to_owned(), uid: name.to_owned(), ..Default::default() };
-    api::PodSandboxConfig { metadata: Some(metadata), ..Default::default() }
-}
 
 #[test]
 fn every_call_for_an_unknown_sandbox_says_that_it_is_unknown() -> Result<()> {
@@ -57,7 +50,7 @@ fn a_sandbox_that_cannot_be_created_is_refused() -> Result<()> {
         let mut client = controller::connect(Path::new(NODE_CONTROLLER)).await?;
         let good = ControllerCreateRequest {
             sandbox_id: format!("{ID}-{}", node.name()).chars().rev().take(64).collect(),
-            options: Some(controller::options(&config("created"))),
+            options: Some(controller::options(&pod_config("created"))),
             netns_path: netns.path(),
             ..Default::default()
         };
@@ -92,8 +85,11 @@ async fn broken(what: &str, settings: &str) -> Result<Status> {
     let pod = format!("pod-{what}");
     // Of its own, because other tests look for their machines at the same time.
     let id = format!("{what:0<64}");
-    let error =
-        controller.start_pod(&id, &config(&pod), &netns).await.err().context("this pod should not start")?;
+    let error = controller
+        .start_pod(&id, &pod_config(&pod), &netns)
+        .await
+        .err()
+        .context("this pod should not start")?;
     assert!(error.message().contains(&pod), "{pod:?} is not in: {error}");
     assert_eq!(controller.pod_directories()?, Vec::<String>::new(), "after {error}");
     assert_eq!(MachineProcess::of_pod(&id)?, None, "after {error}");

@@ -8,5 +8,7 @@ mod errors;
 mod exec;
 mod logs;
 mod machine;
+mod network;
 mod pods;
+mod port_forward;
 mod volumes;

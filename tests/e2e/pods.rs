@@ -103,6 +103,91 @@ fn a_pod_has_its_names_and_its_resolver() -> Result<()> {
 }
 
 #[test]
+fn a_pod_without_a_resolver_gets_the_nodes() -> Result<()> {
+    on_node(async |node| {
+        let pod = node.pod("resolver").with(|config| config.dns_config = None).run().await?;
+        let container = pod.idle_container("idle").await?;
+        let of_node = std::fs::read_to_string("/etc/resolv.conf")?;
+        let of_pod = container.shell("cat /etc/resolv.conf").await?;
+        let servers = |text: &str| -> Vec<String> {
+            let servers = text.lines().filter(|line| line.starts_with("nameserver"));
+            servers.map(str::to_owned).collect()
+        };
+        assert!(!servers(&of_node).is_empty(), "the node has no resolver: {of_node:?}");
+        assert_eq!(servers(&of_pod), servers(&of_node));
+        Ok(())
+    })
+}
+
+#[test]
+fn files_that_kubelet_mounts_win_over_the_pods_own() -> Result<()> {
+    on_node(async |node| {
+        let pod = node.pod("kubelets").run().await?;
+        let mut container = pod.container("mounted");
+        let files = ["/etc/hosts", "/etc/resolv.conf", "/etc/hostname"];
+        for file in files {
+            let ours = node.file(file.trim_start_matches("/etc/"), &format!("kubelet's {file}\n"))?;
+            container = container.mount(&ours, file, false);
+        }
+        let container = container.start().await?;
+        for file in files {
+            assert_eq!(container.shell(&format!("cat {file}")).await?, format!("kubelet's {file}"));
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn safe_sysctls_are_set_in_the_pod() -> Result<()> {
+    // https://kubernetes.io/docs/tasks/administer-cluster/sysctl-cluster/: the safe set.
+    const SAFE: [(&str, &str); 10] = [
+        ("kernel.shm_rmid_forced", "1"),
+        ("net.ipv4.ip_local_port_range", "20000\t30000"),
+        ("net.ipv4.tcp_syncookies", "0"),
+        ("net.ipv4.ping_group_range", "7\t9"),
+        ("net.ipv4.ip_unprivileged_port_start", "100"),
+        ("net.ipv4.ip_local_reserved_ports", "8080"),
+        ("net.ipv4.tcp_keepalive_time", "600"),
+        ("net.ipv4.tcp_fin_timeout", "30"),
+        ("net.ipv4.tcp_keepalive_intvl", "60"),
+        ("net.ipv4.tcp_keepalive_probes", "3"),
+    ];
+    on_node(async |node| {
+        let pod = node.pod("sysctls").with_linux(|linux| {
+            let sysctls = SAFE.map(|(key, value)| (key.to_owned(), value.replace('\t', " ")));
+            linux.sysctls.extend(sysctls);
+        });
+        let container = pod.run().await?.idle_container("idle").await?;
+        for (key, value) in SAFE {
+            let path = format!("/proc/sys/{}", key.replace('.', "/"));
+            assert_eq!(container.shell(&format!("cat {path}")).await?, value, "{key}");
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_process_without_privileges_may_listen_on_any_port_and_ping() -> Result<()> {
+    on_node(async |node| {
+        let pod = node.pod("unprivileged").run().await?;
+        let container = pod
+            .container("alice")
+            .command(["peer", "serve", "127.0.0.1:80"])
+            .with_security(|security| {
+                security.run_as_user = Some(api::Int64Value { value: 1000 });
+                security.capabilities =
+                    Some(api::Capability { drop_capabilities: vec!["ALL".to_owned()], ..Default::default() });
+            })
+            .start()
+            .await?;
+        container.shell("until peer tcp 127.0.0.1:80 name; do sleep 0.1; done").await?;
+        let range = container.shell("cat /proc/sys/net/ipv4/ping_group_range").await?;
+        assert_eq!(range, "0\t2147483647");
+        Ok(())
+    })
+}
+
+#[test]
 fn a_second_pod_of_the_same_name_runs_after_the_first_is_gone() -> Result<()> {
     on_node(async |node| {
         let first = node.pod("again").run().await?;

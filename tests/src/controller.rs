@@ -53,6 +53,13 @@ pub fn options(config: &api::PodSandboxConfig) -> prost_types::Any {
     prost_types::Any { type_url: "runtime.v1.PodSandboxConfig".to_owned(), value: config.encode_to_vec() }
 }
 
+/// The least that containerd says of a pod.
+pub fn pod_config(name: &str) -> api::PodSandboxConfig {
+    let metadata =
+        api::PodSandboxMetadata { name: name.to_owned(), uid: name.to_owned(), ..Default::default() };
+    api::PodSandboxConfig { metadata: Some(metadata), ..Default::default() }
+}
+
 /// A second controller on the node, with a configuration and a run directory of its own.
 pub struct Controller {
     child: Child,
@@ -65,18 +72,41 @@ pub struct Controller {
 impl Controller {
     /// Starts one. `config` is added to its configuration file.
     pub async fn serve(config: &str) -> Result<Self> {
+        Self::start(Command::new("pericarp").arg("serve"), config).await
+    }
+
+    /// Starts one in a mount namespace of its own, after a shell command has changed that.
+    pub async fn serve_where(change: &str, config: &str) -> Result<Self> {
+        let script = format!("{change} && exec pericarp serve \"$@\"");
+        let mut unshare = Command::new("unshare");
+        unshare.args(["--mount", "--propagation", "slave", "sh", "-c", &script, "sh"]);
+        Self::start(&mut unshare, config).await
+    }
+
+    async fn start(command: &mut Command, config: &str) -> Result<Self> {
         // Short: the sockets' paths in it must fit a socket address.
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let run_dir = PathBuf::from(format!("/run/{}.{number}", std::process::id()));
         fs::create_dir_all(&run_dir)?;
-        let file = run_dir.join("config.toml");
-        fs::write(&file, format!("run_dir = '{}'\n{config}\n", run_dir.join("r").display()))?;
-        let log = fs::File::create(run_dir.join("log"))?;
-        let mut child = Command::new("pericarp")
-            .arg("serve")
+        fs::write(
+            run_dir.join("config.toml"),
+            format!("run_dir = '{}'\n{config}\n", run_dir.join("r").display()),
+        )?;
+        Self::start_in(command, run_dir).await
+    }
+
+    /// Kills it, and starts one that takes its place.
+    pub async fn replace(mut self) -> Result<Self> {
+        self.child.kill().await.context("kill pericarp serve")?;
+        Self::start_in(Command::new("pericarp").arg("serve"), self.run_dir.clone()).await
+    }
+
+    async fn start_in(command: &mut Command, run_dir: PathBuf) -> Result<Self> {
+        let log = fs::File::options().create(true).append(true).open(run_dir.join("log"))?;
+        let mut child = command
             .arg("--config")
-            .arg(&file)
+            .arg(run_dir.join("config.toml"))
             .stdout(Stdio::null())
             .stderr(log)
             .kill_on_drop(true)
@@ -114,14 +144,19 @@ impl Controller {
         let started = self.client.start(request).await;
         if started.is_err() {
             // containerd's own clean-up after a failed start.
-            let request =
-                ControllerShutdownRequest { sandbox_id: id.to_owned(), sandboxer: "pericarp".to_owned() };
-            match self.client.shutdown(request).await {
+            match self.shut_down_pod(id).await {
                 Err(error) if error.code() != tonic::Code::NotFound => return Err(error),
                 _ => {}
             }
         }
         Ok(started?.into_inner())
+    }
+
+    /// `Shutdown` of one pod.
+    pub async fn shut_down_pod(&mut self, id: &str) -> Result<(), Status> {
+        let request =
+            ControllerShutdownRequest { sandbox_id: id.to_owned(), sandboxer: "pericarp".to_owned() };
+        self.client.shutdown(request).await.map(drop)
     }
 
     /// Names of the pods' directories, which are all gone when no pod is left.
@@ -164,6 +199,16 @@ impl NetworkNamespace {
     /// Where it is mounted.
     pub fn path(&self) -> String {
         format!("/run/netns/{}", self.0)
+    }
+
+    /// Runs shell commands in it.
+    pub async fn run(&self, commands: &str) -> Result<String> {
+        let netns = format!("--net={}", self.path());
+        let output = Command::new("nsenter").args([&netns, "sh", "-ec", commands]).output().await?;
+        if !output.status.success() {
+            bail!("{commands:?}: {}", String::from_utf8_lossy(&output.stderr));
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned())
     }
 
     /// Removes it.

@@ -12,14 +12,14 @@ use anyhow::{Context, Result};
 const TREES: [&str; 5] = ["/run/pericarp", "/run/containerd", "/run/netns", "/run/cni/ipam", "/run/pods"];
 
 /// What the first pod makes and all later ones share.
-const SHARED: [&str; 13] = [
+const SHARED: [&str; 12] = [
     "link cni0",
+    // The kernel's module makes these two when it is loaded for the first pod with limited bandwidth.
+    "link ifb0",
+    "link ifb1",
     "cgroup /kubepods",
     "path /run/pods",
     "path /run/cni/ipam",
-    "path /run/cni/ipam/bridge",
-    "path /run/cni/ipam/bridge/last_reserved_ip.0",
-    "path /run/cni/ipam/bridge/lock",
     "path /run/containerd/io.containerd.grpc.v1.cri/containers",
     "path /run/containerd/io.containerd.grpc.v1.cri/sandboxes",
     "path /run/containerd/io.containerd.runtime.v2.task/k8s.io",
@@ -53,7 +53,19 @@ pub fn snapshot() -> Result<BTreeSet<String>> {
 
 /// What of `after` was not there before, except what all pods share.
 pub fn new_since(before: &BTreeSet<String>, after: &BTreeSet<String>) -> Vec<String> {
-    after.difference(before).filter(|line| !SHARED.contains(&line.as_str())).cloned().collect()
+    after.difference(before).filter(|line| !is_shared(line)).cloned().collect()
+}
+
+fn is_shared(line: &str) -> bool {
+    // A network's bridge, and what IPAM remembers of a network; an address is a pod's.
+    let of_ipam = |path: &str| match path.split('/').collect::<Vec<_>>()[..] {
+        [_network] => true,
+        [_network, file] => file == "lock" || file.starts_with("last_reserved_ip."),
+        _ => false,
+    };
+    SHARED.contains(&line)
+        || line.starts_with("link cni-")
+        || line.strip_prefix("path /run/cni/ipam/").is_some_and(of_ipam)
 }
 
 fn processes(found: &mut BTreeSet<String>) -> Result<()> {
@@ -125,6 +137,13 @@ mod tests {
         let before = lines(&["link lo", "process 7 containerd"]);
         let after = lines(&["link lo", "link cni0", "link veth1"]);
         assert_eq!(new_since(&before, &after), ["link veth1"]);
+    }
+
+    #[test]
+    fn an_address_that_is_still_reserved_is_a_leak_but_not_its_network() {
+        let ipam = "path /run/cni/ipam/dual10";
+        let after = ["", "/lock", "/last_reserved_ip.1", "/fd00:89::2"].map(|file| format!("{ipam}{file}"));
+        assert_eq!(new_since(&BTreeSet::new(), &after.into()), ["path /run/cni/ipam/dual10/fd00:89::2"]);
     }
 
     #[test]

@@ -6,6 +6,7 @@
 mod container;
 pub mod controller;
 mod cri;
+mod forward;
 pub mod leaks;
 pub mod log;
 pub mod machine;
@@ -16,6 +17,7 @@ pub mod streaming;
 
 pub use container::{BUSYBOX, BUSYBOX_USR1, Container, ContainerBuilder, ExecOutput};
 pub use cri::Cri;
-pub use node::{Node, Runtime, on_node, on_pericarp};
+pub use forward::{Forward, Forwarded};
+pub use node::{Network, Node, Runtime, on_node, on_pericarp};
 pub use pericarp_protos::cri as api;
 pub use pod::{Pod, PodBuilder};

@@ -1,6 +1,6 @@
 //! Machines as the node sees them: processes.
 
-use std::fs;
+use std::{collections::BTreeMap, fs, time::Duration};
 
 use anyhow::{Context, Result, bail};
 
@@ -29,10 +29,80 @@ impl MachineProcess {
         }
     }
 
+    /// What each of its threads has used of a CPU so far.
+    pub fn cpu_time(self) -> Result<CpuTime> {
+        // The kernel counts in these, whatever its own clock is (proc_pid_stat(5)).
+        const TICK: Duration = Duration::from_millis(10);
+        let mut times = BTreeMap::new();
+        for task in fs::read_dir(format!("/proc/{}/task", self.pid))? {
+            // "tid (name) state ppid …": the name may hold anything but ends with the last parenthesis.
+            let stat = fs::read_to_string(task?.path().join("stat"))?;
+            let (name, rest) = stat.rsplit_once(')').context("a thread's name")?;
+            let name = name.split_once('(').context("a thread's name")?.1;
+            let field = |number: usize| -> Result<u32> {
+                Ok(rest.split_whitespace().nth(number).context("a field of a thread's")?.parse()?)
+            };
+            // utime and stime, fields 14 and 15 of which `rest` begins with the third.
+            *times.entry(name.to_owned()).or_default() += TICK * (field(11)? + field(12)?);
+        }
+        Ok(CpuTime(times))
+    }
+
+    /// How often its guest has left its processor so far. Zero where debugfs is not mounted.
+    pub fn exits(self) -> Result<Exits> {
+        let mut exits = Exits::default();
+        let Ok(machines) = fs::read_dir("/sys/kernel/debug/kvm") else { return Ok(exits) };
+        for machine in machines {
+            let machine = machine?;
+            // "pid-descriptor"
+            if machine.file_name().to_str().is_some_and(|name| name.starts_with(&format!("{}-", self.pid))) {
+                let counter = |name: &str| -> Result<u32> {
+                    Ok(fs::read_to_string(machine.path().join(name))?.trim().parse()?)
+                };
+                exits.all += counter("exits")?;
+                exits.to_the_machine += counter("mmio_exits")? + counter("io_exits")?;
+            }
+        }
+        Ok(exits)
+    }
+
     /// Kills it, as the kernel would when memory is short.
     pub fn kill(self) -> Result<()> {
         let pid = rustix::process::Pid::from_raw(self.pid).context("a process id")?;
         rustix::process::kill_process(pid, rustix::process::Signal::KILL).context("kill the machine")
+    }
+}
+
+/// How often a guest has left its processor, as KVM counts it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Exits {
+    all: u32,
+    /// Those that KVM could not deal with by itself.
+    to_the_machine: u32,
+}
+
+impl Exits {
+    /// How often since then, by name.
+    pub fn since(self, before: Self) -> [(&'static str, u32); 2] {
+        [
+            ("all", self.all.wrapping_sub(before.all)),
+            ("that the machine deals with", self.to_the_machine.wrapping_sub(before.to_the_machine)),
+        ]
+    }
+}
+
+/// CPU time by the names of threads.
+#[derive(Clone, Debug, Default)]
+pub struct CpuTime(BTreeMap<String, Duration>);
+
+impl CpuTime {
+    /// What each thread has used since then.
+    pub fn since(&self, before: &Self) -> Vec<(String, Duration)> {
+        let used = |(name, after): (&String, &Duration)| {
+            let before = before.0.get(name).copied().unwrap_or_default();
+            (name.clone(), after.saturating_sub(before))
+        };
+        self.0.iter().map(used).collect()
     }
 }
 

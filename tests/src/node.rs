@@ -63,13 +63,40 @@ impl fmt::Display for Runtime {
     }
 }
 
+/// The pods' network on a node: see `tests/node/containerd-config`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Network {
+    /// A bridge with IPv4, and portmap.
+    Node,
+    /// A bridge with IPv4 and IPv6, an MTU of 1400 bytes, and portmap.
+    Dual,
+    /// A bridge with IPv6 only.
+    Six,
+    /// A bridge with one fixed IPv4 and one fixed MAC address, an MTU of 9000 bytes, and a route besides the default.
+    Static,
+    /// A veth pair without a bridge, IPv4 and IPv6, portmap and bandwidth limits.
+    Ptp,
+    /// Two interfaces: a bridge's and a macvlan.
+    Two,
+    /// A macvlan interface on the link `lan0`.
+    Macvlan,
+    /// An ipvlan interface on the link `lan1`.
+    Ipvlan,
+    /// A tap that a CNI plugin has made.
+    Tap,
+    /// A link that leads nowhere.
+    Dummy,
+}
+
 /// A node, and everything that one test has made on it.
 #[derive(Clone, Debug)]
 pub struct Node {
     /// The connection to containerd.
     pub cri: Cri,
-    /// The handler of this node's pods.
+    /// What runs this node's pods.
     pub runtime: Runtime,
+    /// What connects them.
+    network: Network,
     /// Unlike any other test's, and short enough for a host name.
     unique: String,
 }
@@ -114,13 +141,27 @@ impl Node {
         let short: String =
             name.rsplit("::").next().unwrap_or(name).replace('_', "-").chars().take(40).collect();
         let unique = format!("{}-{}", short.trim_matches('-'), process::id());
-        Ok(Self { cri: Cri::connect().await?, runtime, unique })
+        Ok(Self { cri: Cri::connect().await?, runtime, network: Network::Node, unique })
     }
 
-    /// The same node, for pods with another runtime handler.
+    /// The same node, for pods of another runtime.
     #[must_use]
     pub fn with_runtime(&self, runtime: Runtime) -> Self {
         Self { runtime, ..self.clone() }
+    }
+
+    /// The same node, for pods on another network.
+    #[must_use]
+    pub fn with_network(&self, network: Network) -> Self {
+        Self { network, ..self.clone() }
+    }
+
+    /// The name of the runtime handler that the pods get.
+    pub(crate) fn handler(&self) -> String {
+        match self.network {
+            Network::Node => self.runtime.to_string(),
+            network => format!("{}-{network:?}", self.runtime).to_lowercase(),
+        }
     }
 
     /// Describes a new pod; `name` need only differ from the names of this test's other pods.

@@ -1,6 +1,6 @@
 //! Pods.
 
-use std::{collections::HashMap, fs, path::PathBuf};
+use std::{collections::HashMap, fs, iter, net::IpAddr, path::PathBuf};
 
 use anyhow::{Context, Result};
 use tonic::{Code, Status};
@@ -112,7 +112,7 @@ impl PodBuilder {
         fs::create_dir_all(&self.config.log_directory)?;
         let request = api::RunPodSandboxRequest {
             config: Some(self.config.clone()),
-            runtime_handler: self.node.runtime.to_string(),
+            runtime_handler: self.node.handler(),
         };
         Ok(self.node.cri.runtime().run_pod_sandbox(request).await.map(|response| Pod {
             id: response.into_inner().pod_sandbox_id,
@@ -150,6 +150,24 @@ impl Pod {
             self.node.cri.runtime().pod_sandbox_status(request).await?.into_inner().info;
         let json = info.get("info").context("verbose status has no \"info\"")?;
         serde_json::from_str(json).with_context(|| format!("verbose status is not JSON: {json}"))
+    }
+
+    /// The pod's addresses; its main one first.
+    pub async fn addresses(&self) -> Result<Vec<IpAddr>> {
+        let status = self.status().await?.context("the pod is gone")?;
+        let network = status.network.context("the pod has no network")?;
+        let further = network.additional_ips.into_iter().map(|further| further.ip);
+        iter::once(network.ip)
+            .chain(further)
+            .map(|ip| ip.parse().with_context(|| format!("the pod's address {ip:?}")))
+            .collect()
+    }
+
+    /// `PodSandboxStats`.
+    pub async fn stats(&self) -> Result<api::PodSandboxStats> {
+        let request = api::PodSandboxStatsRequest { pod_sandbox_id: self.id.clone() };
+        let response = self.node.cri.runtime().pod_sandbox_stats(request).await.context("PodSandboxStats")?;
+        response.into_inner().stats.context("PodSandboxStats answered without stats")
     }
 
     /// Whether the pod's state is READY.

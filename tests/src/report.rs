@@ -6,8 +6,8 @@ use serde_json::Value;
 
 /// The phases of a pod's start as the controller measured them, in milliseconds, in the order in which they happen.
 pub fn boot_timeline(info: &Value) -> Result<Vec<(String, f64)>> {
-    const ORDER: [&str; 7] =
-        ["vmmSpawn", "kvmSetup", "kernelLoad", "kernelToInit", "agentReady", "configure", "total"];
+    const ORDER: [&str; 8] =
+        ["network", "vmmSpawn", "kvmSetup", "kernelLoad", "kernelToInit", "agentReady", "configure", "total"];
     phases(&info["pericarp"]["bootTimeline"], &ORDER).with_context(|| format!("bootTimeline of {info}"))
 }
 
@@ -62,13 +62,13 @@ mod tests {
 
     #[test]
     fn phases_come_in_the_order_in_which_they_happen() {
-        let timeline = serde_json::json!({"total": 7, "configure": 6, "agentReady": 5, "kernelToInit": 4,
-            "kernelLoad": 3, "kvmSetup": 2, "vmmSpawn": 1});
+        let timeline = serde_json::json!({"total": 8, "configure": 7, "agentReady": 6, "kernelToInit": 5,
+            "kernelLoad": 4, "kvmSetup": 3, "vmmSpawn": 2, "network": 1});
         let info = serde_json::json!({"pericarp": {"bootTimeline": timeline}});
         let timeline = boot_timeline(&info).unwrap();
         assert_eq!(
             timeline.iter().map(|(_, time)| *time).collect::<Vec<_>>(),
-            [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
+            [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
         );
     }
 }

@@ -23,7 +23,7 @@ const ERROR: u8 = 3;
 const RESIZE: u8 = 4;
 
 /// Nothing in these tests is silent for longer than this.
-const SILENCE_LIMIT: Duration = Duration::from_secs(30);
+pub(crate) const SILENCE_LIMIT: Duration = Duration::from_secs(30);
 
 /// Whether a command gets a terminal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,15 +75,21 @@ struct Cause {
     message: String,
 }
 
+/// Opens a WebSocket to a URL of containerd's streaming server.
+pub(crate) async fn connect(url: &str) -> Result<WebSocketStream<TcpStream>> {
+    let rest = url.strip_prefix("http://").with_context(|| format!("not an http URL: {url}"))?;
+    let (address, _) = rest.split_once('/').with_context(|| format!("no path in the URL {url}"))?;
+    let tcp = TcpStream::connect(address).await.with_context(|| format!("connect to {address}"))?;
+    let mut request = format!("ws://{rest}").into_client_request()?;
+    request.headers_mut().insert("Sec-WebSocket-Protocol", HeaderValue::from_static(PROTOCOL));
+    let (socket, _) = client_async(request, tcp).await.with_context(|| format!("WebSocket to {url}"))?;
+    Ok(socket)
+}
+
 impl Session {
     /// Opens the streams behind a URL of `Exec` or `Attach`.
     pub async fn open(url: &str) -> Result<Self> {
-        let rest = url.strip_prefix("http://").with_context(|| format!("not an http URL: {url}"))?;
-        let (address, _) = rest.split_once('/').with_context(|| format!("no path in the URL {url}"))?;
-        let tcp = TcpStream::connect(address).await.with_context(|| format!("connect to {address}"))?;
-        let mut request = format!("ws://{rest}").into_client_request()?;
-        request.headers_mut().insert("Sec-WebSocket-Protocol", HeaderValue::from_static(PROTOCOL));
-        let (socket, _) = client_async(request, tcp).await.with_context(|| format!("WebSocket to {url}"))?;
+        let socket = connect(url).await?;
         Ok(Self { socket, stdout: Vec::new(), stderr: Vec::new(), outcome: None })
     }
 

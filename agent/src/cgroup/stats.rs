@@ -119,13 +119,7 @@ fn io(directory: &Path) -> Option<IOStat> {
 fn io_entry(line: &str) -> Option<IOEntry> {
     let (device, counters) = line.split_once(' ')?;
     let (major, minor) = device.split_once(':')?;
-    let counters = Flat(
-        counters
-            .split_whitespace()
-            .filter_map(|pair| pair.split_once('='))
-            .filter_map(|(key, value)| Some((key.to_owned(), value.parse().ok()?)))
-            .collect(),
-    );
+    let counters = Flat::of(counters.split_whitespace().filter_map(|pair| pair.split_once('=')));
     let mut entry = IOEntry::new();
     entry.major = major.parse().ok()?;
     entry.minor = minor.parse().ok()?;
@@ -165,24 +159,23 @@ fn pressure_values(values: &str) -> PSIData {
     data
 }
 
-/// A "flat keyed" file: one `name value` per line.
+/// Numbers by their names.
 struct Flat(HashMap<String, u64>);
 
 impl Flat {
+    fn of<'a>(pairs: impl Iterator<Item = (&'a str, &'a str)>) -> Flat {
+        Flat(pairs.filter_map(|(key, value)| Some((key.to_owned(), value.parse().ok()?))).collect())
+    }
+
     fn value(&self, key: &str) -> u64 {
         self.0.get(key).copied().unwrap_or_default()
     }
 }
 
+/// A "flat keyed" file: one `name value` per line.
 fn flat(file: &Path) -> Flat {
     let content = fs::read_to_string(file).unwrap_or_default();
-    Flat(
-        content
-            .lines()
-            .filter_map(|line| line.split_once(' '))
-            .filter_map(|(key, value)| Some((key.to_owned(), value.parse().ok()?)))
-            .collect(),
-    )
+    Flat::of(content.lines().filter_map(|line| line.split_once(' ')))
 }
 
 /// A file with one number, or `max` for no limit.

@@ -32,7 +32,7 @@ use super::{
     process::{Process, State, signal},
 };
 use crate::{
-    cgroup::OomWatcher,
+    cgroup::{CgroupError, OomWatcher},
     events::{Events, timestamp},
     host::Host,
     pod::Pod,
@@ -367,10 +367,7 @@ impl shim_async::Task for Tasks {
         let container = self.container(&request.id)?;
         let process = container.process(&request.exec_id)?;
         if request.all && request.exec_id.is_empty() {
-            let pids = container
-                .cgroup
-                .pids()
-                .map_err(|source| TaskError::Cgroup { id: request.id.clone(), source })?;
+            let pids = container.cgroup.pids().map_err(cgroup_error(&request.id))?;
             for pid in pids {
                 // One that has ended in the meantime is what was wanted.
                 let _ = signal(pid.cast_signed(), request.signal);
@@ -383,8 +380,7 @@ impl shim_async::Task for Tasks {
 
     async fn pids(&self, _: &TtrpcContext, request: api::PidsRequest) -> ttrpc::Result<api::PidsResponse> {
         let container = self.container(&request.id)?;
-        let pids =
-            container.cgroup.pids().map_err(|source| TaskError::Cgroup { id: request.id.clone(), source })?;
+        let pids = container.cgroup.pids().map_err(cgroup_error(&request.id))?;
         let mut response = api::PidsResponse::new();
         for pid in pids {
             let mut info = ProcessInfo::new();
@@ -404,11 +400,7 @@ impl shim_async::Task for Tasks {
         if !matches!(container.init.state(), State::Running { .. }) {
             return Err(container.wrong_state("only a running container can be paused").into());
         }
-        container
-            .cgroup
-            .freeze(true)
-            .await
-            .map_err(|source| TaskError::Cgroup { id: request.id.clone(), source })?;
+        container.cgroup.freeze(true).await.map_err(cgroup_error(&request.id))?;
         container.paused.store(true, Ordering::Relaxed);
         let mut event = TaskPaused::new();
         event.container_id = request.id;
@@ -421,11 +413,7 @@ impl shim_async::Task for Tasks {
         if !container.paused.load(Ordering::Relaxed) {
             return Err(container.wrong_state("it is not paused").into());
         }
-        container
-            .cgroup
-            .freeze(false)
-            .await
-            .map_err(|source| TaskError::Cgroup { id: request.id.clone(), source })?;
+        container.cgroup.freeze(false).await.map_err(cgroup_error(&request.id))?;
         container.paused.store(false, Ordering::Relaxed);
         let mut event = TaskResumed::new();
         event.container_id = request.id;
@@ -436,10 +424,7 @@ impl shim_async::Task for Tasks {
     async fn update(&self, _: &TtrpcContext, request: api::UpdateTaskRequest) -> ttrpc::Result<Empty> {
         let container = self.container(&request.id)?;
         let resources: LinuxResources = parse(&request.id, "resources", request.resources.as_ref())?;
-        container
-            .cgroup
-            .update(&resources)
-            .map_err(|source| TaskError::Cgroup { id: request.id.clone(), source })?;
+        container.cgroup.update(&resources).map_err(cgroup_error(&request.id))?;
         Ok(Empty::new())
     }
 
@@ -497,6 +482,10 @@ impl shim_async::Task for Tasks {
     ) -> ttrpc::Result<Empty> {
         Err(TaskError::Checkpoint(request.id).into())
     }
+}
+
+fn cgroup_error(id: &str) -> impl FnOnce(CgroupError) -> TaskError {
+    move |source| TaskError::Cgroup { id: id.to_owned(), source }
 }
 
 /// Reads the JSON that containerd puts into an `Any`.

@@ -162,9 +162,9 @@ impl Agent {
         Ok(Agent { client: AgentClient::new(Client::new(Socket::from(stream))) })
     }
 
-    /// Makes the guest into the pod.
-    pub async fn configure(&self, request: &ConfigureRequest) -> ttrpc::Result<()> {
-        self.client.configure(context::with_duration(CALL_TIMEOUT), request).await.map(drop)
+    /// Makes the guest into the pod, within a time limit.
+    pub async fn configure(&self, request: &ConfigureRequest, limit: Duration) -> ttrpc::Result<()> {
+        self.client.configure(context::with_duration(limit), request).await.map(drop)
     }
 
     /// What happens in the guest, as long as it lives.

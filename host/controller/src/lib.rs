@@ -12,6 +12,7 @@ mod guest;
 mod machine;
 mod metrics;
 mod mounts;
+mod network;
 mod notify;
 mod pod;
 mod rootfs;
@@ -30,6 +31,8 @@ use std::{
     path::PathBuf,
     sync::Arc,
 };
+
+pub use self::network::steer::{SteerError, probe as probe_port_forward};
 
 use pericarp_protos::sandbox::controller_server::ControllerServer;
 use thiserror::Error;

@@ -5,7 +5,7 @@ use std::{
     fs::{self, File, OpenOptions, Permissions},
     io,
     os::{
-        fd::{AsFd as _, AsRawFd as _, OwnedFd},
+        fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
         unix::{
             fs::{OpenOptionsExt as _, PermissionsExt as _},
             net::UnixListener,
@@ -21,7 +21,7 @@ use pericarp_protos::{
     ttrpc::{self, asynchronous::Client, context},
     vmm::{MachineClient, StatusRequest, StatusResponse},
 };
-use pericarp_vmm::MachineConfig;
+use pericarp_vmm::{Forward, MachineConfig};
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
 };
@@ -77,12 +77,13 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
 }
 
 impl Machine {
-    /// Starts `pericarp vmm` in the pod's directory. `control` is the socket that it serves; `entrance`
-    /// the `cgroup.procs` of the cgroup that it belongs to.
+    /// Starts `pericarp vmm` in the pod's directory. `control` is the socket that it serves, `forward` where
+    /// connections to the pod's localhost come from; `entrance` the `cgroup.procs` of the cgroup that it belongs to.
     pub fn spawn(
         directory: &Path,
         config: &MachineConfig,
         control: &UnixListener,
+        forward: Option<&Forward>,
         entrance: Option<File>,
     ) -> io::Result<Machine> {
         let path = directory.join(file::CONFIG);
@@ -94,21 +95,33 @@ impl Machine {
             .arg("vmm")
             .arg("--config")
             .arg(&path)
-            .arg("--control-fd")
             .current_dir("/")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log);
         // A descriptor without the flag that closes it on exec exists only in the child.
-        let inherited = control.as_fd().try_clone_to_owned()?;
-        command.arg(inherited.as_raw_fd().to_string());
+        let mut inherited = Vec::new();
+        let mut hand_down = |argument, fd: BorrowedFd<'_>| {
+            let fd = fd.try_clone_to_owned()?;
+            command.arg(argument).arg(fd.as_raw_fd().to_string());
+            inherited.push(fd);
+            io::Result::Ok(())
+        };
+        hand_down("--control-fd", control.as_fd())?;
+        if let Some(Forward { listener, steering }) = forward {
+            hand_down("--forward-fd", listener.as_fd())?;
+            hand_down("--steering-fd", steering.as_fd())?;
+        }
         let enter = move || {
             if let Some(entrance) = &entrance {
                 rustix::io::write(entrance, b"0")?;
             }
             // A session of its own: what is sent to the controller's group does not reach it.
             rustix::process::setsid()?;
-            Ok(rustix::io::fcntl_setfd(&inherited, rustix::io::FdFlags::empty())?)
+            for fd in &inherited {
+                rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?;
+            }
+            Ok(())
         };
         // SAFETY: between fork and exec, only system calls are made; nothing is allocated or locked.
         unsafe { command.pre_exec(enter) };

@@ -4,6 +4,7 @@ mod check;
 
 use std::{
     fs,
+    net::TcpListener,
     os::{
         fd::{FromRawFd as _, OwnedFd, RawFd},
         unix::net::UnixListener,
@@ -15,7 +16,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use clap::{Args, Parser, Subcommand};
 use pericarp_controller::config::Config;
-use pericarp_vmm::{ExitReason, MachineConfig};
+use pericarp_vmm::{ExitReason, Forward, Inherited, MachineConfig};
 
 /// One KVM microVM around every Kubernetes pod.
 #[derive(Parser)]
@@ -41,6 +42,8 @@ enum Command {
         config: PathBuf,
         #[command(flatten)]
         control: ControlSocket,
+        #[command(flatten)]
+        forward: ForwardSockets,
     },
     /// Say whether this node can run Pericarp, and what to do where it cannot. Exits with 1 if anything
     /// has failed.
@@ -62,18 +65,45 @@ struct ControlSocket {
 impl ControlSocket {
     fn listener(self) -> anyhow::Result<UnixListener> {
         match (self.control_fd, self.control_socket) {
-            (Some(fd), _) if fd <= 2 => {
-                bail!("descriptor {fd} cannot be the control socket; pass one above 2")
-            }
-            // SAFETY: the caller passes this descriptor for us to own; nothing else in this process,
-            // which has only just started, uses descriptors above 2.
-            (Some(fd), _) => Ok(UnixListener::from(unsafe { OwnedFd::from_raw_fd(fd) })),
+            (Some(fd), _) => Ok(inherited(fd, "the control socket")?.into()),
             (None, Some(path)) => {
                 UnixListener::bind(&path).with_context(|| format!("cannot listen on {}", path.display()))
             }
             (None, None) => bail!("either --control-fd or --control-socket is needed"),
         }
     }
+}
+
+/// Where connections to the pod's localhost come from. Without it, there are none.
+#[derive(Args)]
+struct ForwardSockets {
+    /// An inherited descriptor: a TCP socket that is listening already, for connections to all ports.
+    #[arg(long, requires = "steering_fd")]
+    forward_fd: Option<RawFd>,
+    /// An inherited descriptor to be kept open for as long as connections are to come: the BPF link that leads them to
+    /// that socket.
+    #[arg(long, requires = "forward_fd")]
+    steering_fd: Option<RawFd>,
+}
+
+impl ForwardSockets {
+    fn forward(self) -> anyhow::Result<Option<Forward>> {
+        let Some((listener, steering)) = self.forward_fd.zip(self.steering_fd) else { return Ok(None) };
+        Ok(Some(Forward {
+            listener: TcpListener::from(inherited(listener, "the socket of forwarded connections")?),
+            steering: inherited(steering, "a BPF link")?,
+        }))
+    }
+}
+
+/// Takes a descriptor that the caller has handed to this process.
+fn inherited(fd: RawFd, what: &str) -> anyhow::Result<OwnedFd> {
+    if fd <= 2 {
+        bail!("descriptor {fd} cannot be {what}; pass one above 2");
+    }
+    // SAFETY: the caller passes this descriptor for us to own; nothing else in this process, which has only just
+    // started, uses descriptors above 2.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// The controller waits far more than it works: two threads serve any number of pods.
@@ -97,7 +127,7 @@ fn main() -> ExitCode {
 fn run(process_start_ns: u64) -> anyhow::Result<ExitCode> {
     match Arguments::parse().command {
         Command::Serve { config } => serve(config.as_deref())?,
-        Command::Vmm { config, control } => vmm(&config, control, process_start_ns)?,
+        Command::Vmm { config, control, forward } => vmm(&config, control, forward, process_start_ns)?,
         Command::Check(arguments) => {
             let good = check::run(&arguments, Path::new(CONFIG)).context("cannot print what was found")?;
             return Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE });
@@ -120,12 +150,18 @@ fn serve(path: Option<&Path>) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn vmm(config: &Path, control: ControlSocket, process_start_ns: u64) -> anyhow::Result<()> {
+fn vmm(
+    config: &Path,
+    control: ControlSocket,
+    forward: ForwardSockets,
+    process_start_ns: u64,
+) -> anyhow::Result<()> {
     log_to_stderr("info");
     let text = fs::read_to_string(config).with_context(|| format!("cannot read {}", config.display()))?;
     let config: MachineConfig = serde_json::from_str(&text)
         .with_context(|| format!("{} is not a machine's description", config.display()))?;
-    let reason = pericarp_vmm::run(&config, control.listener()?, process_start_ns)?;
+    let inherited = Inherited { control: control.listener()?, forward: forward.forward()? };
+    let reason = pericarp_vmm::run(&config, inherited, process_start_ns)?;
     match reason {
         ExitReason::GuestReset | ExitReason::Shutdown => tracing::info!(%reason, "the machine has ended"),
         ExitReason::TripleFault(_) | ExitReason::Kvm(_) => bail!("{reason}"),

@@ -43,13 +43,10 @@ pub struct Exits {
 }
 
 impl Bus {
-    /// A vCPU reads from guest-physical `address`.
-    pub fn mmio_read(&self, address: u64, data: &mut [u8]) {
+    /// A vCPU reads from a guest-physical address that is neither memory nor a device's page.
+    pub fn mmio_read(&self, data: &mut [u8]) {
         self.exits.mmio.add(1);
         data.fill(0xff);
-        if let Some((device, offset)) = self.device(address) {
-            device.lock().unwrap_or_else(PoisonError::into_inner).read(offset, data);
-        }
     }
 
     /// A vCPU writes to guest-physical `address`.

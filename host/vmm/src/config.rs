@@ -30,6 +30,39 @@ pub struct MachineConfig {
     /// The directory that the guest sees through virtio-fs, if any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub share: Option<ShareConfig>,
+    /// The guest's network devices, in the order in which it finds them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub nets: Vec<NetConfig>,
+}
+
+/// A virtio-net device on a tap that exists already.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetConfig {
+    /// The network namespace that the tap is in, for example `/run/netns/cni-1234`.
+    pub netns: PathBuf,
+    /// The tap's name.
+    pub tap: String,
+    /// The guest's MAC address.
+    pub mac: [u8; 6],
+    /// The guest's MTU in bytes.
+    pub mtu: u16,
+    /// Receive and transmit queues of the guest's, of which each pair has a thread of its own: 1 to
+    /// [`NetConfig::QUEUE_PAIRS_MAX`]. With more than one the tap must have been made with several
+    /// queues (`IFF_MULTI_QUEUE`), and with one it must not.
+    #[serde(default = "one_queue_pair")]
+    pub queue_pairs: u16,
+}
+
+impl NetConfig {
+    /// Each pair costs a thread on the host and some 400 KiB of the guest's memory in receive buffers.
+    /// All interrupts of a device arrive at one vCPU (virtio-mmio has one line), so that what more
+    /// pairs would bring gets less and less.
+    pub const QUEUE_PAIRS_MAX: u16 = 4;
+}
+
+fn one_queue_pair() -> u16 {
+    1
 }
 
 /// The console log: what the guest's kernel prints, bounded.
@@ -51,6 +84,10 @@ pub struct VsockConfig {
     pub path: PathBuf,
     /// Host ports that the guest may connect to; all others are refused.
     pub host_ports: Vec<u32>,
+    /// The guest's port that takes connections to the pod's localhost, if it has one and the machine is handed a
+    /// listener for them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forward_port: Option<u32>,
 }
 
 /// A directory shared with the guest through virtio-fs.
@@ -61,4 +98,18 @@ pub struct ShareConfig {
     pub tag: String,
     /// Root of the shared tree; mounts that appear below it later are seen by the guest.
     pub directory: PathBuf,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_network_device_written_before_there_were_queue_pairs_has_one() {
+        let written = r#"{"netns": "/run/netns/pod", "tap": "tap0", "mac": [2, 0, 0, 0, 0, 7], "mtu": 1500}"#;
+        let config: NetConfig = serde_json::from_str(written).unwrap();
+        assert_eq!(config.queue_pairs, 1);
+        let again: NetConfig = serde_json::from_str(&serde_json::to_string(&config).unwrap()).unwrap();
+        assert_eq!(again, config);
+    }
 }

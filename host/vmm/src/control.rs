@@ -32,7 +32,7 @@ pub struct Control {
     pub memory: GuestMemory,
     /// Each device's name and counters. Reading them needs no lock, so that a device which the guest
     /// keeps busy cannot hold up an answer.
-    pub counters: Vec<(&'static str, Vec<(&'static str, Counter)>)>,
+    pub counters: Vec<(String, Vec<(&'static str, Counter)>)>,
     /// Where a shutdown request goes.
     pub ended: Sender<ExitReason>,
 }
@@ -57,7 +57,7 @@ impl Machine for Control {
             .counters
             .iter()
             .map(|(device, counters)| DeviceCounters {
-                device: (*device).to_owned(),
+                device: device.clone(),
                 counters: counters
                     .iter()
                     .map(|(name, counter)| ((*name).to_owned(), counter.get()))

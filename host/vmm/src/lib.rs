@@ -14,6 +14,7 @@ mod probe;
 mod vcpu;
 mod virtio;
 
-pub use config::{ConsoleConfig, MachineConfig, ShareConfig, VsockConfig};
-pub use machine::{Error, ExitReason, monotonic_ns, run};
+pub use config::{ConsoleConfig, MachineConfig, NetConfig, ShareConfig, VsockConfig};
+pub use machine::{Error, ExitReason, Inherited, monotonic_ns, run};
 pub use probe::{ProbeError, Progress, probe};
+pub use virtio::vsock::Forward;

@@ -7,8 +7,8 @@ use std::{
     sync::{Arc, Mutex, PoisonError, mpsc},
 };
 
-use kvm_bindings::kvm_userspace_memory_region;
-use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
+use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use pericarp_protos::{ttrpc, vmm_blocking::BootTimes};
 use thiserror::Error;
 use vm_memory::{GuestMemory as _, GuestMemoryRegion as _};
@@ -19,7 +19,7 @@ use crate::{
         self as arch,
         boot::{self, BootError},
         cpuid,
-        layout::{self, DEVICE_SIZE, DEVICES, FIRST_IRQ, SERIAL_IRQ},
+        layout::{self, DEVICE_SIZE, DEVICES, DEVICES_MAX, FIRST_IRQ, SERIAL_IRQ},
         registers::{self, RegisterError},
     },
     bus::{Bus, Exits},
@@ -31,9 +31,11 @@ use crate::{
     virtio::{
         Counter, Device,
         fs::{Fs, FsError},
-        mmio::{MmioDevice, QUEUE_NOTIFY},
+        mmio::{INTERRUPT_ACK, MmioDevice, QUEUE_NOTIFY},
+        net::{Net, NetError},
+        page::{self, Page},
         rng::Rng,
-        vsock::{Vsock, VsockError},
+        vsock::{Forward, Vsock, VsockError},
     },
 };
 
@@ -89,6 +91,10 @@ pub enum Error {
     Vsock(#[from] VsockError),
     #[error(transparent)]
     Fs(#[from] FsError),
+    #[error(transparent)]
+    Net(#[from] NetError),
+    #[error("{count} devices are asked for; there are interrupts for {DEVICES_MAX}, so use fewer networks")]
+    TooManyDevices { count: usize },
     #[error("cannot make the machine's {what}")]
     Io {
         what: &'static str,
@@ -99,17 +105,21 @@ pub enum Error {
     Control(#[source] ttrpc::Error),
 }
 
+/// What whoever starts a machine has opened for it.
+#[derive(Debug)]
+pub struct Inherited {
+    /// A listening socket on which [`Machine`](pericarp_protos::vmm_blocking::Machine) is served once the vCPUs run.
+    pub control: UnixListener,
+    /// Connections to the pod's localhost, if they can be had.
+    pub forward: Option<Forward>,
+}
+
 /// Starts a machine and waits for its end.
 ///
-/// `control` is a listening socket on which [`Machine`](pericarp_protos::vmm_blocking::Machine) is
-/// served once the vCPUs run. `process_start_ns` (`CLOCK_MONOTONIC`) is when the process began.
+/// `process_start_ns` (`CLOCK_MONOTONIC`) is when the process began.
 ///
 /// The process should exit soon after this returns: vCPU threads may still be running.
-pub fn run(
-    config: &MachineConfig,
-    control: UnixListener,
-    process_start_ns: u64,
-) -> Result<ExitReason, Error> {
+pub fn run(config: &MachineConfig, inherited: Inherited, process_start_ns: u64) -> Result<ExitReason, Error> {
     abort_on_panic();
     let kvm = Kvm::new().map_err(Error::OpenKvm)?;
     check_size(config, &kvm)?;
@@ -118,7 +128,7 @@ pub fn run(
     let memory = memory::allocate(&layout::memory_ranges(u64::from(config.memory_mib) << 20))?;
     register_memory(&vm, &memory)?;
     let vcpus = make_vcpus(&kvm, &vm, config.vcpus)?;
-    let bus = Arc::new(make_devices(config, &vm, &memory)?);
+    let bus = Arc::new(make_devices(config, inherited.forward, &vm, &memory)?);
     let kvm_ready_ns = monotonic_ns();
 
     let cmdline = cmdline(config, bus.mmio.len());
@@ -148,7 +158,7 @@ pub fn run(
         "the vCPUs run"
     );
     let server = Control { boot, vcpus: config.vcpus, memory, counters: counters(&bus), ended };
-    let _server = server.serve(control).map_err(Error::Control)?;
+    let _server = server.serve(inherited.control).map_err(Error::Control)?;
     // The channel cannot close before its first message: the control server holds a sender.
     let reason = end.recv().unwrap_or(ExitReason::Shutdown);
     // The name goes with the machine; the sockets behind it close with the process.
@@ -180,12 +190,19 @@ fn check_size(config: &MachineConfig, kvm: &Kvm) -> Result<(), Error> {
     Ok(())
 }
 
+/// Slot of KVM's for the devices' pages; the guest's memory has the first ones.
+const DEVICES_SLOT: u32 = 2;
+
 /// Gives `vm` its memory, which must stay mapped for as long as a vCPU runs.
 pub(crate) fn register_memory(vm: &VmFd, memory: &GuestMemory) -> Result<(), Error> {
-    for (slot, region) in (0..).zip(memory.iter()) {
+    register_regions(vm, memory, 0, 0)
+}
+
+fn register_regions(vm: &VmFd, memory: &GuestMemory, first_slot: u32, flags: u32) -> Result<(), Error> {
+    for (slot, region) in (first_slot..).zip(memory.iter()) {
         let region = kvm_userspace_memory_region {
             slot,
-            flags: 0,
+            flags,
             guest_phys_addr: region.start_addr().0,
             memory_size: region.len(),
             userspace_addr: region.as_ptr() as u64,
@@ -210,17 +227,35 @@ pub(crate) fn make_vcpus(kvm: &Kvm, vm: &VmFd, count: u8) -> Result<Vec<VcpuFd>,
         .collect()
 }
 
-fn make_devices(config: &MachineConfig, vm: &VmFd, memory: &GuestMemory) -> Result<Bus, Error> {
+fn make_devices(
+    config: &MachineConfig,
+    forward: Option<Forward>,
+    vm: &VmFd,
+    memory: &GuestMemory,
+) -> Result<Bus, Error> {
     let console = Console::open(&config.console, interrupt_line(vm, SERIAL_IRQ)?)
         .map_err(|source| Error::Console { path: config.console.path.clone(), source })?;
     let mut devices: Vec<Box<dyn Device>> =
-        vec![Box::new(Vsock::new(&config.vsock)?), Box::new(Rng::default())];
+        vec![Box::new(Vsock::new(&config.vsock, forward)?), Box::new(Rng::default())];
     if let Some(share) = &config.share {
         devices.push(Box::new(Fs::new(share)?));
     }
+    let count = devices.len() + config.nets.len();
+    if count > DEVICES_MAX {
+        return Err(Error::TooManyDevices { count });
+    }
+    for (index, net) in config.nets.iter().enumerate() {
+        devices.push(Box::new(Net::new(index, net)?));
+    }
+    // As long as there is a device, its page is mapped.
+    let pages = page::allocate(count)?;
+    register_regions(vm, &pages, DEVICES_SLOT, KVM_MEM_READONLY)?;
     let mmio = (0..)
         .zip(devices)
-        .map(|(slot, device)| attach(vm, memory, slot, device).map(Mutex::new))
+        .map(|(slot, device)| {
+            let page = Page::new(pages.clone(), slot);
+            attach(vm, memory, page, slot, device).map(Mutex::new)
+        })
         .collect::<Result<_, _>>()?;
     Ok(Bus { mmio, console: Mutex::new(console), exits: Exits::default() })
 }
@@ -233,27 +268,41 @@ fn interrupt_line(vm: &VmFd, irq: u32) -> Result<EventFd, Error> {
     Ok(irqfd)
 }
 
-fn counters(bus: &Bus) -> Vec<(&'static str, Vec<(&'static str, Counter)>)> {
-    let exits =
-        ("vcpus", vec![("mmio_exits", bus.exits.mmio.clone()), ("port_exits", bus.exits.port.clone())]);
+fn counters(bus: &Bus) -> Vec<(String, Vec<(&'static str, Counter)>)> {
+    let exits = (
+        "vcpus".to_owned(),
+        vec![("mmio_exits", bus.exits.mmio.clone()), ("port_exits", bus.exits.port.clone())],
+    );
     bus.mmio
         .iter()
         .map(|device| {
             let device = device.lock().unwrap_or_else(PoisonError::into_inner);
-            (device.device().name(), device.device().counters())
+            (device.device().name().to_owned(), device.device().counters())
         })
         .chain([exits])
         .collect()
 }
 
 /// Connects a device's interrupt and notifications to KVM.
-fn attach(vm: &VmFd, memory: &GuestMemory, slot: u32, device: Box<dyn Device>) -> Result<MmioDevice, Error> {
-    let device = MmioDevice::new(device, memory.clone(), interrupt_line(vm, FIRST_IRQ + slot)?)
+fn attach(
+    vm: &VmFd,
+    memory: &GuestMemory,
+    page: Page,
+    slot: u32,
+    device: Box<dyn Device>,
+) -> Result<MmioDevice, Error> {
+    let device = MmioDevice::new(device, memory.clone(), page, interrupt_line(vm, FIRST_IRQ + slot)?)
         .map_err(|source| Error::Io { what: "eventfds", source })?;
-    let notify = IoEventAddress::Mmio(DEVICES + u64::from(slot) * DEVICE_SIZE + QUEUE_NOTIFY);
+    let register = |offset| IoEventAddress::Mmio(DEVICES + u64::from(slot) * DEVICE_SIZE + offset);
     for (queue, event) in (0u32..).zip(device.notify_events()) {
-        vm.register_ioevent(event, &notify, queue).map_err(refused("watch a device's notifications"))?;
+        vm.register_ioevent(event, &register(QUEUE_NOTIFY), queue)
+            .map_err(refused("watch a device's notifications"))?;
     }
+    // Nobody reads it: KVM swallows what is written there, and goes on with the guest.
+    let nobody = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
+        .map_err(|source| Error::Io { what: "eventfds", source })?;
+    vm.register_ioevent(&nobody, &register(INTERRUPT_ACK), NoDatamatch)
+        .map_err(refused("swallow a device's acknowledgements"))?;
     Ok(device)
 }
 

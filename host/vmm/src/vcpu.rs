@@ -55,7 +55,7 @@ pub fn unexpected(exit: &VcpuExit) -> ExitReason {
 fn run(vcpu: &mut VcpuFd, bus: &Bus) -> ExitReason {
     loop {
         match vcpu.run() {
-            Ok(VcpuExit::MmioRead(address, data)) => bus.mmio_read(address, data),
+            Ok(VcpuExit::MmioRead(_, data)) => bus.mmio_read(data),
             Ok(VcpuExit::MmioWrite(address, data)) => bus.mmio_write(address, data),
             Ok(VcpuExit::IoIn(port, data)) => bus.port_read(port, data),
             Ok(VcpuExit::IoOut(port, data)) => match bus.port_write(port, data) {

@@ -1,7 +1,8 @@
-//! Makes the images of the tests as one OCI archive, because nothing is pulled: `make-images BUSYBOX ARCHIVE`.
+//! Makes the images of the tests as one OCI archive, because nothing is pulled: `make-images BUSYBOX PEER
+//! ARCHIVE`.
 //!
 //! `localhost/pericarp/busybox:1` has layers that a run-time can get wrong: owners, modes, links, extended attributes,
-//! whiteouts; `localhost/pericarp/busybox-usr1:1` is the same with another stop
+//! whiteouts; and `peer`, the tests' own program. `localhost/pericarp/busybox-usr1:1` is the same with another stop
 //! signal. `localhost/pericarp/pause:1` is what runc's pods are made of; Pericarp needs none.
 
 use std::{
@@ -18,10 +19,11 @@ use tar::{Builder, EntryType, Header};
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = env::args().skip(1).collect();
-    let [busybox, archive] = &arguments[..] else { bail!("usage: make-images BUSYBOX ARCHIVE") };
+    let [busybox, peer, archive] = &arguments[..] else { bail!("usage: make-images BUSYBOX PEER ARCHIVE") };
     let binary = fs::read(busybox).with_context(|| format!("read {busybox}"))?;
+    let peer = fs::read(peer).with_context(|| format!("read {peer}"))?;
     let mut out = Archive::create(archive)?;
-    let base = out.layer(&base_layer(busybox, &binary)?)?;
+    let base = out.layer(&base_layer(busybox, &binary, &peer)?)?;
     let odd = out.layer(&odd_layer()?)?;
     let whiteouts = out.layer(&whiteout_layer()?)?;
     let layers = [&base, &odd, &whiteouts];
@@ -85,7 +87,7 @@ impl Layer {
     }
 }
 
-fn base_layer(busybox: &str, binary: &[u8]) -> Result<Vec<u8>> {
+fn base_layer(busybox: &str, binary: &[u8], peer: &[u8]) -> Result<Vec<u8>> {
     let mut layer = Layer::new();
     for directory in
         ["bin", "dev", "etc", "home", "proc", "root", "sys", "usr", "usr/bin", "var", "var/empty"]
@@ -94,6 +96,7 @@ fn base_layer(busybox: &str, binary: &[u8]) -> Result<Vec<u8>> {
     }
     layer.directory("tmp", 0o1777)?;
     layer.file("bin/busybox", 0o755, binary)?;
+    layer.file("bin/peer", 0o755, peer)?;
     let listed =
         Command::new(busybox).arg("--list").output().with_context(|| format!("run {busybox} --list"))?;
     ensure!(listed.status.success(), "{busybox} --list: {}", listed.status);

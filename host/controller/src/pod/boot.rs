@@ -4,16 +4,16 @@ use std::{
     fs::DirBuilder,
     io,
     os::unix::{fs::DirBuilderExt as _, net::UnixListener},
+    path::Path,
     sync::Arc,
     time::Duration,
 };
 
 use async_trait::async_trait;
-use pericarp_protos::{
-    agent::{ConfigureRequest, Dns},
-    guest, ttrpc,
+use pericarp_protos::{guest, ttrpc};
+use pericarp_vmm::{
+    ConsoleConfig, Forward, MachineConfig, NetConfig, ShareConfig, VsockConfig, monotonic_ns,
 };
-use pericarp_vmm::{ConsoleConfig, MachineConfig, ShareConfig, VsockConfig, monotonic_ns};
 use thiserror::Error;
 use tokio::sync::oneshot;
 
@@ -24,6 +24,7 @@ use crate::{
     guest::{self as guest_calls, Agent, Requests},
     machine::{self, Machine, file},
     mounts,
+    network::{self, NetworkError, PodNetwork},
     share::Share,
     undo::Undo,
 };
@@ -40,6 +41,8 @@ pub enum BootError {
         #[source]
         source: io::Error,
     },
+    #[error("its machine cannot be given the pod's network")]
+    Network(#[source] NetworkError),
     #[error("the machine ended before its guest was ready: {message}")]
     MachineEnded { message: String },
     #[error("the guest was not ready after {seconds} s; the last it printed: {console:?}")]
@@ -93,7 +96,9 @@ impl Pod {
     async fn boot(self: &Arc<Self>) -> Result<u32, BootError> {
         let (ready_sender, ready) = oneshot::channel();
         self.state().ready = Some(ready_sender);
-        let (machine, host_listener) = self.make_machine()?;
+        let mut network = self.set_up_network().await?;
+        let forward = self.take_forward(&mut network);
+        let (machine, host_listener) = self.make_machine(std::mem::take(&mut network.nets), forward)?;
         let pid = machine.pid();
         self.watch(machine);
         let service = guest_calls::serve(host_listener, Arc::new(GuestRequests(self.clone())))
@@ -103,7 +108,8 @@ impl Pod {
 
         let ready = self.wait_until_ready(ready).await?;
         let agent = Agent::connect(&self.directory.join(file::VSOCK)).await.map_err(BootError::Connect)?;
-        agent.configure(&self.configuration()).await.map_err(BootError::Configure)?;
+        let limit = self.node.config.ready_timeout();
+        agent.configure(&self.configuration(network), limit).await.map_err(BootError::Configure)?;
         {
             let mut state = self.state();
             state.marks.ready = ready.at;
@@ -115,21 +121,57 @@ impl Pod {
         Ok(pid)
     }
 
+    async fn set_up_network(&self) -> Result<PodNetwork, BootError> {
+        let mut running = Undo::default();
+        let network = network::set_up(Path::new(&self.netns), self.size.vcpus, &mut running).await;
+        let mut state = self.state();
+        // Registered before any error is returned, so that it is undone.
+        state.running = running;
+        let network = network.map_err(BootError::Network)?;
+        state.interfaces = network.status();
+        state.marks.network = monotonic_ns();
+        Ok(network)
+    }
+
+    /// What port-forward needs. A pod without it is a pod nonetheless.
+    pub(super) fn take_forward(&self, network: &mut PodNetwork) -> Option<Forward> {
+        let forward = network.forward.take()?;
+        let status = match &forward {
+            Ok(_) => "works".to_owned(),
+            Err(error) => {
+                let reason = chain(error);
+                tracing::warn!(pod = self.id, error = reason, "port-forward to this pod will not work");
+                format!("does not work: {reason}")
+            }
+        };
+        self.state().port_forward = Some(status);
+        forward.ok()
+    }
+
     /// Makes everything on the host that the machine needs, and the machine. What is made is undone by the
     /// pod's undo lists.
-    fn make_machine(&self) -> Result<(Machine, UnixListener), BootError> {
+    fn make_machine(
+        &self,
+        nets: Vec<NetConfig>,
+        forward: Option<Forward>,
+    ) -> Result<(Machine, UnixListener), BootError> {
         let directory = &self.directory;
-        let mut running = Undo::default();
         DirBuilder::new().mode(0o700).create(directory).map_err(make("directory"))?;
         self.state().directory = self.undo_directory();
 
-        let made = self.spawn(&mut running);
+        let mut running = std::mem::take(&mut self.state().running);
+        let made = self.spawn(&mut running, nets, forward);
         // Registered before any error is returned, so that it is undone.
         self.state().running = running;
         made
     }
 
-    fn spawn(&self, running: &mut Undo) -> Result<(Machine, UnixListener), BootError> {
+    fn spawn(
+        &self,
+        running: &mut Undo,
+        nets: Vec<NetConfig>,
+        forward: Option<Forward>,
+    ) -> Result<(Machine, UnixListener), BootError> {
         let directory = &self.directory;
         let share = Share::at(directory.join(file::SHARE));
         running.push("remove the pod's share", {
@@ -153,8 +195,11 @@ impl Pod {
             }
             None => None,
         };
-        let machine = Machine::spawn(directory, &self.machine_config(), &control, entrance)
+        let config = self.machine_config(nets);
+        let machine = Machine::spawn(directory, &config, &control, forward.as_ref(), entrance)
             .map_err(make("machine process"))?;
+        // The machine's alone: it ends with it.
+        drop(forward);
         let pidfd = machine.pidfd().map_err(make("machine process"))?;
         running.push("end the pod's machine", move || machine::kill(&pidfd));
         // From here a controller that starts after a crash finds the machine and ends it.
@@ -170,7 +215,7 @@ impl Pod {
         undo
     }
 
-    fn machine_config(&self) -> MachineConfig {
+    fn machine_config(&self, nets: Vec<NetConfig>) -> MachineConfig {
         let config = &self.node.config;
         MachineConfig {
             id: self.id.clone(),
@@ -183,34 +228,16 @@ impl Pod {
                 path: self.directory.join(file::CONSOLE),
                 limit_bytes: config.console_limit_kib << 10,
             },
-            vsock: VsockConfig { path: self.directory.join(file::VSOCK), host_ports: vec![guest::HOST_PORT] },
+            vsock: VsockConfig {
+                path: self.directory.join(file::VSOCK),
+                host_ports: vec![guest::HOST_PORT],
+                forward_port: Some(guest::FORWARD_PORT),
+            },
             share: Some(ShareConfig {
                 tag: guest::SHARE_TAG.into(),
                 directory: self.directory.join(file::SHARE),
             }),
-        }
-    }
-
-    fn configuration(&self) -> ConfigureRequest {
-        let dns = self.config.dns_config.clone().unwrap_or_default();
-        let hostname = if self.config.hostname.is_empty() {
-            // As containerd does for its own sandboxes.
-            rustix::system::uname().nodename().to_string_lossy().into_owned()
-        } else {
-            self.config.hostname.clone()
-        };
-        ConfigureRequest {
-            sandbox_id: self.id.clone(),
-            hostname,
-            dns: Some(Dns {
-                servers: dns.servers,
-                searches: dns.searches,
-                options: dns.options,
-                ..Dns::default()
-            })
-            .into(),
-            sysctls: self.config.linux.clone().unwrap_or_default().sysctls,
-            ..ConfigureRequest::default()
+            nets,
         }
     }
 

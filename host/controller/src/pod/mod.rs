@@ -4,6 +4,7 @@
 //! on disk about it.
 
 mod boot;
+mod configuration;
 mod containers;
 pub mod record;
 mod teardown;
@@ -25,6 +26,7 @@ use crate::{
     config::Config,
     events::Forwarder,
     machine::{self, Exit, file},
+    network::InterfaceStatus,
     share::Share,
     size::{self, Host, Size},
     source::ContainerSource,
@@ -119,6 +121,10 @@ struct State {
     running: Undo,
     /// The machine's cgroup, once there is one.
     cgroup: Option<PathBuf>,
+    /// What the guest has of the pod's network.
+    interfaces: Vec<InterfaceStatus>,
+    /// Whether port-forward works or why it does not, once that is known.
+    port_forward: Option<String>,
     /// Removes the directory.
     directory: Undo,
     /// Whether somebody waits for the end of the machine: see [`Pod::watch`].
@@ -174,6 +180,8 @@ impl Pod {
                 phase: Phase::Created,
                 running: Undo::default(),
                 cgroup: None,
+                interfaces: Vec::new(),
+                port_forward: None,
                 directory: Undo::default(),
                 watched: false,
                 host_service: None,
@@ -230,6 +238,12 @@ impl Pod {
     /// The cgroup that has the pod's numbers; `None` on a host without cgroup v2.
     pub fn cgroup(&self) -> Option<PathBuf> {
         self.state().cgroup.clone()
+    }
+
+    /// What the guest has of the pod's network, and whether port-forward works.
+    fn network_status(&self) -> (Vec<InterfaceStatus>, Option<String>) {
+        let state = self.state();
+        (state.interfaces.clone(), state.port_forward.clone())
     }
 
     pub(crate) fn node(&self) -> &Node {
@@ -289,6 +303,9 @@ impl Pod {
                 "devices": machine.as_ref().map(|machine| {
                     machine.devices.iter().map(|device| (device.device.clone(), json!(device.counters))).collect::<serde_json::Map<_, _>>()
                 }),
+                "netns": self.netns,
+                "interfaces": state.interfaces,
+                "portForward": state.port_forward,
                 "guestKernel": state.guest_kernel,
                 "bootTimeline": timeline,
                 "containers": state.containers,

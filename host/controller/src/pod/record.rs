@@ -21,6 +21,7 @@ use crate::{
     guest::{self, Agent},
     machine::{self, Machine, file},
     mounts,
+    network::{self, InterfaceStatus},
     share::Share,
     undo::Undo,
 };
@@ -51,10 +52,17 @@ pub struct Record {
     /// the pid it names a process for good.
     start_time: u64,
     cgroup: Option<PathBuf>,
+    /// What the guest has of the pod's network.
+    #[serde(default)]
+    interfaces: Vec<InterfaceStatus>,
+    /// Whether port-forward works or why it does not.
+    #[serde(default)]
+    port_forward: Option<String>,
 }
 
 /// Writes the record so that it is either there whole or not at all.
 pub fn write(pod: &Pod, pid: u32, stage: Stage) -> io::Result<()> {
+    let (interfaces, port_forward) = pod.network_status();
     let record = Record {
         version: VERSION,
         stage,
@@ -65,6 +73,8 @@ pub fn write(pod: &Pod, pid: u32, stage: Stage) -> io::Result<()> {
         pid,
         start_time: start_time(pid)?,
         cgroup: cgroup_of(pid)?,
+        interfaces,
+        port_forward,
     };
     let path = pod.directory.join(file::STATE);
     let temporary = path.with_extension("json.new");
@@ -147,6 +157,7 @@ async fn adopt(node: &Arc<Node>, record: Record, machine: Machine) -> io::Result
         .map_err(io::Error::other)?;
     let pod = Arc::new(pod);
     let mut running = Undo::default();
+    network::push_removal(Path::new(&pod.netns), &mut running);
     let share = Share::at(pod.directory.join(file::SHARE));
     let known_containers = share.containers().into_iter().collect();
     running.push("remove the pod's share", move || {
@@ -172,6 +183,8 @@ async fn adopt(node: &Arc<Node>, record: Record, machine: Machine) -> io::Result
         state.running = running;
         state.known_containers = known_containers;
         state.cgroup = cgroup;
+        state.interfaces = record.interfaces;
+        state.port_forward = record.port_forward;
         state.directory = pod.undo_directory();
         state.host_service = Some(service);
     }
@@ -189,6 +202,7 @@ fn clean_up(directory: &Path, record: Option<&Record>) {
     let cleaned = mounts::detach(&directory.join(file::SHARE))
         .map_err(io::Error::from)
         .and_then(|()| record.and_then(|record| record.cgroup.as_deref()).map_or(Ok(()), cgroup::remove))
+        .and_then(|()| record.map_or(Ok(()), |record| network::remove(Path::new(&record.netns))))
         .and_then(|()| Ok(mounts::remove_tree(directory)?));
     match cleaned {
         Ok(()) => tracing::info!(directory = %directory.display(), "removed what a pod had left"),
@@ -221,6 +235,8 @@ mod tests {
             pid: std::process::id(),
             start_time: 1,
             cgroup: None,
+            interfaces: Vec::new(),
+            port_forward: None,
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
         let _guard = runtime.enter();

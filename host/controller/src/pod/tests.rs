@@ -3,7 +3,10 @@ use pericarp_protos::ttrpc;
 use tonic::transport::Endpoint;
 
 use super::*;
-use crate::source::{ContainerRecord, SourceError};
+use crate::{
+    network::{PodNetwork, steer::SteerError},
+    source::{ContainerRecord, SourceError},
+};
 
 /// Knows one container, `known`, of the pod `other`.
 struct OneContainer;
@@ -68,6 +71,39 @@ async fn a_pod_on_the_hosts_network_is_refused_with_its_name_and_what_to_do() {
         Pod::new("abc".into(), "k8s.io".into(), config, String::new(), node(directory.path())).err().unwrap();
     let text = error.to_string();
     assert!(text.contains("default/web") && text.contains("remove hostNetwork"), "{text}");
+}
+
+#[tokio::test]
+async fn a_pod_whose_netns_is_gone_does_not_start_and_leaves_nothing() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = config(cri::NamespaceMode::Pod);
+    let netns = "/run/netns/no-such-netns".to_owned();
+    let pod = Pod::new("abc".into(), "k8s.io".into(), config, netns.clone(), node(directory.path())).unwrap();
+    let pod = Arc::new(pod);
+    let error = pod.start().await.unwrap_err();
+    let text = crate::errors::chain(&error);
+    assert!(text.contains("default/web") && text.contains(&netns) && text.contains("CNI"), "{text}");
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+    pod.stop().await.unwrap();
+    pod.shutdown().await.unwrap();
+}
+
+#[tokio::test]
+async fn a_pod_to_which_nothing_can_be_forwarded_says_why_in_its_status() {
+    let directory = tempfile::tempdir().unwrap();
+    let pod = pod(directory.path());
+    assert_eq!(pod.verbose_info().await["pericarp"]["portForward"], json!(null));
+    let source = std::io::Error::from_raw_os_error(38);
+    let error = SteerError::Bpf { what: "load a BPF program", source };
+    let mut network = PodNetwork { forward: Some(Err(error)), ..PodNetwork::default() };
+    assert!(pod.take_forward(&mut network).is_none());
+    std::fs::create_dir(directory.path().join("abc")).unwrap();
+    record::write(&pod, std::process::id(), record::Stage::Running).unwrap();
+    let record = std::fs::read_to_string(directory.path().join("abc").join(file::STATE)).unwrap();
+    assert!(record.contains("refuses to load a BPF program"), "{record}");
+    let info = pod.verbose_info().await;
+    let text = info["pericarp"]["portForward"].as_str().unwrap();
+    assert!(text.contains("refuses to load a BPF program") && text.contains("not implemented"), "{text}");
 }
 
 #[tokio::test]

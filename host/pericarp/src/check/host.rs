@@ -52,17 +52,22 @@ pub fn kernel() -> Finding {
 }
 
 fn judge_kernel(release: &str) -> Finding {
-    let (major, minor) = KERNEL;
-    let found = format!("Linux {release}");
-    match numbers(release) {
-        Some(version) if version >= KERNEL => Finding::ok(found),
-        Some(_) => Finding::failed(found, format!("use Linux {major}.{minor} or newer")),
-        None => Finding::warning(found, format!("make sure that this is Linux {major}.{minor} or newer")),
+    at_least("Linux", release, KERNEL)
+}
+
+/// Whether a version is new enough.
+pub(super) fn at_least(what: &str, version: &str, least: (u32, u32)) -> Finding {
+    let (major, minor) = least;
+    let found = format!("{what} {version}");
+    match numbers(version) {
+        Some(numbers) if numbers >= least => Finding::ok(found),
+        Some(_) => Finding::failed(found, format!("use {what} {major}.{minor} or newer")),
+        None => Finding::warning(found, format!("make sure that this is {what} {major}.{minor} or newer")),
     }
 }
 
 /// The first two numbers of a version, which may begin with a `v`.
-pub(super) fn numbers(version: &str) -> Option<(u32, u32)> {
+fn numbers(version: &str) -> Option<(u32, u32)> {
     let mut parts =
         version.strip_prefix('v').unwrap_or(version).split(|character: char| !character.is_ascii_digit());
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))
@@ -138,6 +143,17 @@ pub fn tun() -> Finding {
             };
             Finding::failed(format!("{TUN} does not open: {error}"), to_do)
         }
+    }
+}
+
+/// BPF, by which port-forward finds its way into a pod's machine.
+pub fn port_forward() -> Finding {
+    match pericarp_controller::probe_port_forward() {
+        Ok(()) => Finding::ok("the kernel takes the BPF program that it needs"),
+        Err(error) => Finding::warning(
+            format!("will not work: {}", chain(&error)),
+            "run this as root, as the controller must be; if that is not it, use a kernel with CONFIG_BPF_SYSCALL",
+        ),
     }
 }
 

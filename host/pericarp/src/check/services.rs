@@ -10,7 +10,7 @@ use pericarp_protos::{
 use thiserror::Error;
 use tonic::transport::{Channel, Endpoint};
 
-use super::{Finding, host::numbers};
+use super::{Finding, host::at_least};
 
 /// Limit of a call, with the connection that it needs.
 const CALL_TIMEOUT: Duration = Duration::from_secs(2);
@@ -53,15 +53,7 @@ pub async fn containerd(socket: &Path) -> Finding {
 }
 
 fn judge_version(version: &str) -> Finding {
-    let (major, minor) = CONTAINERD;
-    let found = format!("containerd {version}");
-    match numbers(version) {
-        Some(numbers) if numbers >= CONTAINERD => Finding::ok(found),
-        Some(_) => Finding::failed(found, format!("use containerd {major}.{minor} or newer")),
-        None => {
-            Finding::warning(found, format!("make sure that this is containerd {major}.{minor} or newer"))
-        }
-    }
+    at_least("containerd", version, CONTAINERD)
 }
 
 /// Whether the controller answers.

@@ -1,24 +1,32 @@
 //! The MMIO transport (virtio 1.2, section 4.2): the registers through which the guest finds a
 //! device, sets it up and activates it.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicU32, Ordering},
-};
+use std::sync::Arc;
 
 use virtio_queue::{Queue, QueueT as _};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Active, ActiveQueue, Device, F_EVENT_IDX, F_VERSION_1, Interrupt};
+use super::{
+    Active, ActiveQueue, Device, F_EVENT_IDX, F_VERSION_1, Interrupt,
+    page::{self, Page},
+};
 use crate::memory::GuestMemory;
 
 /// Offset of the `QueueNotify` register, which KVM watches by itself.
 pub const QUEUE_NOTIFY: u64 = 0x50;
+/// Offset of the `InterruptACK` register, writes to which have no effect: see [`USED_BUFFER`].
+pub const INTERRUPT_ACK: u64 = 0x64;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
 const VENDOR: u32 = u32::from_le_bytes(*b"peri");
-const CONFIG_SPACE: u64 = 0x100;
+/// Offset of the configuration space, which goes on to the end of the page.
+const CONFIG_SPACE: usize = 0x100;
+
+/// What `InterruptStatus` always reads, acknowledged or not: that used buffers are what an interrupt is about. No device
+/// of ours changes its configuration, so there is nothing else that it could be about; a driver looks at its queues and
+/// finds out. So the guest leaves its processor neither to ask nor to acknowledge.
+const USED_BUFFER: u32 = 1;
 
 /// Bits of the status register (virtio 1.2, section 2.1).
 mod status {
@@ -43,6 +51,8 @@ enum State {
 pub struct MmioDevice {
     device: Box<dyn Device>,
     memory: GuestMemory,
+    /// Where the guest reads.
+    page: Page,
     state: State,
     interrupt: Interrupt,
     /// One for each queue; bound to the notify register by whoever builds the machine.
@@ -54,18 +64,24 @@ pub struct MmioDevice {
 }
 
 impl MmioDevice {
-    /// Puts a device behind the transport. `irqfd` is its interrupt line.
-    pub fn new(device: Box<dyn Device>, memory: GuestMemory, irqfd: EventFd) -> std::io::Result<MmioDevice> {
+    /// Puts a device behind the transport. `irqfd` is its interrupt line, `page` where the guest reads its registers.
+    pub fn new(
+        device: Box<dyn Device>,
+        memory: GuestMemory,
+        page: Page,
+        irqfd: EventFd,
+    ) -> std::io::Result<MmioDevice> {
         let notified = device
             .queue_sizes()
             .iter()
             .map(|_| EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC))
             .collect::<Result<_, _>>()?;
-        let interrupt = Interrupt { irqfd: Arc::new(irqfd), status: Arc::new(AtomicU32::new(0)) };
+        let interrupt = Interrupt(Arc::new(irqfd));
         let state = State::Setup { status: 0, queues: new_queues(device.as_ref()) };
-        Ok(MmioDevice {
+        let device = MmioDevice {
             device,
             memory,
+            page,
             state,
             interrupt,
             notified,
@@ -73,7 +89,10 @@ impl MmioDevice {
             driver_features_page: 0,
             driver_features: 0,
             selected_queue: 0,
-        })
+        };
+        device.publish_what_stays();
+        device.publish();
+        Ok(device)
     }
 
     /// The device behind the transport.
@@ -87,30 +106,26 @@ impl MmioDevice {
         if self.device.notified_inline() { &[] } else { &self.notified }
     }
 
-    /// The guest reads `data.len()` bytes at `offset` of the device's page.
-    pub fn read(&self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        if offset >= CONFIG_SPACE {
-            self.device.read_config(offset - CONFIG_SPACE, data);
-        } else if data.len() == 4 {
-            data.copy_from_slice(&self.read_register(offset).to_le_bytes());
-        }
+    /// Puts what never changes where the guest reads it. The rest reads as zero, `ConfigGeneration` (0xfc) too: no
+    /// configuration of ours changes.
+    fn publish_what_stays(&self) {
+        self.page.set(0x00, MAGIC);
+        self.page.set(0x04, VERSION);
+        self.page.set(0x08, self.device.device_type());
+        self.page.set(0x0c, VENDOR);
+        self.page.set(0x60, USED_BUFFER);
+        let mut config = [0; page::SIZE - CONFIG_SPACE];
+        self.device.read_config(0, &mut config);
+        self.page.fill(CONFIG_SPACE as u64, &config);
     }
 
-    fn read_register(&self, offset: u64) -> u32 {
-        match offset {
-            0x00 => MAGIC,
-            0x04 => VERSION,
-            0x08 => self.device.device_type(),
-            0x0c => VENDOR,
-            0x10 => page_of(self.offered_features(), self.features_page),
-            0x34 => self.queue().map_or(0, |queue| u32::from(queue.max_size())),
-            0x44 => self.queue().map_or(0, |queue| u32::from(queue.ready())),
-            0x60 => self.interrupt.status.load(Ordering::SeqCst),
-            0x70 => self.status(),
-            // ConfigGeneration (0xfc): no configuration of ours changes. The rest reads as zero.
-            _ => 0,
-        }
+    /// Puts the registers that depend on others where the guest reads them.
+    fn publish(&self) {
+        let queue = self.queue();
+        self.page.set(0x10, page_of(self.offered_features(), self.features_page));
+        self.page.set(0x34, queue.map_or(0, |queue| u32::from(queue.max_size())));
+        self.page.set(0x44, queue.map_or(0, |queue| u32::from(queue.ready())));
+        self.page.set(0x70, self.status());
     }
 
     /// The guest writes `data` at `offset` of the device's page.
@@ -124,12 +139,10 @@ impl MmioDevice {
             0x24 => self.driver_features_page = value,
             0x30 => self.selected_queue = value as usize,
             QUEUE_NOTIFY if matches!(self.state, State::Active) => self.device.notify(value as usize),
-            0x64 => {
-                self.interrupt.status.fetch_and(!value, Ordering::SeqCst);
-            }
             0x70 => self.write_status(value),
             _ => self.write_queue(offset, value),
         }
+        self.publish();
     }
 
     fn offered_features(&self) -> u64 {
@@ -224,7 +237,6 @@ impl MmioDevice {
                 self.features_page = 0;
                 self.driver_features_page = 0;
                 self.selected_queue = 0;
-                self.interrupt.status.store(0, Ordering::SeqCst);
             }
             State::Active => {
                 self.device.stop();
@@ -247,15 +259,24 @@ impl MmioDevice {
     fn start(&mut self, queues: Vec<Queue>) -> Result<(), super::ActivateError> {
         let mut active = Vec::with_capacity(queues.len());
         for (mut queue, notified) in queues.into_iter().zip(&self.notified) {
+            if !queue.ready() {
+                // The device knows whether it can do without.
+                active.push(None);
+                continue;
+            }
             queue.set_event_idx(self.driver_features & F_EVENT_IDX != 0);
-            // Checked here once: ready, aligned, and wholly inside memory.
+            // Checked here once: aligned, and wholly inside memory.
             if !queue.is_valid(&self.memory) {
                 return Err(super::ActivateError::Queues);
             }
             let notified = notified.try_clone().map_err(super::ActivateError::Worker)?;
-            active.push(ActiveQueue { queue, notified, interrupt: self.interrupt.clone() });
+            active.push(Some(ActiveQueue::new(queue, notified, self.interrupt.clone())));
         }
-        self.device.activate(Active { memory: self.memory.clone(), queues: active })
+        self.device.activate(Active {
+            memory: self.memory.clone(),
+            features: self.driver_features,
+            queues: active,
+        })
     }
 }
 
@@ -274,6 +295,8 @@ fn new_queues(device: &dyn Device) -> Vec<Queue> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
     use vm_memory::GuestAddress;
 
     use super::*;
@@ -302,11 +325,17 @@ mod tests {
         }
         fn activate(&mut self, active: Active) -> Result<(), ActivateError> {
             assert_eq!(active.queues.len(), 2);
-            self.active.fetch_add(1, Ordering::SeqCst);
+            assert_eq!(active.features, F_VERSION_1);
+            // The first is one that it cannot do without.
+            if active.queues[0].is_none() {
+                return Err(ActivateError::Queues);
+            }
+            let ready = active.queues.iter().flatten().count();
+            self.active.store(u32::try_from(ready).unwrap(), Ordering::SeqCst);
             Ok(())
         }
         fn stop(&mut self) {
-            self.active.fetch_sub(1, Ordering::SeqCst);
+            self.active.store(0, Ordering::SeqCst);
         }
         fn counters(&self) -> Vec<(&'static str, crate::virtio::Counter)> {
             Vec::new()
@@ -317,13 +346,12 @@ mod tests {
         let memory = crate::memory::allocate(&[(GuestAddress(0), 1 << 20)]).unwrap();
         let probe = Probe::default();
         let active = probe.active.clone();
-        (MmioDevice::new(Box::new(probe), memory, EventFd::new(0).unwrap()).unwrap(), active)
+        let page = Page::new(page::allocate(3).unwrap(), 2);
+        (MmioDevice::new(Box::new(probe), memory, page, EventFd::new(0).unwrap()).unwrap(), active)
     }
 
     fn get(device: &MmioDevice, offset: u64) -> u32 {
-        let mut data = [0; 4];
-        device.read(offset, &mut data);
-        u32::from_le_bytes(data)
+        device.page.get(offset)
     }
 
     fn set(device: &mut MmioDevice, offset: u64, value: u32) {
@@ -331,12 +359,16 @@ mod tests {
     }
 
     fn set_up(device: &mut MmioDevice, table: u32) {
+        set_up_queues(device, table, 0..2);
+    }
+
+    fn set_up_queues(device: &mut MmioDevice, table: u32, queues: std::ops::Range<u32>) {
         set(device, 0x70, 1);
         set(device, 0x70, 3);
         set(device, 0x24, 1);
         set(device, 0x20, 1);
         set(device, 0x70, 11);
-        for queue in 0..2 {
+        for queue in queues {
             set(device, 0x30, queue);
             set(device, 0x38, 16);
             set(device, 0x80, table + queue * 0x1000);
@@ -353,7 +385,17 @@ mod tests {
         assert_eq!((get(&device, 0), get(&device, 4), get(&device, 8)), (0x7472_6976, 2, 42));
         set_up(&mut device, 0x1000);
         assert_eq!(get(&device, 0x70), 15);
-        assert_eq!(active.load(Ordering::SeqCst), 1);
+        assert_eq!(active.load(Ordering::SeqCst), 2);
+    }
+
+    #[test]
+    fn the_device_decides_which_queues_the_driver_may_leave_out() {
+        let (mut device, active) = self::device();
+        set_up_queues(&mut device, 0x1000, 0..1);
+        assert_eq!((get(&device, 0x70), active.load(Ordering::SeqCst)), (15, 1));
+        let (mut device, active) = self::device();
+        set_up_queues(&mut device, 0x1000, 1..2);
+        assert_eq!((get(&device, 0x70), active.load(Ordering::SeqCst)), (status::FAILED, 0));
     }
 
     #[test]
@@ -407,13 +449,31 @@ mod tests {
     }
 
     #[test]
-    fn reads_of_odd_sizes_and_beyond_the_configuration_read_zero() {
+    fn the_configuration_is_where_the_guest_reads_and_zero_beyond_its_end() {
         let (device, _) = device();
-        let mut data = [9; 8];
-        device.read(0x101, &mut data);
-        assert_eq!(data, [2, 3, 0, 0, 0, 0, 0, 0]);
-        let mut byte = [9];
-        device.read(0, &mut byte);
-        assert_eq!(byte, [0]);
+        assert_eq!((get(&device, 0x100), get(&device, 0x104)), (0x0003_0201, 0));
+        assert_eq!(get(&device, page::SIZE as u64 - 4), 0);
+    }
+
+    #[test]
+    fn an_interrupt_is_always_about_used_buffers_whatever_was_acknowledged() {
+        let (mut device, _) = device();
+        set_up(&mut device, 0x1000);
+        assert_eq!(get(&device, 0x60), 1);
+        set(&mut device, INTERRUPT_ACK, 1);
+        assert_eq!(get(&device, 0x60), 1);
+    }
+
+    #[test]
+    fn what_depends_on_a_selection_follows_it() {
+        let (mut device, _) = device();
+        assert_eq!(get(&device, 0x10), 1 << 29);
+        set(&mut device, 0x14, 1);
+        assert_eq!(get(&device, 0x10), 1);
+        set(&mut device, 0x14, 2);
+        assert_eq!(get(&device, 0x10), 0);
+        assert_eq!(get(&device, 0x34), 16);
+        set(&mut device, 0x30, 2);
+        assert_eq!(get(&device, 0x34), 0);
     }
 }

@@ -5,6 +5,8 @@
 
 pub mod fs;
 pub mod mmio;
+pub mod net;
+pub mod page;
 pub mod rng;
 #[cfg(test)]
 mod testing;
@@ -14,17 +16,19 @@ use std::{
     io,
     sync::{
         Arc,
-        atomic::{AtomicU32, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering, fence},
     },
 };
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT as _, QueueT as _};
+use vm_memory::{Bytes as _, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::GuestMemory;
 
 /// Device types (virtio 1.2, section 5).
 pub mod device_type {
+    pub const NET: u32 = 1;
     pub const RNG: u32 = 4;
     pub const VSOCK: u32 = 19;
     pub const FS: u32 = 26;
@@ -37,8 +41,8 @@ pub const F_EVENT_IDX: u64 = 1 << 29;
 
 /// What the guest can set up and activate.
 pub trait Device: Send {
-    /// For messages and counters: "vsock", "fs", "rng".
-    fn name(&self) -> &'static str;
+    /// For messages and counters; no two devices of a machine share one: "vsock", "fs", "rng", "net0".
+    fn name(&self) -> &str;
     /// Number from virtio 1.2, section 5.
     fn device_type(&self) -> u32;
     /// Largest size of each queue; their number is the device's number of queues.
@@ -77,8 +81,18 @@ pub enum ActivateError {
 pub struct Active {
     /// The guest's memory.
     pub memory: GuestMemory,
-    /// One for each of [`Device::queue_sizes`]; all ready and checked.
-    pub queues: Vec<ActiveQueue>,
+    /// The features that the guest's driver has accepted, all of them offered.
+    pub features: u64,
+    /// One for each of [`Device::queue_sizes`], checked; none where the driver has not made one ready.
+    pub queues: Vec<Option<ActiveQueue>>,
+}
+
+/// The queues of a device that can do without none of its `N`.
+pub fn all_queues<const N: usize>(
+    queues: Vec<Option<ActiveQueue>>,
+) -> Result<[ActiveQueue; N], ActivateError> {
+    let queues: Option<Vec<_>> = queues.into_iter().collect();
+    queues.and_then(|queues| queues.try_into().ok()).ok_or(ActivateError::Queues)
 }
 
 /// A queue of an active device.
@@ -89,6 +103,8 @@ pub struct ActiveQueue {
     pub notified: EventFd,
     /// Raised when the guest should look at the used ring.
     pub interrupt: Interrupt,
+    /// End of the used ring when the guest was last considered for an interrupt.
+    signalled: u16,
 }
 
 /// A request of the guest's: descriptors that point into its memory.
@@ -96,6 +112,12 @@ pub type Chain<'a> = DescriptorChain<&'a GuestMemory>;
 
 /// Every `Err` means that the guest has broken the queue: the device cannot go on.
 impl ActiveQueue {
+    /// Puts a queue that will not change any more into use.
+    pub fn new(queue: Queue, notified: EventFd, interrupt: Interrupt) -> ActiveQueue {
+        let signalled = queue.next_used();
+        ActiveQueue { queue, notified, interrupt, signalled }
+    }
+
     /// The next chain that the guest has made available.
     pub fn pop<'a>(&mut self, memory: &'a GuestMemory) -> Result<Option<Chain<'a>>, virtio_queue::Error> {
         Ok(self.queue.iter(memory)?.next())
@@ -116,33 +138,70 @@ impl ActiveQueue {
         self.queue.add_used(memory, head, length)
     }
 
-    /// Interrupts the guest if it wants to know of what was added.
+    /// Hands several chains (head and length, as in [`ActiveQueue::add_used`]) back at once: the guest
+    /// sees all of them or none. A driver that finds the first buffer of a frame expects the others to
+    /// be there already (virtio 1.2, section 5.1.6.4).
+    pub fn add_used_together(
+        &mut self,
+        memory: &GuestMemory,
+        chains: &[(u16, u32)],
+    ) -> Result<(), virtio_queue::Error> {
+        let Some((&(last_head, last_length), earlier)) = chains.split_last() else { return Ok(()) };
+        let mut next = self.queue.next_used();
+        for &(head, length) in earlier {
+            if head >= self.queue.size() {
+                return Err(virtio_queue::Error::InvalidDescriptorIndex);
+            }
+            // The ring was checked to lie inside memory; the element is a 32-bit id and a 32-bit length.
+            let slot = self.queue.used_ring() + 4 + 8 * u64::from(next % self.queue.size());
+            let element = u64::from(length) << 32 | u64::from(head);
+            memory
+                .write_obj(element.to_le(), GuestAddress(slot))
+                .map_err(virtio_queue::Error::GuestMemory)?;
+            next = next.wrapping_add(1);
+        }
+        self.queue.set_next_used(next);
+        // Publishes all elements up to its own.
+        self.queue.add_used(memory, last_head, last_length)
+    }
+
+    /// Interrupts the guest if it wants to know of what was added since the last call.
     pub fn signal(&mut self, memory: &GuestMemory) -> Result<(), virtio_queue::Error> {
-        if self.queue.needs_notification(memory)? {
+        if self.guest_wants_interrupt(memory)? {
             self.interrupt.used_buffer();
         }
         Ok(())
     }
+
+    /// virtio 1.2, section 2.7.10. The queue's own answer counts one entry for each call of its own
+    /// `add_used`, and would overlook those of [`ActiveQueue::add_used_together`].
+    fn guest_wants_interrupt(&mut self, memory: &GuestMemory) -> Result<bool, virtio_queue::Error> {
+        let end = self.queue.next_used();
+        let start = std::mem::replace(&mut self.signalled, end);
+        if start == end || !self.queue.event_idx_enabled() {
+            return Ok(start != end);
+        }
+        // The guest must see the entries before its wish is read, or each could wait for the other.
+        fence(Ordering::SeqCst);
+        let used_event = self.queue.avail_ring() + 4 + 2 * u64::from(self.queue.size());
+        let used_event = memory
+            .load(GuestAddress(used_event), Ordering::Relaxed)
+            .map(u16::from_le)
+            .map_err(virtio_queue::Error::GuestMemory)?;
+        Ok(end.wrapping_sub(used_event).wrapping_sub(1) < end.wrapping_sub(start))
+    }
 }
 
-/// A device's interrupt line: an irqfd and the status that the guest reads to learn why.
+/// A device's interrupt line: an irqfd, bound to it in KVM.
 #[derive(Clone)]
-pub struct Interrupt {
-    /// Bound to the device's line in KVM.
-    pub irqfd: Arc<EventFd>,
-    /// `InterruptStatus` register.
-    pub status: Arc<AtomicU32>,
-}
+pub struct Interrupt(pub Arc<EventFd>);
 
 impl Interrupt {
-    const USED_BUFFER: u32 = 1;
-
     /// Tells the guest that a used ring has grown.
     pub fn used_buffer(&self) {
-        self.status.fetch_or(Self::USED_BUFFER, Ordering::SeqCst);
         // An eventfd refuses a write only when its counter is about to overflow, and then the guest
         // has an interrupt pending anyway.
-        let _ = self.irqfd.write(1);
+        let _ = self.0.write(1);
     }
 }
 

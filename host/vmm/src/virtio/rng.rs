@@ -6,7 +6,7 @@
 use virtio_queue::QueueT as _;
 use vm_memory::Bytes as _;
 
-use super::{ActivateError, Active, Counter, Device, F_EVENT_IDX, device_type};
+use super::{ActivateError, Active, ActiveQueue, Counter, Device, F_EVENT_IDX, all_queues, device_type};
 use crate::memory::GuestMemory;
 
 const QUEUE_SIZE: u16 = 64;
@@ -16,14 +16,13 @@ const REQUEST_MAX: usize = 4096;
 /// The entropy device.
 #[derive(Default)]
 pub struct Rng {
-    active: Option<Active>,
+    active: Option<(GuestMemory, ActiveQueue)>,
     bytes: Counter,
 }
 
 impl Rng {
     fn serve(&mut self) -> Result<(), virtio_queue::Error> {
-        let Some(Active { memory, queues, .. }) = &mut self.active else { return Ok(()) };
-        let [queue] = queues.as_mut_slice() else { return Ok(()) };
+        let Some((memory, queue)) = &mut self.active else { return Ok(()) };
         loop {
             queue.queue.disable_notification(&*memory)?;
             while let Some(chain) = queue.pop(memory)? {
@@ -75,7 +74,8 @@ impl Device for Rng {
     fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
 
     fn activate(&mut self, active: Active) -> Result<(), ActivateError> {
-        self.active = Some(active);
+        let [queue] = all_queues(active.queues)?;
+        self.active = Some((active.memory, queue));
         Ok(())
     }
 

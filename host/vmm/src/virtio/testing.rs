@@ -1,6 +1,6 @@
 //! The guest's side of a queue, for the devices' tests: a driver that can also lie.
 
-use std::sync::{Arc, atomic::AtomicU32};
+use std::sync::Arc;
 
 use virtio_queue::{Queue, QueueT as _};
 use vm_memory::{Bytes as _, GuestAddress};
@@ -50,9 +50,9 @@ impl Ring {
         queue.set_ready(true);
         assert!(queue.is_valid(memory));
         let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let interrupt = Interrupt { irqfd: Arc::new(event()), status: Arc::new(AtomicU32::new(0)) };
+        let interrupt = Interrupt(Arc::new(event()));
         let ring = Ring { memory: memory.clone(), base, size, next_descriptor: 0, available: 0, seen: 0 };
-        (ring, ActiveQueue { queue, notified: event(), interrupt })
+        (ring, ActiveQueue::new(queue, event(), interrupt))
     }
 
     /// Makes a chain available; answers with its head.

@@ -38,6 +38,8 @@ pub const SERIAL_IRQ: u32 = 4;
 pub const FIRST_IRQ: u32 = 5;
 /// Last input of the IOAPIC.
 pub const LAST_IRQ: u8 = 23;
+/// One interrupt for each device.
+pub const DEVICES_MAX: usize = LAST_IRQ as usize - FIRST_IRQ as usize + 1;
 
 /// Pages that KVM needs for real mode on processors without unrestricted guest mode.
 pub const IDENTITY_MAP: u64 = 0xfffb_c000;

@@ -12,7 +12,9 @@ use virtiofsd::{
 };
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{ActivateError, Active, Counter, Device, F_EVENT_IDX, device_type, read_config_bytes};
+use super::{
+    ActivateError, Active, Counter, Device, F_EVENT_IDX, all_queues, device_type, read_config_bytes,
+};
 use crate::config::ShareConfig;
 
 /// `VIRTIO_F_INDIRECT_DESC`: large requests take one entry of the ring.
@@ -125,7 +127,9 @@ impl Device for Fs {
 
     fn activate(&mut self, active: Active) -> Result<(), ActivateError> {
         let stop = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(ActivateError::Worker)?;
-        let worker = worker::Worker::new(active, self.server.clone(), self.requests.clone(), &stop)
+        let queues = all_queues(active.queues)?;
+        let (server, requests) = (self.server.clone(), self.requests.clone());
+        let worker = worker::Worker::new(active.memory, queues, server, requests, &stop)
             .map_err(ActivateError::Worker)?;
         let thread = std::thread::Builder::new()
             .name("fs".into())

@@ -15,7 +15,7 @@ use vmm_sys_util::{
 
 use crate::{
     memory::GuestMemory,
-    virtio::{Active, ActiveQueue, Counter},
+    virtio::{ActiveQueue, Counter},
 };
 
 /// Token of the stop event; the queues' tokens are their numbers.
@@ -23,7 +23,7 @@ const STOP: u64 = u64::MAX;
 
 pub struct Worker {
     memory: GuestMemory,
-    queues: Vec<ActiveQueue>,
+    queues: [ActiveQueue; 2],
     server: Arc<Server<PassthroughFs>>,
     requests: Counter,
     epoll: Epoll,
@@ -31,7 +31,8 @@ pub struct Worker {
 
 impl Worker {
     pub fn new(
-        active: Active,
+        memory: GuestMemory,
+        queues: [ActiveQueue; 2],
         server: Arc<Server<PassthroughFs>>,
         requests: Counter,
         stop: &EventFd,
@@ -41,11 +42,11 @@ impl Worker {
             use std::os::fd::AsRawFd as _;
             epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), EpollEvent::new(EventSet::IN, token))
         };
-        for (index, queue) in active.queues.iter().enumerate() {
+        for (index, queue) in queues.iter().enumerate() {
             watch(&queue.notified, index as u64)?;
         }
         watch(stop, STOP)?;
-        Ok(Worker { memory: active.memory, queues: active.queues, server, requests, epoll })
+        Ok(Worker { memory, queues, server, requests, epoll })
     }
 
     /// Serves until it is told to stop or the guest breaks a queue.

@@ -1,14 +1,16 @@
-//! One stream between a host program's unix socket and the guest, with flow control both ways.
+//! One stream between a host program's socket and the guest, with flow control both ways.
 
-use std::{
-    collections::VecDeque,
-    io::{self, Read as _, Write as _},
-    net::Shutdown,
-    num::Wrapping,
-    os::unix::net::UnixStream,
+use std::{collections::VecDeque, num::Wrapping, os::fd::OwnedFd};
+
+use rustix::{
+    io::Errno,
+    net::{RecvFlags, SendFlags, Shutdown, recv, send, shutdown},
 };
 
-use super::packet::{Header, Operation, Ports, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND};
+use super::{
+    forward,
+    packet::{Header, Operation, Ports, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND},
+};
 
 /// Bytes that the guest may send before the host program has taken them. Also the most that one
 /// connection can make this process hold.
@@ -34,8 +36,12 @@ pub struct Connection {
     pub state: State,
     /// Whether the mux has it in its list of those that have something for the guest.
     pub queued: bool,
-    /// Non-blocking, watched edge-triggered.
-    stream: UnixStream,
+    /// A unix or TCP socket: non-blocking, watched edge-triggered.
+    stream: OwnedFd,
+    /// What goes to the guest before the host program's data.
+    preamble: VecDeque<u8>,
+    /// The guest has yet to say that it has reached the port of a forwarded connection.
+    awaits_answer: bool,
 
     /// The socket may have something to read.
     readable: bool,
@@ -81,25 +87,36 @@ struct Owed {
 
 impl Connection {
     /// The host program wants to reach the guest's port.
-    pub fn to_guest(ports: Ports, stream: UnixStream) -> Connection {
+    pub fn to_guest(ports: Ports, stream: impl Into<OwnedFd>) -> Connection {
         let owed = Owed { request: true, ..Owed::default() };
-        Connection::new(ports, stream, State::Requested, owed)
+        Connection::new(ports, stream.into(), State::Requested, owed)
+    }
+
+    /// A connection to a port on the pod's localhost, which the guest is to take there: see [`forward`].
+    pub fn forwarded(ports: Ports, stream: impl Into<OwnedFd>, port: u16) -> Connection {
+        Connection {
+            preamble: forward::preamble(port).into(),
+            awaits_answer: true,
+            ..Connection::to_guest(ports, stream)
+        }
     }
 
     /// The guest has connected to a host port; `stream` leads to who serves it.
-    pub fn from_guest(request: &Header, stream: UnixStream) -> Connection {
+    pub fn from_guest(request: &Header, stream: impl Into<OwnedFd>) -> Connection {
         let owed = Owed { response: true, ..Owed::default() };
-        let mut connection = Connection::new(request.ports, stream, State::Established, owed);
+        let mut connection = Connection::new(request.ports, stream.into(), State::Established, owed);
         connection.take_credit(request);
         connection
     }
 
-    fn new(ports: Ports, stream: UnixStream, state: State, owed: Owed) -> Connection {
+    fn new(ports: Ports, stream: OwnedFd, state: State, owed: Owed) -> Connection {
         Connection {
             ports,
             state,
             queued: false,
             stream,
+            preamble: VecDeque::new(),
+            awaits_answer: false,
             readable: true,
             hung_up: false,
             host_finished: false,
@@ -137,13 +154,13 @@ impl Connection {
     pub fn on_writable(&mut self) {
         while !self.pending.is_empty() {
             let (first, _) = self.pending.as_slices();
-            match self.stream.write(first) {
+            match send(&self.stream, first, SendFlags::NOSIGNAL) {
                 Ok(count) => {
                     self.pending.drain(..count);
                     self.forward(count);
                 }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return,
                 Err(_) => {
                     self.fail();
                     return;
@@ -229,28 +246,35 @@ impl Connection {
             return None;
         }
         let room = data.len().min(credit as usize);
-        match self.stream.read(&mut data[..room]) {
-            Ok(0) => {
+        if !self.preamble.is_empty() {
+            let bytes = self.preamble.drain(..room.min(self.preamble.len()));
+            let length = bytes.zip(data).map(|(byte, place)| *place = byte).count();
+            return Some(self.data_header(length));
+        }
+        match recv(&self.stream, &mut data[..room], RecvFlags::empty()) {
+            Ok((_, 0)) => {
                 self.host_finished = true;
                 self.owed.shutdown |= if self.hung_up { SHUTDOWN_BOTH } else { SHUTDOWN_SEND };
                 None
             }
-            Ok(length) => {
-                let length = small(length);
-                self.sent += length;
-                Some(self.header(Operation::ReadWrite, length, 0))
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+            Ok((_, length)) => Some(self.data_header(length)),
+            Err(Errno::AGAIN) => {
                 self.readable = false;
                 None
             }
             // The caller comes again while the socket may have something.
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => None,
+            Err(Errno::INTR) => None,
             Err(_) => {
                 self.state = State::Closed;
                 Some(self.header(Operation::Reset, 0, 0))
             }
         }
+    }
+
+    fn data_header(&mut self, length: usize) -> Header {
+        let length = small(length);
+        self.sent += length;
+        self.header(Operation::ReadWrite, length, 0)
     }
 
     fn header(&mut self, operation: Operation, length: u32, flags: u32) -> Header {
@@ -298,11 +322,26 @@ impl Connection {
 
     fn established(&mut self) {
         self.state = State::Established;
+        if self.awaits_answer {
+            return;
+        }
         // Nothing has been written to this socket yet, so the whole line fits or the other end is gone.
         let answer = format!("OK {}\n", self.ports.host);
-        if self.stream.write_all(answer.as_bytes()).is_err() {
+        if send(&self.stream, answer.as_bytes(), SendFlags::NOSIGNAL) != Ok(answer.len()) {
             self.owed.reset = true;
         }
+    }
+
+    /// Takes what the guest says of a forwarded connection's port off its data. `None` if that is not that it has
+    /// reached it.
+    fn take_answer<'a>(&mut self, data: &'a [u8]) -> Option<&'a [u8]> {
+        let Some((answer, rest)) = data.split_first() else { return Some(data) };
+        if *answer != forward::REACHED || forward::reset_on_close(&self.stream, false).is_err() {
+            return None;
+        }
+        self.awaits_answer = false;
+        self.forward(1);
+        Some(rest)
     }
 
     fn receive(&mut self, data: &[u8]) {
@@ -312,14 +351,21 @@ impl Connection {
             return;
         }
         let mut rest = data;
+        if self.awaits_answer {
+            let Some(after) = self.take_answer(data) else {
+                self.owed.reset = true;
+                return;
+            };
+            rest = after;
+        }
         while self.pending.is_empty() && !rest.is_empty() {
-            match self.stream.write(rest) {
+            match send(&self.stream, rest, SendFlags::NOSIGNAL) {
                 Ok(count) => {
                     rest = &rest[count..];
                     self.forward(count);
                 }
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => break,
                 Err(_) => {
                     self.fail();
                     return;
@@ -353,13 +399,15 @@ impl Connection {
         }
         if self.state == State::Draining {
             self.state = State::Closed;
-        } else if self.guest_finished == SHUTDOWN_BOTH {
-            // The guest waits for this before it frees the connection.
+        } else if self.guest_finished == SHUTDOWN_BOTH
+            || self.awaits_answer && self.guest_finished & SHUTDOWN_SEND != 0
+        {
+            // The guest waits for this before it frees the connection; or it will never answer.
             self.owed.reset = true;
         } else if self.guest_finished & SHUTDOWN_SEND != 0 && !self.shut {
             // Once: it makes an event of its own. Fails only if the host program has closed its end.
             self.shut = true;
-            let _ = self.stream.shutdown(Shutdown::Write);
+            let _ = shutdown(&self.stream, Shutdown::Write);
         }
     }
 

@@ -5,11 +5,14 @@
 //!   `OK <host port>\n` once the guest has accepted.
 //! * The guest connects to host port P, and the device to `<path>_<P>`, if P is among
 //!   [`VsockConfig::host_ports`].
+//! * Connections to localhost in the pod's network namespace go to the guest's [`VsockConfig::forward_port`]:
+//!   see [`forward`].
 //!
 //! [`connection`] is one stream and its flow control, [`mux`] all streams without the queues,
 //! [`worker`] the thread that moves packets between the queues and the mux.
 
 mod connection;
+mod forward;
 mod mux;
 mod packet;
 mod worker;
@@ -25,20 +28,28 @@ use std::{
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
+pub use self::forward::Forward;
 use self::{mux::Mux, packet::GUEST_CID, worker::Worker};
-use super::{ActivateError, Active, Counter, Device, F_EVENT_IDX, device_type, read_config_bytes};
-use crate::config::VsockConfig;
+use super::{
+    ActivateError, Active, ActiveQueue, Counter, Device, F_EVENT_IDX, all_queues, device_type,
+    read_config_bytes,
+};
+use crate::{config::VsockConfig, memory::GuestMemory};
 
 /// Receive, transmit and event queue.
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
 
-/// The device's socket cannot be made.
+/// The device's sockets cannot be had.
 #[derive(Debug, Error)]
-#[error("cannot listen on the vsock socket {path}")]
-pub struct VsockError {
-    path: PathBuf,
-    #[source]
-    source: io::Error,
+pub enum VsockError {
+    #[error("cannot listen on the vsock socket {path}")]
+    Listen {
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    #[error("the inherited listener of forwarded connections cannot be used")]
+    Forward(#[source] io::Error),
 }
 
 /// What the control server reads while the worker counts.
@@ -57,6 +68,8 @@ pub struct Vsock {
     config: VsockConfig,
     /// Taken by the worker.
     listener: Option<UnixListener>,
+    /// Taken by the worker.
+    forward: Option<Forward>,
     counters: Counters,
     worker: Option<(JoinHandle<()>, EventFd)>,
 }
@@ -64,24 +77,29 @@ pub struct Vsock {
 impl Vsock {
     /// Listens on the socket, readable and writable by its owner alone. A connection that is made
     /// before the guest is up waits.
-    pub fn new(config: &VsockConfig) -> Result<Vsock, VsockError> {
-        let error = |source| VsockError { path: config.path.clone(), source };
+    pub fn new(config: &VsockConfig, forward: Option<Forward>) -> Result<Vsock, VsockError> {
+        let error = |source| VsockError::Listen { path: config.path.clone(), source };
         let listener = UnixListener::bind(&config.path).map_err(error)?;
         std::fs::set_permissions(&config.path, Permissions::from_mode(0o600)).map_err(error)?;
         listener.set_nonblocking(true).map_err(error)?;
+        if let Some(forward) = &forward {
+            forward.listener.set_nonblocking(true).map_err(VsockError::Forward)?;
+        }
         Ok(Vsock {
             config: config.clone(),
             listener: Some(listener),
+            forward,
             counters: Counters::default(),
             worker: None,
         })
     }
 
-    fn start(&mut self, active: Active) -> io::Result<()> {
+    fn start(&mut self, memory: GuestMemory, queues: [ActiveQueue; 3]) -> io::Result<()> {
         let listener = self.listener.take().ok_or(io::ErrorKind::NotConnected)?;
-        let mux = Mux::new(self.config.clone(), listener, self.counters.clone())?;
+        let forward = self.forward.take();
+        let mux = Mux::new(self.config.clone(), listener, forward, self.counters.clone())?;
         let stop = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        let worker = Worker::new(active, mux, &stop)?;
+        let worker = Worker::new(memory, queues, mux, &stop)?;
         let thread = std::thread::Builder::new().name("vsock".into()).spawn(move || worker.run())?;
         self.worker = Some((thread, stop));
         Ok(())
@@ -110,7 +128,8 @@ impl Device for Vsock {
     }
 
     fn activate(&mut self, active: Active) -> Result<(), ActivateError> {
-        self.start(active).map_err(ActivateError::Worker)
+        let queues = all_queues(active.queues)?;
+        self.start(active.memory, queues).map_err(ActivateError::Worker)
     }
 
     fn stop(&mut self) {

@@ -3,6 +3,7 @@
 use std::{
     collections::{HashMap, VecDeque},
     io,
+    net::TcpStream,
     os::{
         fd::{AsFd, AsRawFd as _, BorrowedFd},
         unix::net::{UnixListener, UnixStream},
@@ -16,6 +17,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use super::{
     Counters,
     connection::{BUF_ALLOC, Connection, State},
+    forward::{self, Forward},
     packet::{Header, Operation, Ports},
 };
 use crate::config::VsockConfig;
@@ -30,15 +32,18 @@ const GREETING_MAX: usize = 19;
 /// Host ports that stand for connections from host programs; above all that anybody listens on.
 const FIRST_HOST_PORT: u32 = 1 << 30;
 
-/// Epoll token of the listener. Connections count up from [`FIRST_ID`].
+/// Epoll tokens of the two listeners. Connections count up from [`FIRST_ID`].
 pub const LISTENER: u64 = 0;
-/// Tokens below this belong to the listener and the worker.
+pub const FORWARD: u64 = 15;
+/// Tokens below this belong to the listeners and the worker.
 pub const FIRST_ID: u64 = 16;
 
 /// All streams of a machine.
 pub struct Mux {
     config: VsockConfig,
     listener: UnixListener,
+    /// Connections to the pod's localhost, and the guest's port that takes them.
+    forward: Option<(Forward, u32)>,
     epoll: Epoll,
     /// Host programs that have connected and not yet said to which port.
     greetings: HashMap<u64, UnixStream>,
@@ -54,14 +59,27 @@ pub struct Mux {
 }
 
 impl Mux {
-    pub fn new(config: VsockConfig, listener: UnixListener, counters: Counters) -> io::Result<Mux> {
+    pub fn new(
+        config: VsockConfig,
+        listener: UnixListener,
+        forward: Option<Forward>,
+        counters: Counters,
+    ) -> io::Result<Mux> {
         let epoll = Epoll::new()?;
-        // Edge-triggered, so that running out of descriptors does not become a busy loop.
-        let interest = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, LISTENER);
-        epoll.ctl(ControlOperation::Add, listener.as_raw_fd(), interest)?;
+        let watch = |listener: BorrowedFd<'_>, token| {
+            // Edge-triggered, so that running out of descriptors does not become a busy loop.
+            let interest = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, token);
+            epoll.ctl(ControlOperation::Add, listener.as_raw_fd(), interest)
+        };
+        watch(listener.as_fd(), LISTENER)?;
+        let forward = forward.zip(config.forward_port);
+        if let Some((forward, _)) = &forward {
+            watch(forward.listener.as_fd(), FORWARD)?;
+        }
         Ok(Mux {
             config,
             listener,
+            forward,
             epoll,
             greetings: HashMap::new(),
             connections: HashMap::new(),
@@ -83,6 +101,8 @@ impl Mux {
     pub fn on_event(&mut self, token: u64, events: EventSet) {
         if token == LISTENER {
             self.accept();
+        } else if token == FORWARD {
+            self.accept_forwarded();
         } else if self.greetings.contains_key(&token) {
             self.greet(token);
         } else if let Some(connection) = self.connections.get_mut(&token) {
@@ -134,6 +154,38 @@ impl Mux {
                 tracing::warn!(%error, "vsock: cannot watch a host program's connection");
             }
         }
+    }
+
+    fn accept_forwarded(&mut self) {
+        while let Some((forward, guest)) = &self.forward {
+            let guest = *guest;
+            let taken = match forward.listener.accept() {
+                Ok((stream, _)) => self.carry(stream, guest),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
+                // Its client has taken it back.
+                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => Ok(()),
+                Err(error) => {
+                    tracing::warn!(%error, "vsock: cannot accept a connection to be forwarded");
+                    return;
+                }
+            };
+            if let Err(error) = taken {
+                tracing::warn!(%error, "vsock: cannot watch a connection to be forwarded");
+            }
+        }
+    }
+
+    /// Begins a stream to the guest for a connection to the pod's localhost.
+    fn carry(&mut self, stream: TcpStream, guest: u32) -> io::Result<()> {
+        let port = forward::prepare(&stream)?;
+        // Dropping the stream resets it.
+        if !self.full() {
+            let id = self.watch(stream.as_fd())?;
+            let ports = Ports { host: self.free_host_port(guest), guest };
+            self.insert(id, Connection::forwarded(ports, stream, port));
+        }
+        Ok(())
     }
 
     /// Reads `CONNECT <port>\n`, and not a byte more: what follows is for the guest.

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     memory::GuestMemory,
-    virtio::{Active, ActiveQueue, Chain},
+    virtio::{ActiveQueue, Chain},
 };
 
 /// Epoll tokens of the worker's own descriptors; all below [`super::mux::FIRST_ID`].
@@ -40,23 +40,20 @@ pub struct Worker {
 }
 
 impl Worker {
-    pub fn new(active: Active, mux: Mux, stop: &EventFd) -> io::Result<Worker> {
-        let Ok([receive, transmit, _events]) = <[ActiveQueue; 3]>::try_from(active.queues) else {
-            return Err(io::ErrorKind::InvalidInput.into());
-        };
+    pub fn new(
+        memory: GuestMemory,
+        queues: [ActiveQueue; 3],
+        mux: Mux,
+        stop: &EventFd,
+    ) -> io::Result<Worker> {
+        let [receive, transmit, _events] = queues;
         let watched =
             [(&receive.notified, TOKEN_RECEIVE), (&transmit.notified, TOKEN_TRANSMIT), (stop, TOKEN_STOP)];
         for (event, token) in watched {
             let interest = EpollEvent::new(EventSet::IN, token);
             mux.epoll().ctl(ControlOperation::Add, event.as_raw_fd(), interest)?;
         }
-        Ok(Worker {
-            memory: active.memory,
-            receive,
-            transmit,
-            mux,
-            packet: vec![0; PACKET_MAX].into_boxed_slice(),
-        })
+        Ok(Worker { memory, receive, transmit, mux, packet: vec![0; PACKET_MAX].into_boxed_slice() })
     }
 
     /// Serves until it is told to stop or the guest breaks a queue.

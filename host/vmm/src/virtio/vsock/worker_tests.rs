@@ -1,5 +1,8 @@
 //! The device between real unix sockets and a guest that is played here.
 
+#[path = "forward_tests.rs"]
+mod forward;
+
 use std::{
     collections::HashMap,
     io::{Read as _, Write as _},
@@ -17,7 +20,7 @@ use crate::{
     virtio::{
         testing::{Buffer, RING_SIZE, Ring, guest_memory},
         vsock::{
-            Counters,
+            Counters, Forward,
             connection::BUF_ALLOC,
             packet::{Operation, Ports, SHUTDOWN_BOTH, SHUTDOWN_SEND, reversed},
         },
@@ -33,6 +36,7 @@ const RECEIVE_BUFFERS: u64 = 0x10_0000;
 const RECEIVE_BUFFER: u32 = 4096;
 const TRANSMIT_BUFFER: u64 = 0x80_0000;
 const HOST_PORT: u32 = 1025;
+const FORWARD_PORT: u32 = 1026;
 
 type Packet = (Header, Vec<u8>);
 
@@ -48,7 +52,11 @@ struct Scene {
 
 impl Scene {
     fn new() -> Scene {
-        let mut scene = Scene::without_buffers();
+        Scene::with_forward(None)
+    }
+
+    fn with_forward(forward: Option<Forward>) -> Scene {
+        let mut scene = Scene::without_buffers_with_forward(forward);
         for index in 0..u64::from(QUEUE) / 2 {
             scene.give_buffer(RECEIVE_BUFFERS + index * u64::from(RECEIVE_BUFFER));
         }
@@ -56,6 +64,10 @@ impl Scene {
     }
 
     fn without_buffers() -> Scene {
+        Scene::without_buffers_with_forward(None)
+    }
+
+    fn without_buffers_with_forward(forward: Option<Forward>) -> Scene {
         let directory = tempfile::tempdir().unwrap();
         let memory = guest_memory();
         let (receive, receive_queue) = Ring::new(&memory, RECEIVE_RING, QUEUE);
@@ -64,11 +76,11 @@ impl Scene {
         let path = directory.path().join("vsock.sock");
         let listener = UnixListener::bind(&path).unwrap();
         listener.set_nonblocking(true).unwrap();
-        let config = VsockConfig { path, host_ports: vec![HOST_PORT] };
-        let mux = Mux::new(config, listener, Counters::default()).unwrap();
-        let queues = vec![receive_queue, transmit_queue, event_queue];
+        let config = VsockConfig { path, host_ports: vec![HOST_PORT], forward_port: Some(FORWARD_PORT) };
+        let mux = Mux::new(config, listener, forward, Counters::default()).unwrap();
+        let queues = [receive_queue, transmit_queue, event_queue];
         let stop = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let worker = Worker::new(Active { memory: memory.clone(), queues }, mux, &stop).unwrap();
+        let worker = Worker::new(memory.clone(), queues, mux, &stop).unwrap();
         Scene { directory, worker, memory, receive, transmit, buffers: HashMap::new() }
     }
 
@@ -93,7 +105,7 @@ impl Scene {
         let count = self.worker.mux.epoll().wait(0, &mut events).unwrap();
         // Edge-triggered events were taken by looking.
         for event in &events[..count] {
-            if event.data() == super::super::mux::LISTENER || event.data() >= super::super::mux::FIRST_ID {
+            if !matches!(event.data(), TOKEN_RECEIVE | TOKEN_TRANSMIT | TOKEN_STOP) {
                 self.worker.mux.on_event(event.data(), event.event_set());
             }
         }

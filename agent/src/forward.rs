@@ -1,0 +1,236 @@
+//! Port-forward: carries the machine's connections on to the guest's own localhost.
+//!
+//! What passes is told at [`FORWARD_PORT`]. As containerd does where a pod's localhost is on the host
+//! (`criService.portForward`), IPv4 is tried first.
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    sync::Arc,
+    time::Duration,
+};
+
+use pericarp_protos::guest::FORWARD_PORT;
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, copy_bidirectional},
+    net::TcpStream,
+    sync::Semaphore,
+    time::timeout,
+};
+
+use crate::server::Listener;
+
+/// Connections at the same time; as many as a machine has.
+const CONNECTIONS_MAX: usize = 1024;
+/// The machine sends the port at once; a server that listens is connected to at once, too, unless it is too busy.
+const TIME_LIMIT: Duration = Duration::from_secs(10);
+/// The answer when the port has been reached.
+const REACHED: u8 = 0;
+
+/// A connection cannot be carried to a port of the guest.
+#[derive(Debug, thiserror::Error)]
+pub enum ForwardError {
+    #[error("the machine does not say which port a connection is for: {0}")]
+    Port(io::Error),
+    #[error("nothing takes connections to port {port} of localhost: {source}")]
+    Connect { port: u16, source: io::Error },
+    #[error("a connection to port {port} of localhost has broken: {source}")]
+    Copy { port: u16, source: io::Error },
+}
+
+/// Where the machine's connections arrive.
+pub fn listen() -> io::Result<Listener> {
+    Listener::vsock(FORWARD_PORT)
+}
+
+/// Accepts connections for ever. Each is carried by its own task; one too many is closed at once.
+pub async fn serve(listener: Listener) {
+    let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    loop {
+        match listener.accept().await {
+            Ok(connection) => {
+                let Ok(place) = Arc::clone(&places).try_acquire_owned() else { continue };
+                tokio::spawn(async move {
+                    // The machine resets what ends without an answer; the console is not for a container's errors.
+                    if let Err(error) = carry(connection, TIME_LIMIT).await {
+                        tracing::debug!(%error, "port-forward");
+                    }
+                    drop(place);
+                });
+            }
+            // Out of descriptors or memory: let running tasks give some back before the next try.
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a connection to be forwarded");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+/// Carries one connection until both of its ends have finished, or one has broken. `limit` is that of each step which
+/// comes before the two ends' own bytes.
+async fn carry(
+    mut machine: impl AsyncRead + AsyncWrite + Unpin,
+    limit: Duration,
+) -> Result<(), ForwardError> {
+    let port = timeout(limit, machine.read_u16())
+        .await
+        .unwrap_or_else(|elapsed| Err(elapsed.into()))
+        .map_err(ForwardError::Port)?;
+    let mut server = timeout(limit, connect(port))
+        .await
+        .unwrap_or_else(|elapsed| Err(elapsed.into()))
+        .map_err(|source| ForwardError::Connect { port, source })?;
+    let carried = async {
+        server.set_nodelay(true)?;
+        machine.write_u8(REACHED).await?;
+        // An end of either side's data is passed on to the other as such.
+        copy_bidirectional(&mut machine, &mut server).await.map(drop)
+    };
+    carried.await.map_err(|source| ForwardError::Copy { port, source })
+}
+
+async fn connect(port: u16) -> io::Result<TcpStream> {
+    match TcpStream::connect((IpAddr::from(Ipv4Addr::LOCALHOST), port)).await {
+        Ok(server) => Ok(server),
+        Err(_) => TcpStream::connect((IpAddr::from(Ipv6Addr::LOCALHOST), port)).await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::{TcpListener, UnixStream};
+
+    use super::*;
+
+    /// A listener at a free port, and that port. Of the two loopback addresses, only `ip` has it.
+    async fn listener(ip: &str) -> (TcpListener, u16) {
+        let listener = TcpListener::bind((ip, 0)).await.unwrap();
+        let port = listener.local_addr().unwrap().port();
+        (listener, port)
+    }
+
+    /// The machine's end of a connection to `port`.
+    fn forwarded(port: u16) -> (UnixStream, tokio::task::JoinHandle<Result<(), ForwardError>>) {
+        let (machine, agent) = UnixStream::pair().unwrap();
+        machine.try_write(&port.to_be_bytes()).unwrap();
+        (machine, tokio::spawn(carry(agent, TIME_LIMIT)))
+    }
+
+    async fn rest(stream: &mut (impl AsyncRead + Unpin)) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        stream.read_to_end(&mut bytes).await.unwrap();
+        bytes
+    }
+
+    #[tokio::test]
+    async fn a_server_at_either_address_of_localhost_is_reached() {
+        for ip in ["127.0.0.1", "::1", "0.0.0.0", "::"] {
+            let (listener, port) = listener(ip).await;
+            let (mut machine, carried) = forwarded(port);
+            let (mut server, _) = listener.accept().await.unwrap();
+            server.write_all(b"hello").await.unwrap();
+            let mut bytes = [0xff; 6];
+            machine.read_exact(&mut bytes).await.unwrap();
+            assert_eq!(&bytes, b"\0hello", "{ip}");
+            machine.write_all(b"bye").await.unwrap();
+            machine.shutdown().await.unwrap();
+            assert_eq!(rest(&mut server).await, b"bye");
+            drop(server);
+            assert_eq!(rest(&mut machine).await, b"");
+            carried.await.unwrap().unwrap();
+        }
+    }
+
+    #[tokio::test]
+    async fn a_client_that_sends_no_more_still_receives() {
+        let (listener, port) = listener("127.0.0.1").await;
+        let (mut machine, carried) = forwarded(port);
+        let (mut server, _) = listener.accept().await.unwrap();
+        machine.write_all(&vec![7; 1 << 20]).await.unwrap();
+        machine.shutdown().await.unwrap();
+        let count = rest(&mut server).await.len();
+        server.write_all(count.to_string().as_bytes()).await.unwrap();
+        drop(server);
+        assert_eq!(rest(&mut machine).await, b"\x001048576");
+        carried.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_server_that_sends_no_more_still_receives() {
+        let (listener, port) = listener("127.0.0.1").await;
+        let (mut machine, carried) = forwarded(port);
+        let (mut server, _) = listener.accept().await.unwrap();
+        server.write_all(b"banner").await.unwrap();
+        server.shutdown().await.unwrap();
+        assert_eq!(rest(&mut machine).await, b"\0banner");
+        machine.write_all(b"late").await.unwrap();
+        machine.shutdown().await.unwrap();
+        assert_eq!(rest(&mut server).await, b"late");
+        carried.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_port_that_nobody_listens_on_ends_without_an_answer() {
+        let (listener, port) = listener("127.0.0.1").await;
+        drop(listener);
+        let (mut machine, carried) = forwarded(port);
+        assert_eq!(rest(&mut machine).await, b"");
+        let error = carried.await.unwrap().unwrap_err();
+        assert!(matches!(error, ForwardError::Connect { .. }), "{error}");
+        assert!(error.to_string().contains(&port.to_string()), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_names_no_port_is_given_up() {
+        for (sent, ends, kind) in [
+            (&b""[..], false, io::ErrorKind::TimedOut),
+            (b"\0", false, io::ErrorKind::TimedOut),
+            (b"\0", true, io::ErrorKind::UnexpectedEof),
+        ] {
+            let (mut machine, agent) = UnixStream::pair().unwrap();
+            machine.write_all(sent).await.unwrap();
+            if ends {
+                machine.shutdown().await.unwrap();
+            }
+            let error = carry(agent, Duration::from_millis(20)).await.unwrap_err();
+            assert!(matches!(&error, ForwardError::Port(error) if error.kind() == kind), "{error}");
+            assert_eq!(rest(&mut machine).await, b"");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_server_that_breaks_the_connection_ends_it_for_the_client() {
+        let (listener, port) = listener("::1").await;
+        let (mut machine, carried) = forwarded(port);
+        let (server, _) = listener.accept().await.unwrap();
+        assert_eq!(machine.read_u8().await.unwrap(), REACHED);
+        server.set_zero_linger().unwrap();
+        drop(server);
+        let _ = machine.read_to_end(&mut Vec::new()).await;
+        assert!(matches!(carried.await.unwrap(), Err(ForwardError::Copy { .. })));
+    }
+
+    #[tokio::test]
+    async fn many_connections_are_carried_at_the_same_time() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        tokio::spawn(serve(Listener::Unix(tokio::net::UnixListener::bind(&path).unwrap())));
+        let (listener, port) = listener("127.0.0.1").await;
+        let mut pairs = Vec::new();
+        for _ in 0..100 {
+            let mut machine = UnixStream::connect(&path).await.unwrap();
+            machine.write_u16(port).await.unwrap();
+            assert_eq!(machine.read_u8().await.unwrap(), REACHED);
+            pairs.push((machine, listener.accept().await.unwrap().0));
+        }
+        for (number, (machine, server)) in (0u32..).zip(&mut pairs) {
+            machine.write_u32(number).await.unwrap();
+            server.write_u32(number + 1000).await.unwrap();
+        }
+        for (number, (machine, server)) in (0u32..).zip(&mut pairs) {
+            assert_eq!(server.read_u32().await.unwrap(), number);
+            assert_eq!(machine.read_u32().await.unwrap(), number + 1000);
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! What a guest is told of its pod, beside its network.
+
+use std::{collections::HashMap, fs::File, io::Read as _, path::Path};
+
+use pericarp_protos::{
+    agent::{ConfigureRequest, Dns},
+    cri,
+};
+
+use super::Pod;
+use crate::network::PodNetwork;
+
+/// The host's resolver, which a pod gets that asks for none of its own.
+const HOST_RESOLVER: &str = "/etc/resolv.conf";
+/// The most that is read of it.
+const RESOLVER_MAX: u64 = 64 << 10;
+
+/// What containerd sets in the pods that it makes itself (`podsandbox.Controller.sandboxContainerSpec`, with
+/// `enable_unprivileged_ports` and `enable_unprivileged_icmp`, which are its defaults): processes without privileges
+/// may listen on any port and send echo requests.
+const SYSCTLS: [(&str, &str); 2] =
+    [("net.ipv4.ip_unprivileged_port_start", "0"), ("net.ipv4.ping_group_range", "0 2147483647")];
+
+impl Pod {
+    pub(super) fn configuration(&self, network: PodNetwork) -> ConfigureRequest {
+        let hostname = if self.config.hostname.is_empty() {
+            // As containerd does for its own sandboxes.
+            rustix::system::uname().nodename().to_string_lossy().into_owned()
+        } else {
+            self.config.hostname.clone()
+        };
+        let linux = self.config.linux.clone().unwrap_or_default();
+        ConfigureRequest {
+            sandbox_id: self.id.clone(),
+            hostname,
+            dns: Some(resolver(self.config.dns_config.as_ref(), Path::new(HOST_RESOLVER))).into(),
+            sysctls: sysctls(linux.sysctls),
+            interfaces: network.interfaces,
+            routes: network.routes,
+            neighbours: network.neighbours,
+            ..ConfigureRequest::default()
+        }
+    }
+}
+
+fn sysctls(mut asked_for: HashMap<String, String>) -> HashMap<String, String> {
+    for (key, value) in SYSCTLS {
+        // Keys may be written with slashes, too: see sysctl(8).
+        if !asked_for.contains_key(&key.replace('.', "/")) {
+            asked_for.entry(key.to_owned()).or_insert_with(|| value.to_owned());
+        }
+    }
+    asked_for
+}
+
+/// The pod's own resolver or, as containerd has it for its own sandboxes, a copy of the host's.
+fn resolver(config: Option<&cri::DnsConfig>, host: &Path) -> Dns {
+    let config = config.cloned().unwrap_or_default();
+    if config != cri::DnsConfig::default() {
+        return Dns {
+            servers: config.servers,
+            searches: config.searches,
+            options: config.options,
+            ..Dns::default()
+        };
+    }
+    let mut text = String::new();
+    let read = File::open(host).and_then(|file| file.take(RESOLVER_MAX).read_to_string(&mut text));
+    if let Err(error) = read {
+        tracing::warn!(host = %host.display(), %error, "a pod without DNS configuration gets no resolver");
+        return Dns::default();
+    }
+    parse(&text)
+}
+
+/// resolv.conf(5), as far as a pod's can say it: the last `search` and every `nameserver` and `options`.
+fn parse(text: &str) -> Dns {
+    let mut dns = Dns::default();
+    for line in text.lines() {
+        let mut words = line.split_whitespace().map(str::to_owned);
+        match words.next().as_deref() {
+            Some("nameserver") => dns.servers.extend(words.next()),
+            Some("search" | "domain") => dns.searches = words.collect(),
+            Some("options") => dns.options.extend(words),
+            _ => {}
+        }
+    }
+    dns
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pod_without_a_resolver_gets_the_hosts() {
+        let directory = tempfile::tempdir().unwrap();
+        let host = directory.path().join("resolv.conf");
+        let text = "# made by hand\nsearch old.example\nnameserver 192.0.2.1\nnameserver fd00::53 # second\n\
+                    options ndots:2 edns0\nsearch a.example b.example\n";
+        std::fs::write(&host, text).unwrap();
+        for config in [None, Some(&cri::DnsConfig::default())] {
+            let dns = resolver(config, &host);
+            assert_eq!(dns.servers, ["192.0.2.1", "fd00::53"]);
+            assert_eq!(dns.searches, ["a.example", "b.example"]);
+            assert_eq!(dns.options, ["ndots:2", "edns0"]);
+        }
+        assert_eq!(resolver(None, &directory.path().join("none")), Dns::default());
+    }
+
+    #[test]
+    fn a_pods_own_resolver_is_taken_as_it_is() {
+        let own = cri::DnsConfig { servers: vec!["10.96.0.10".into()], ..Default::default() };
+        assert_eq!(resolver(Some(&own), Path::new("/no/such/file")).servers, ["10.96.0.10"]);
+    }
+
+    #[test]
+    fn a_sysctl_that_the_pod_asks_for_wins() {
+        let ports = "net.ipv4.ip_unprivileged_port_start";
+        assert_eq!(sysctls(HashMap::new())[ports], "0");
+        let asked_for = HashMap::from([(ports.to_owned(), "1024".to_owned())]);
+        assert_eq!(sysctls(asked_for)[ports], "1024");
+        let with_slashes = HashMap::from([(ports.replace('.', "/"), "1024".to_owned())]);
+        assert!(!sysctls(with_slashes).contains_key(ports));
+    }
+}

@@ -1,0 +1,139 @@
+//! The pod's network: its addresses are the guest's own.
+
+mod failures;
+mod plugins;
+mod reach;
+mod statistics;
+
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail};
+use pericarp_tests::{Container, Node, Pod, PodBuilder};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream, UdpSocket},
+    process::Command,
+    time::timeout,
+};
+
+/// No connection on a node takes longer.
+const LIMIT: Duration = Duration::from_secs(30);
+/// Where a pod's `peer` answers.
+const PORT: u16 = 8080;
+
+/// A pod whose container answers at [`PORT`].
+struct Server {
+    pod: Pod,
+    container: Container,
+    addresses: Vec<IpAddr>,
+}
+
+impl Server {
+    async fn new(node: &Node, name: &str) -> Result<Server> {
+        Server::of(node.pod(name)).await
+    }
+
+    async fn of(pod: PodBuilder) -> Result<Server> {
+        let pod = pod.run().await?;
+        let container = pod.container("server").command(["peer", "serve", "[::]:8080"]).start().await?;
+        timeout(LIMIT, async {
+            while container.log()?.stdout() != "ready\n" {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            anyhow::Ok(())
+        })
+        .await
+        .context("the pod's server is not ready")??;
+        let addresses = pod.addresses().await?;
+        Ok(Server { pod, container, addresses })
+    }
+
+    /// Its main address.
+    fn address(&self) -> Result<SocketAddr> {
+        let ip = self.addresses.first().context("the pod has no address")?;
+        Ok(SocketAddr::new(*ip, PORT))
+    }
+
+    /// Its IPv6 address.
+    fn six(&self) -> Result<SocketAddr> {
+        let ip = self.addresses.iter().find(|ip| ip.is_ipv6()).context("the pod has no IPv6 address")?;
+        Ok(SocketAddr::new(*ip, PORT))
+    }
+
+    /// What another server answers to this one's container.
+    async fn asks(&self, protocol: &str, other: SocketAddr, question: &str) -> Result<String> {
+        let other = other.to_string();
+        let output = self.container.exec(["peer", protocol, &other, question]).await?;
+        if output.exit_code != 0 {
+            bail!("peer {protocol} {other} {question}: {output:?}");
+        }
+        Ok(output.stdout.trim_end().to_owned())
+    }
+}
+
+/// What comes back from a server for one line, over TCP from the node.
+async fn ask(server: SocketAddr, line: &str) -> Result<String> {
+    let mut answer = String::new();
+    let asked = async {
+        let mut stream = TcpStream::connect(server).await?;
+        stream.write_all(format!("{line}\n").as_bytes()).await?;
+        stream.shutdown().await?;
+        stream.read_to_string(&mut answer).await
+    };
+    timeout(LIMIT, asked)
+        .await
+        .map_err(io::Error::from)
+        .flatten()
+        .with_context(|| format!("ask {server}"))?;
+    Ok(answer.trim_end().to_owned())
+}
+
+/// What comes back for one datagram from the node.
+async fn ask_by_datagram(server: SocketAddr, text: &str) -> Result<String> {
+    let mut answer = vec![0; 65_536];
+    let asked = async {
+        let socket = UdpSocket::bind((any_for(server.ip()), 0)).await?;
+        socket.send_to(text.as_bytes(), server).await?;
+        socket.recv(&mut answer).await
+    };
+    let length = timeout(LIMIT, asked)
+        .await
+        .map_err(io::Error::from)
+        .flatten()
+        .with_context(|| format!("ask {server} by a datagram"))?;
+    Ok(String::from_utf8_lossy(&answer[..length]).into_owned())
+}
+
+fn any_for(ip: IpAddr) -> IpAddr {
+    if ip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() }
+}
+
+/// Lets a pod connect to an address of the node's; answers with the address that it came from.
+async fn pod_connects_to_node(server: &Server, node: IpAddr) -> Result<IpAddr> {
+    let listener = TcpListener::bind((node, 0)).await?;
+    let port = listener.local_addr()?.port();
+    let greeter = async {
+        let (mut stream, from) = timeout(LIMIT, listener.accept()).await??;
+        let mut question = String::new();
+        timeout(LIMIT, stream.read_to_string(&mut question)).await??;
+        stream.write_all(format!("{} back", question.trim_end()).as_bytes()).await?;
+        stream.shutdown().await?;
+        anyhow::Ok(from.ip())
+    };
+    let (from, said) = futures::try_join!(greeter, server.asks("tcp", SocketAddr::new(node, port), "there"))?;
+    assert_eq!(said, "there back");
+    Ok(from)
+}
+
+/// Runs a command on the node that must succeed; answers with its output.
+async fn on_the_node(command: &str) -> Result<String> {
+    let output = Command::new("sh").args(["-c", command]).output().await?;
+    if !output.status.success() {
+        bail!("{command:?}: {}: {}", output.status, String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(String::from_utf8(output.stdout)?)
+}

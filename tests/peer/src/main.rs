@@ -1,0 +1,131 @@
+//! The other end of the tests' connections. It runs in containers, so it is one static file, of the standard library
+//! alone.
+//!
+//! * `peer serve ADDRESS:PORT` answers TCP and UDP there, and prints `ready` when it does. The first line of a
+//!   connection says what it is for: `name`, `echo`, `sink` or `source BYTES`. A datagram is answered with the host's
+//!   name and itself.
+//! * `peer tcp ADDRESS:PORT LINE` sends a line and prints all that comes back.
+//! * `peer udp ADDRESS:PORT TEXT` sends a datagram and prints the one that comes back.
+
+use std::{
+    env, fs,
+    io::{self, BufRead as _, BufReader, Read as _, Write as _},
+    net::{Shutdown, TcpListener, TcpStream, UdpSocket},
+    process::ExitCode,
+    thread,
+    time::Duration,
+};
+
+/// Nobody waits longer for an answer.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// The largest datagram.
+const DATAGRAM_MAX: usize = 65_536;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let done = match arguments[..] {
+        ["serve", address] => serve(address),
+        ["tcp", address, line] => ask(address, line),
+        ["udp", address, text] => ask_by_datagram(address, text),
+        _ => {
+            eprintln!(
+                "usage: peer serve ADDRESS:PORT | peer tcp ADDRESS:PORT LINE | peer udp ADDRESS:PORT TEXT"
+            );
+            return ExitCode::from(2);
+        }
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("peer: {}: {error}", arguments.join(" "));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn serve(address: &str) -> io::Result<()> {
+    let listener = TcpListener::bind(address)?;
+    let socket = UdpSocket::bind(address)?;
+    thread::spawn(move || answer_datagrams(&socket));
+    println!("ready");
+    io::stdout().flush()?;
+    for stream in listener.incoming() {
+        let stream = stream?;
+        // What goes wrong with a connection is its client's to notice.
+        thread::spawn(move || answer(stream));
+    }
+    Ok(())
+}
+
+fn answer_datagrams(socket: &UdpSocket) {
+    let mut datagram = vec![0; DATAGRAM_MAX];
+    while let Ok((length, from)) = socket.recv_from(&mut datagram) {
+        let mut answer = format!("{} ", host_name()).into_bytes();
+        answer.extend_from_slice(&datagram[..length]);
+        // As with any datagram, the answer may be lost.
+        let _ = socket.send_to(&answer, from);
+    }
+}
+
+fn answer(mut stream: TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let mut input = BufReader::new(stream.try_clone()?);
+    let mut line = String::new();
+    input.read_line(&mut line)?;
+    let mut words = line.split_whitespace();
+    match (words.next(), words.next()) {
+        (Some("name"), None) => writeln!(stream, "{}", host_name())?,
+        (Some("echo"), None) => {
+            io::copy(&mut input, &mut stream)?;
+        }
+        (Some("sink"), None) => {
+            let mut buffer = vec![0; 1 << 18];
+            let mut total = 0;
+            loop {
+                match input.read(&mut buffer)? {
+                    0 => break,
+                    length => total += length,
+                }
+            }
+            writeln!(stream, "{total}")?;
+        }
+        (Some("source"), Some(bytes)) => {
+            let bytes = bytes.parse().map_err(io::Error::other)?;
+            // In large pieces: what is measured is the way, not this loop.
+            let piece = vec![b'p'; 1 << 18];
+            let mut left: usize = bytes;
+            while left > 0 {
+                let length = left.min(piece.len());
+                stream.write_all(&piece[..length])?;
+                left -= length;
+            }
+        }
+        _ => writeln!(stream, "not understood: {line:?}")?,
+    }
+    stream.shutdown(Shutdown::Write)
+}
+
+fn ask(address: &str, line: &str) -> io::Result<()> {
+    let mut stream = TcpStream::connect(address)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    writeln!(stream, "{line}")?;
+    stream.shutdown(Shutdown::Write)?;
+    io::copy(&mut stream, &mut io::stdout())?;
+    Ok(())
+}
+
+fn ask_by_datagram(address: &str, text: &str) -> io::Result<()> {
+    let any = if address.starts_with('[') { "[::]:0" } else { "0.0.0.0:0" };
+    let socket = UdpSocket::bind(any)?;
+    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.send_to(text.as_bytes(), address)?;
+    let mut answer = vec![0; DATAGRAM_MAX];
+    let length = socket.recv(&mut answer)?;
+    println!("{}", String::from_utf8_lossy(&answer[..length]));
+    Ok(())
+}
+
+fn host_name() -> String {
+    fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default().trim().to_owned()
+}

@@ -1,0 +1,39 @@
+//! Pericarp's pods beside runc's on the same node, run by `scripts/bench`: `bench PODS JSON_FILE`.
+//!
+//! Prints tables; the file has every figure.
+
+mod calls;
+mod figures;
+mod network;
+
+use std::{env, fs};
+
+use anyhow::{Context, Result, bail};
+use serde_json::json;
+
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<()> {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    let [pods, file] = &arguments[..] else { bail!("usage: bench PODS JSON_FILE") };
+    let pods: usize = pods.parse().with_context(|| format!("number of pods {pods:?}"))?;
+    let network = Box::pin(network::measure(pods)).await?;
+    let calls = Box::pin(calls::measure(pods)).await?;
+    calls.times.print("call, ms");
+    calls.timeline.print("timeline of a start, ms");
+    calls.memory.print("memory per pod with one idle container, MiB");
+    network.traffic.print("between node and pod");
+    network.cpu.print("CPU of the machine's threads, ms per MiB");
+    network.exits.print("exits of the guest per answer of a byte");
+    network.start.print("start of a pod without CNI, ms");
+    let report = json!({
+        "node_kernel": fs::read_to_string("/proc/sys/kernel/osrelease")?.trim(),
+        "calls_ms": calls.times.json(),
+        "timeline_ms": calls.timeline.json(),
+        "memory_mib": calls.memory.json(),
+        "traffic": network.traffic.json(),
+        "machine_cpu_ms_per_mib": network.cpu.json(),
+        "exits_per_answer": network.exits.json(),
+        "start_without_cni_ms": network.start.json(),
+    });
+    fs::write(file, serde_json::to_vec_pretty(&report)?).with_context(|| format!("write {file}"))
+}

@@ -1,0 +1,119 @@
+//! Port-forward: a connection to a pod's port behind the URL that containerd answers.
+//!
+//! Over WebSocket (`v4.channel.k8s.io`), each port of the query has two channels: one for data, one for an error. Each
+//! begins with the port, two bytes in little-endian order. This version of the protocol cannot close one direction.
+
+use anyhow::{Context as _, Result, bail, ensure};
+use futures::{SinkExt as _, StreamExt as _};
+use tokio::{net::TcpStream, time::timeout};
+use tokio_tungstenite::{
+    WebSocketStream,
+    tungstenite::{self, Message, error::ProtocolError},
+};
+
+use crate::{
+    Pod, api,
+    streaming::{self, SILENCE_LIMIT},
+};
+
+const DATA: u8 = 0;
+const ERROR: u8 = 1;
+
+/// What containerd sends at most in one message is far less.
+const MESSAGE_MAX: usize = 32 * 1024;
+
+/// A connection to a port of a pod's localhost.
+pub struct Forward {
+    socket: WebSocketStream<TcpStream>,
+    /// Each with the port at its start.
+    data: Vec<u8>,
+    error: Vec<u8>,
+    port: u16,
+}
+
+/// What came of a connection until its end.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Forwarded {
+    /// All that came and was not yet taken.
+    pub data: Vec<u8>,
+    /// What went wrong; empty if nothing did.
+    pub error: String,
+}
+
+impl Pod {
+    /// `PortForward`, and a connection to one port. Whether it can be had shows when it is read.
+    pub async fn forward(&self, port: u16) -> Result<Forward> {
+        let request =
+            api::PortForwardRequest { pod_sandbox_id: self.id.clone(), port: vec![i32::from(port)] };
+        let response = self.node.cri.runtime().port_forward(request).await.context("PortForward")?;
+        let url = format!("{}?port={port}", response.into_inner().url);
+        let socket = streaming::connect(&url).await?;
+        Ok(Forward { socket, data: Vec::new(), error: Vec::new(), port })
+    }
+}
+
+impl Forward {
+    /// Sends to the server.
+    pub async fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        for piece in bytes.chunks(MESSAGE_MAX) {
+            let message = Message::binary([&[DATA], piece].concat());
+            self.socket.send(message).await.context("write to the WebSocket")?;
+        }
+        Ok(())
+    }
+
+    /// Takes as many bytes as that from what comes.
+    pub async fn read(&mut self, count: usize) -> Result<Vec<u8>> {
+        while self.data.len() < 2 + count {
+            let more = self.receive().await.with_context(|| format!("waiting for {count} bytes"))?;
+            ensure!(
+                more,
+                "the end came after {} of {count} bytes; error: {}",
+                self.data.len(),
+                String::from_utf8_lossy(&self.error)
+            );
+        }
+        Ok(self.data.drain(2..2 + count).collect())
+    }
+
+    /// Reads to the end of the connection.
+    pub async fn finish(mut self) -> Result<Forwarded> {
+        while self.receive().await? {}
+        let port = self.port.to_le_bytes();
+        match (self.data.strip_prefix(&port), self.error.strip_prefix(&port)) {
+            (Some(data), Some(error)) => {
+                Ok(Forwarded { data: data.to_vec(), error: String::from_utf8_lossy(error).into_owned() })
+            }
+            _ => {
+                bail!("the channels do not begin with port {}: {:?}, {:?}", self.port, self.data, self.error)
+            }
+        }
+    }
+
+    /// Closes both directions, whatever the server does.
+    pub async fn close(mut self) -> Result<()> {
+        self.socket.close(None).await.context("close the WebSocket")
+    }
+
+    /// Takes the next message; false at the end.
+    async fn receive(&mut self) -> Result<bool> {
+        let message = match timeout(SILENCE_LIMIT, self.socket.next()).await {
+            Err(_) => bail!("silent for {} s; so far {} bytes", SILENCE_LIMIT.as_secs(), self.data.len()),
+            // containerd closes the connection without the WebSocket's own good-bye.
+            Ok(
+                None
+                | Some(
+                    Ok(Message::Close(_))
+                    | Err(tungstenite::Error::Protocol(ProtocolError::ResetWithoutClosingHandshake)),
+                ),
+            ) => return Ok(false),
+            Ok(Some(message)) => message.context("read from the WebSocket")?.into_data(),
+        };
+        match message.split_first() {
+            Some((&DATA, bytes)) => self.data.extend_from_slice(bytes),
+            Some((&ERROR, bytes)) => self.error.extend_from_slice(bytes),
+            _ => {}
+        }
+        Ok(true)
+    }
+}
