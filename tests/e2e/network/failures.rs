@@ -1,5 +1,7 @@
 //! Networks that break, and pods that survive it.
 
+use std::{fs, time::Duration};
+
 use anyhow::{Context, Result};
 use pericarp_tests::{
     Pod,
@@ -7,7 +9,9 @@ use pericarp_tests::{
     on_pericarp,
 };
 
-use super::{Server, ask, on_the_node};
+use tokio::time::timeout;
+
+use super::{LIMIT, Server, ask, on_the_node};
 
 /// An interface that a machine can be given.
 const VETH: &str = "ip link add eth0 type veth peer name peer0; ip link set eth0 up";
@@ -104,6 +108,14 @@ fn a_pod_lives_on_when_its_interface_is_removed() -> Result<()> {
         assert_eq!(ask(server.address()?, "name").await?, "server");
         let netns = netns_of(&server.pod).await?;
         on_the_node(&format!("nsenter --net={netns} ip link delete eth0")).await?;
+        timeout(LIMIT, async {
+            // The controller hears of it a moment later.
+            while server.pod.info().await?["pericarp"]["interfaces"][0]["removed"] != true {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            anyhow::Ok(())
+        })
+        .await??;
         assert!(server.pod.is_ready().await?);
         assert_eq!(server.container.shell("hostname").await?, "server");
         server.pod.stop().await?;
@@ -119,6 +131,8 @@ fn a_pod_lives_on_when_its_tap_is_removed() -> Result<()> {
         on_the_node(&format!("nsenter --net={netns} ip link delete pericarp0")).await?;
         assert!(server.pod.is_ready().await?);
         assert_eq!(server.container.shell("hostname").await?, "server");
+        let log = fs::read_to_string(format!("/run/pericarp/{}/vmm.log", server.pod.id))?;
+        assert!(log.contains("the tap is gone"), "{log}");
         server.pod.stop().await?;
         server.pod.remove().await
     })

@@ -17,6 +17,7 @@ mod redirect;
 pub mod steer;
 mod survey;
 mod tap;
+mod watch;
 
 use std::{
     io,
@@ -31,6 +32,7 @@ use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+pub use self::watch::Watch;
 use self::{inside::inside, redirect::End, steer::SteerError};
 use crate::undo::Undo;
 
@@ -137,6 +139,9 @@ pub struct InterfaceStatus {
     pub mtu: u32,
     /// With their prefix lengths.
     pub addresses: Vec<String>,
+    /// Whether it was removed from under the running pod.
+    #[serde(default)]
+    pub removed: bool,
 }
 
 impl PodNetwork {
@@ -150,6 +155,7 @@ impl PodNetwork {
                 .iter()
                 .map(|address| format!("{}/{}", ip_text(&address.ip), address.prefix_length))
                 .collect(),
+            removed: false,
         };
         self.interfaces.iter().map(status).collect()
     }

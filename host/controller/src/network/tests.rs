@@ -199,6 +199,7 @@ async fn a_veth_with_both_families_is_surveyed() {
             name: "eth0".into(),
             mac: "02:42:0a:09:00:02".into(),
             mtu: 1400,
+            removed: false,
             addresses: vec!["10.9.0.2/24".into(), "fd00::2/64".into()],
         }]
     );
@@ -437,6 +438,21 @@ async fn frames_cross_a_tap_which_has_no_qdisc_but_ours_however_many_queues_it_h
         assert_eq!(pod.inventory(), before);
         frames_cross(&pod, &outside, vcpus).await;
     }
+}
+
+#[tokio::test]
+async fn a_link_that_is_removed_is_told_by_its_name() {
+    let (pod, outside) = pod_with_veth(1500);
+    add_veth(&pod, &outside, "net1", "peer1", [2, 0, 0, 0, 0, 9], 1500);
+    let mut watch = Watch::new(&pod.path()).await.unwrap();
+    // Changes that are no removal are not told.
+    pod.with(async |handle| {
+        let eth0 = index(handle, "eth0").await;
+        handle.link().set(LinkUnspec::new_with_index(eth0).mtu(1400).build()).execute().await.unwrap();
+        let net1 = index(handle, "net1").await;
+        handle.link().del(net1).execute().await.unwrap();
+    });
+    assert_eq!(watch.removed().await.unwrap(), ["net1"]);
 }
 
 #[test]

@@ -4,7 +4,6 @@ use std::{
     fs::DirBuilder,
     io,
     os::unix::{fs::DirBuilderExt as _, net::UnixListener},
-    path::Path,
     sync::Arc,
     time::Duration,
 };
@@ -24,7 +23,7 @@ use crate::{
     guest::{self as guest_calls, Agent, Requests},
     machine::{self, Machine, file},
     mounts,
-    network::{self, NetworkError, PodNetwork},
+    network::NetworkError,
     share::Share,
     undo::Undo,
 };
@@ -117,35 +116,9 @@ impl Pod {
             state.marks.configured = monotonic_ns();
         }
         self.follow_events(agent);
+        self.watch_network();
         record::write(self, pid, record::Stage::Running).map_err(make("state file"))?;
         Ok(pid)
-    }
-
-    async fn set_up_network(&self) -> Result<PodNetwork, BootError> {
-        let mut running = Undo::default();
-        let network = network::set_up(Path::new(&self.netns), self.size.vcpus, &mut running).await;
-        let mut state = self.state();
-        // Registered before any error is returned, so that it is undone.
-        state.running = running;
-        let network = network.map_err(BootError::Network)?;
-        state.interfaces = network.status();
-        state.marks.network = monotonic_ns();
-        Ok(network)
-    }
-
-    /// What port-forward needs. A pod without it is a pod nonetheless.
-    pub(super) fn take_forward(&self, network: &mut PodNetwork) -> Option<Forward> {
-        let forward = network.forward.take()?;
-        let status = match &forward {
-            Ok(_) => "works".to_owned(),
-            Err(error) => {
-                let reason = chain(error);
-                tracing::warn!(pod = self.id, error = reason, "port-forward to this pod will not work");
-                format!("does not work: {reason}")
-            }
-        };
-        self.state().port_forward = Some(status);
-        forward.ok()
     }
 
     /// Makes everything on the host that the machine needs, and the machine. What is made is undone by the

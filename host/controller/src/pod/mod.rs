@@ -6,6 +6,7 @@
 mod boot;
 mod configuration;
 mod containers;
+mod network;
 pub mod record;
 mod teardown;
 

@@ -189,6 +189,7 @@ async fn adopt(node: &Arc<Node>, record: Record, machine: Machine) -> io::Result
         state.host_service = Some(service);
     }
     pod.watch(machine);
+    pod.watch_network();
     // A guest that does not answer now is still a pod: it can be stopped.
     match Agent::connect(&pod.directory.join(file::VSOCK)).await {
         Ok(agent) => pod.follow_events(agent),
