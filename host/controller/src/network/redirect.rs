@@ -74,3 +74,38 @@ pub async fn remove(handle: &Handle, index: u32) -> Result<(), rtnetlink::Error>
     request.message_mut().header.parent = TcHandle::INGRESS;
     request.execute().await
 }
+
+#[cfg(test)]
+mod tests {
+    use std::num::NonZeroI32;
+
+    use rtnetlink::packet_core::ErrorMessage;
+
+    use super::*;
+
+    fn refused_with(errno: Errno) -> NetworkError {
+        let mut message = ErrorMessage::default();
+        message.code = NonZeroI32::new(-errno.raw_os_error());
+        let link = End { index: 2, name: "eth0" };
+        refused(rtnetlink::Error::NetlinkError(message), link, "ingress qdisc")
+    }
+
+    #[test]
+    fn a_kernel_without_traffic_control_is_told_what_to_load() {
+        for errno in [Errno::NOENT, Errno::OPNOTSUPP] {
+            let text = refused_with(errno).to_string();
+            for part in ["eth0", "ingress qdisc", "modprobe -a sch_ingress cls_u32 act_mirred"] {
+                assert!(text.contains(part), "no {part} in {text}");
+            }
+        }
+    }
+
+    #[test]
+    fn an_interface_that_has_gone_is_told_from_a_request_that_is_refused() {
+        assert!(
+            matches!(refused_with(Errno::NODEV), NetworkError::Removed { interface } if interface == "eth0")
+        );
+        let text = refused_with(Errno::PERM).to_string();
+        assert!(text.contains("add the ingress qdisc to eth0"), "{text}");
+    }
+}
