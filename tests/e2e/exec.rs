@@ -65,10 +65,10 @@ fn exec_passes_every_byte_of_a_large_output() -> Result<()> {
     on_node(async |node| {
         let pod = node.pod("large").run().await?;
         let container = pod.idle_container("idle").await?;
-        let output = container.exec(["sh", "-c", "seq 1000000; seq 200000 >&2"]).await?;
+        let output = container.exec(["sh", "-c", "seq 300000; seq 100000 >&2"]).await?;
         assert_eq!(output.exit_code, 0);
-        check_sequence(&output.stdout, 1_000_000);
-        check_sequence(&output.stderr, 200_000);
+        check_sequence(&output.stdout, 300_000);
+        check_sequence(&output.stderr, 100_000);
         Ok(())
     })
 }
