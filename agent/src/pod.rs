@@ -209,7 +209,8 @@ fn mount_shared_memory(bytes: u64) -> io::Result<()> {
         Some("shm"),
         SHM_DIR,
         Some("tmpfs"),
-        MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC,
+        // containerd's own is as free (`podsandbox.Controller.setupSandboxFiles` and its bind into each container).
+        MsFlags::empty(),
         Some(options.as_str()),
     )?;
     Ok(())

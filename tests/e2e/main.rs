@@ -9,6 +9,7 @@ mod exec;
 mod logs;
 mod machine;
 mod network;
+mod parity;
 mod pods;
 mod port_forward;
 mod volumes;

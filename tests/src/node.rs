@@ -208,6 +208,13 @@ impl Node {
         PathBuf::from("/run/pods").join(&self.unique)
     }
 
+    /// Makes a directory for volumes below this test's own and answers with its path on the node.
+    pub fn directory_for(&self, name: &str) -> Result<String> {
+        let path = self.directory().join("volumes").join(name);
+        fs::create_dir_all(&path)?;
+        Ok(path.display().to_string())
+    }
+
     /// Makes a file below this test's directory and answers with its path on the node.
     pub fn file(&self, name: &str, content: &str) -> Result<String> {
         let path = self.directory().join("volumes").join(name);

@@ -23,7 +23,7 @@ const NEW_ROOT: &str = "/newroot";
 pub fn move_to_new_root() -> Result<(), BootError> {
     let step = |what: &str| BootError::new(format!("move to the new root: {what}"));
     fs::create_dir(NEW_ROOT).map_err(step("create it"))?;
-    attach("tmpfs", NEW_ROOT, "tmpfs", MsFlags::MS_NOSUID, Some("mode=0755"))?;
+    attach("tmpfs", NEW_ROOT, "tmpfs", MsFlags::empty(), Some("mode=0755"))?;
     let binary = PathBuf::from(format!("{NEW_ROOT}{AGENT_PATH}"));
     fs::write(&binary, "").map_err(step("make a place for the agent"))?;
     bind("/init", &binary).map_err(step("bring the agent along"))?;

@@ -1,13 +1,16 @@
 //! The last steps of a container's process: finding the program and becoming it.
 
 use std::{
+    collections::HashMap,
     ffi::CString,
     io::{self, Write},
     os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
 };
 
-use libcontainer::workload::{Executor, ExecutorError, ExecutorValidationError};
+use libcontainer::workload::{
+    Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError, default::DefaultExecutor,
+};
 use nix::{
     fcntl::{AT_FDCWD, AtFlags},
     unistd::{AccessFlags, execv, faccessat},
@@ -23,6 +26,13 @@ impl Executor for GuestExecutor {
     /// created: a command that does not exist is an error of `Create`, not of `Start`.
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
         program(spec).map(drop).map_err(ExecutorValidationError::ArgValidationError)
+    }
+
+    fn setup_envs(&self, mut variables: HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {
+        // libcontainer has looked into the container's /etc/passwd. A user who is not there is at home in the root
+        // (runc: `libcontainer/init_linux.go`, `getUserHome`).
+        variables.entry("HOME".to_owned()).or_insert_with(|| "/".to_owned());
+        DefaultExecutor {}.setup_envs(variables)
     }
 
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {

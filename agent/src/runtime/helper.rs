@@ -35,7 +35,7 @@ use nix::{
 };
 use oci_spec::runtime::Spec;
 
-use super::{Action, NO_CONSOLE, PAUSE_ARGUMENT, Request, executor::GuestExecutor, protocol};
+use super::{Action, NO_CONSOLE, PAUSE_ARGUMENT, Request, directory, executor::GuestExecutor, protocol};
 use crate::cgroup;
 
 /// Open files that a container may have unless it raises the limit; the same as on a usual host.
@@ -88,6 +88,7 @@ fn make(request: Request, console: Option<OwnedFd>) -> Result<i32, BoxError> {
     match request.action {
         Action::Create(spec) => {
             Validator::validate_spec(&spec)?;
+            directory::make(&spec);
             let user_namespace = UserNamespaceConfig::new(&spec)?;
             let arguments = Arguments {
                 id: &request.id,

@@ -5,6 +5,7 @@
 //! lets libcontainer do its work and answers with a pid or an error. The container's process is a
 //! child of the agent itself (`CLONE_PARENT`), which therefore learns how it exits.
 
+mod directory;
 mod executor;
 pub mod helper;
 pub mod pause;

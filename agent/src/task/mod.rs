@@ -5,6 +5,7 @@ mod error;
 mod exits;
 mod process;
 mod service;
+mod spec;
 
 use error::TaskError;
 pub use exits::{Exit, Exits};

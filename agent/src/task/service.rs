@@ -22,7 +22,7 @@ use containerd_shim_protos::{
     ttrpc::{self, r#async::TtrpcContext},
     types::task::{ProcessInfo, Status},
 };
-use oci_spec::runtime::{LinuxResources, Process as ProcessSpec, Spec};
+use oci_spec::runtime::LinuxResources;
 use pericarp_protos::agent::container_timing::Phase;
 use tokio::sync::oneshot;
 
@@ -30,6 +30,7 @@ use super::{
     Exit, Exits, TaskError,
     container::{Container, Wanted},
     process::{Process, State, signal},
+    spec,
 };
 use crate::{
     cgroup::{CgroupError, OomWatcher},
@@ -123,7 +124,7 @@ impl Tasks {
         spec: &[u8],
     ) -> Result<Arc<Container>, TaskError> {
         let id = &request.id;
-        let spec: Spec = serde_json::from_slice(spec).map_err(|error| TaskError::Invalid {
+        let spec = spec::container(spec).map_err(|error| TaskError::Invalid {
             subject: format!("container {id}"),
             problem: format!("its OCI spec cannot be read: {error}"),
         })?;
@@ -313,7 +314,7 @@ impl shim_async::Task for Tasks {
 
     async fn exec(&self, _: &TtrpcContext, request: api::ExecProcessRequest) -> ttrpc::Result<Empty> {
         let container = self.container(&request.id)?;
-        let spec: ProcessSpec = parse(&request.id, "process", request.spec.as_ref())?;
+        let spec = parse(&request.id, "process", request.spec.as_ref(), spec::process)?;
         let urls = Urls {
             stdin: request.stdin,
             stdout: request.stdout,
@@ -423,7 +424,8 @@ impl shim_async::Task for Tasks {
 
     async fn update(&self, _: &TtrpcContext, request: api::UpdateTaskRequest) -> ttrpc::Result<Empty> {
         let container = self.container(&request.id)?;
-        let resources: LinuxResources = parse(&request.id, "resources", request.resources.as_ref())?;
+        let resources: LinuxResources =
+            parse(&request.id, "resources", request.resources.as_ref(), |json| serde_json::from_slice(json))?;
         container.cgroup.update(&resources).map_err(cgroup_error(&request.id))?;
         Ok(Empty::new())
     }
@@ -489,9 +491,14 @@ fn cgroup_error(id: &str) -> impl FnOnce(CgroupError) -> TaskError {
 }
 
 /// Reads the JSON that containerd puts into an `Any`.
-fn parse<T: serde::de::DeserializeOwned>(id: &str, what: &str, any: Option<&Any>) -> Result<T, TaskError> {
+fn parse<T>(
+    id: &str,
+    what: &str,
+    any: Option<&Any>,
+    read: impl FnOnce(&[u8]) -> Result<T, serde_json::Error>,
+) -> Result<T, TaskError> {
     let json = any.map(|any| any.value.as_slice()).unwrap_or_default();
-    serde_json::from_slice(json).map_err(|error| TaskError::Invalid {
+    read(json).map_err(|error| TaskError::Invalid {
         subject: format!("container {id}"),
         problem: format!("the {what} in the request cannot be read: {error}"),
     })

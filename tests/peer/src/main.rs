@@ -1,11 +1,14 @@
-//! The other end of the tests' connections. It runs in containers, so it is one static file, of the standard library
-//! alone.
+//! The other end of the tests, inside containers: of their connections, and a witness of what a container is. One static
+//! file, of the standard library alone.
 //!
 //! * `peer serve ADDRESS:PORT` answers TCP and UDP there, and prints `ready` when it does. The first line of a
 //!   connection says what it is for: `name`, `echo`, `sink` or `source BYTES`. A datagram is answered with the host's
 //!   name and itself.
 //! * `peer tcp ADDRESS:PORT LINE` sends a line and prints all that comes back.
 //! * `peer udp ADDRESS:PORT TEXT` sends a datagram and prints the one that comes back.
+//! * `peer portrait` prints all that the container it runs in can tell of itself.
+
+mod portrait;
 
 use std::{
     env, fs,
@@ -28,9 +31,13 @@ fn main() -> ExitCode {
         ["serve", address] => serve(address),
         ["tcp", address, line] => ask(address, line),
         ["udp", address, text] => ask_by_datagram(address, text),
+        ["portrait"] => {
+            portrait::print();
+            Ok(())
+        }
         _ => {
             eprintln!(
-                "usage: peer serve ADDRESS:PORT | peer tcp ADDRESS:PORT LINE | peer udp ADDRESS:PORT TEXT"
+                "usage: peer serve ADDRESS:PORT | peer tcp ADDRESS:PORT LINE | peer udp ADDRESS:PORT TEXT | peer portrait"
             );
             return ExitCode::from(2);
         }

@@ -171,7 +171,7 @@ fn add_pod_files(mounts: &mut Vec<Value>, destinations: &[String], read_only_roo
     let dev_is_a_volume =
         mounts.iter().any(|mount| mount["type"] == "bind" && mount["destination"] == "/dev");
     if !taken(SHM) && !dev_is_a_volume {
-        let options = ["rbind", "rprivate", "nosuid", "noexec", "nodev", "rw"];
+        let options = ["rbind", "rprivate", "rw"];
         mounts.push(bind(SHM, SHM_DIR.to_owned(), &options));
     }
 }

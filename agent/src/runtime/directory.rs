@@ -1,0 +1,108 @@
+//! A container's working directory, which is made if the image has none, as runc does (`libcontainer/rootfs_linux.go`,
+//! `prepareRootfs`). libcontainer only goes there.
+
+use std::{
+    io,
+    os::fd::OwnedFd,
+    path::{Component, Path, PathBuf},
+};
+
+use oci_spec::runtime::Spec;
+use rustix::{
+    fs::{CWD, Mode, OFlags, ResolveFlags, mkdirat, openat2},
+    io::Errno,
+};
+
+/// Makes the working directory of a container's first process, before the container has its mounts: in its root file
+/// system or, for a directory below a volume, in that volume.
+///
+/// No symbolic link of the image leads out of it, and a directory that cannot be made is no error here: going there is.
+pub fn make(spec: &Spec) {
+    let Some((base, path)) = place(spec) else { return };
+    if let Err(error) = make_in(&base, &path) {
+        tracing::warn!(base = %base.display(), path = %path.display(), %error, "cannot make the working directory");
+    }
+}
+
+/// The directory that is mounted where the working directory will be, and the path below it.
+fn place(spec: &Spec) -> Option<(PathBuf, PathBuf)> {
+    let path = spec.process().as_ref()?.cwd();
+    let mounts = spec.mounts().iter().flatten();
+    let over = mounts
+        .filter(|mount| path.starts_with(mount.destination()) && mount.destination() != Path::new("/"))
+        .max_by_key(|mount| mount.destination().as_os_str().len());
+    match over {
+        None => Some((spec.root().as_ref()?.path().clone(), path.strip_prefix("/").ok()?.to_owned())),
+        Some(mount) => {
+            let bind = mount.typ().as_deref().is_some_and(|kind| matches!(kind, "bind" | "rbind"));
+            let below = path.strip_prefix(mount.destination()).ok()?.to_owned();
+            bind.then(|| mount.source().clone()).flatten().map(|source| (source, below))
+        }
+    }
+}
+
+fn make_in(base: &Path, path: &Path) -> io::Result<()> {
+    let base = openat2(CWD, base, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), ResolveFlags::empty())?;
+    let mut walked = PathBuf::new();
+    for component in path.components() {
+        let Component::Normal(name) = component else { return Err(Errno::INVAL.into()) };
+        let parent = open(&base, &walked)?;
+        walked.push(name);
+        match mkdirat(&parent, name, Mode::from_raw_mode(0o755)) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+    Ok(())
+}
+
+/// Opens a directory as the container will see it: links lead from `base` as from a root.
+fn open(base: &OwnedFd, path: &Path) -> rustix::io::Result<OwnedFd> {
+    let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    openat2(base, path, flags, Mode::empty(), ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{fs, os::unix::fs::symlink};
+
+    use super::*;
+
+    #[test]
+    fn a_missing_directory_is_made_with_its_parents() {
+        let root = tempfile::tempdir().unwrap();
+        make_in(root.path(), Path::new("a/b/c")).unwrap();
+        make_in(root.path(), Path::new("a/b/c")).unwrap();
+        assert!(root.path().join("a/b/c").is_dir());
+    }
+
+    #[test]
+    fn links_of_the_image_do_not_lead_out_of_it() {
+        let (root, outside) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        symlink(outside.path(), root.path().join("absolute")).unwrap();
+        symlink("../../../../..", root.path().join("up")).unwrap();
+        fs::create_dir(root.path().join("tmp")).unwrap();
+        assert!(make_in(root.path(), Path::new("absolute/made")).is_err(), "it dangles inside the root");
+        make_in(root.path(), Path::new("up/made")).unwrap();
+        assert!(root.path().join("made").is_dir(), "above the root is the root");
+        assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
+        assert!(make_in(root.path(), Path::new("../x")).is_err());
+    }
+
+    #[test]
+    fn a_directory_below_a_volume_is_made_in_the_volume() {
+        let json = r#"{"ociVersion":"1.2.0","process":{"cwd":"/data/in/work","user":{"uid":0,"gid":0}},
+            "root":{"path":"/share/c/rootfs"},"mounts":[
+            {"destination":"/data","type":"bind","source":"/share/c/volumes/0"},
+            {"destination":"/data/in","type":"bind","source":"/share/c/volumes/1"},
+            {"destination":"/proc","type":"proc","source":"proc"}]}"#;
+        let mut spec: Spec = serde_json::from_str(json).unwrap();
+        assert_eq!(place(&spec), Some(("/share/c/volumes/1".into(), "work".into())));
+        let process = spec.process_mut().as_mut().unwrap();
+        process.set_cwd("/srv/x".into());
+        assert_eq!(place(&spec), Some(("/share/c/rootfs".into(), "srv/x".into())));
+        spec.process_mut().as_mut().unwrap().set_cwd("/proc/x".into());
+        assert_eq!(place(&spec), None);
+    }
+}

@@ -1,0 +1,183 @@
+//! Whatever runc and Pericarp can both do, they do alike: each case runs once under either runtime on the same node, and
+//! what its container saw and did is compared, line by line.
+//!
+//! A case changes one thing of an ordinary container, which then prints a portrait of itself (`tests/peer/src/portrait.rs`)
+//! and whatever else the case asks for. The cases of a table share a pod of each runtime.
+
+mod process;
+mod resources;
+mod storage;
+
+use std::{
+    fmt::{self, Write as _},
+    fs,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail};
+use futures::{StreamExt, TryStreamExt, stream};
+use pericarp_tests::{ContainerBuilder, Node, Pod, PodBuilder, Runtime, on_pericarp};
+
+/// Containers of one pod that are made at the same time.
+const AT_ONCE: usize = 4;
+
+/// One difference from an ordinary container.
+struct Case {
+    /// What the case is called in messages, and its container.
+    name: &'static str,
+    /// Makes the difference.
+    container: Change,
+    /// Runs after the portrait.
+    script: String,
+}
+
+type Change = Box<dyn Fn(ContainerBuilder, &Place) -> ContainerBuilder>;
+
+fn case(
+    name: &'static str,
+    script: impl Into<String>,
+    container: impl Fn(ContainerBuilder, &Place) -> ContainerBuilder + 'static,
+) -> Case {
+    Case { name, container: Box::new(container), script: script.into() }
+}
+
+/// A directory on the node for the volumes of one case under one runtime. Nothing else writes there, so a failure of it
+/// is the test's own.
+struct Place(String);
+
+impl Place {
+    fn path(&self, name: &str) -> String {
+        format!("{}/{name}", self.0)
+    }
+
+    /// Makes a file and answers with its path.
+    fn file(&self, name: &str, content: &str) -> String {
+        let path = self.path(name);
+        if let Some((parent, _)) = name.rsplit_once('/') {
+            self.directory(parent);
+        }
+        fs::write(&path, content).unwrap_or_else(|error| panic!("write {path}: {error}"));
+        path
+    }
+
+    /// Makes a directory and answers with its path.
+    fn directory(&self, name: &str) -> String {
+        let path = self.path(name);
+        fs::create_dir_all(&path).unwrap_or_else(|error| panic!("make {path}: {error}"));
+        path
+    }
+}
+
+/// What came of a case.
+#[derive(PartialEq, Eq)]
+enum Outcome {
+    /// A call was refused.
+    Refused(&'static str, tonic::Code, String),
+    /// The container ran to its end.
+    Ran { exit_code: i32, reason: String, stdout: String, stderr: String },
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Refused(call, code, message) => {
+                writeln!(formatter, "{call} is refused: {code:?}: {message}")
+            }
+            Self::Ran { exit_code, reason, stdout, stderr } => {
+                write!(formatter, "exit code {exit_code} {reason}\n{stdout}{stderr}")
+            }
+        }
+    }
+}
+
+impl Outcome {
+    /// Its lines, for comparison. The words of a refusal are each runtime's own.
+    fn lines(&self) -> Vec<String> {
+        match self {
+            Self::Refused(call, ..) => vec![format!("{call} is refused")],
+            Self::Ran { .. } => self.to_string().lines().map(str::to_owned).collect(),
+        }
+    }
+}
+
+/// Runs every case under both runtimes and fails with all differences.
+fn compare(pod: impl Fn(PodBuilder) -> PodBuilder, cases: &[Case]) -> Result<()> {
+    on_pericarp(async |node| {
+        let mut outcomes = Vec::new();
+        for runtime in [Runtime::Runc, Runtime::Pericarp] {
+            let node = node.with_runtime(runtime);
+            let pod =
+                pod(node.pod(&runtime.to_string())).with(|config| "parity".clone_into(&mut config.hostname));
+            outcomes.push(run(&node, pod.run().await?, cases).await?);
+        }
+        let mut differences = String::new();
+        for ((case, runc), pericarp) in cases.iter().zip(&outcomes[0]).zip(&outcomes[1]) {
+            let difference = difference(case.name, runc, pericarp);
+            print!("{difference}");
+            differences += &difference;
+        }
+        if differences.is_empty() {
+            Ok(())
+        } else {
+            bail!("Pericarp (+) does not do as runc (-) does:\n{differences}")
+        }
+    })
+}
+
+async fn run(node: &Node, pod: Pod, cases: &[Case]) -> Result<Vec<Outcome>> {
+    stream::iter(cases)
+        .map(async |case| {
+            let place = Place(node.directory_for(&format!("{}-{}", node.runtime, case.name))?);
+            Box::pin(run_case(&pod, case, &place))
+                .await
+                .with_context(|| format!("{} under {}", case.name, node.runtime))
+        })
+        .buffered(AT_ONCE)
+        .try_collect()
+        .await
+}
+
+async fn run_case(pod: &Pod, case: &Case, place: &Place) -> Result<Outcome> {
+    let container = pod.container(case.name).script(&format!("exec 2>&1\npeer portrait\n{}", case.script));
+    let container = match Box::pin((case.container)(container, place).try_create()).await {
+        Ok(container) => container,
+        Err(status) => {
+            return Ok(Outcome::Refused("CreateContainer", status.code(), status.message().into()));
+        }
+    };
+    if let Err(status) = container.try_start().await {
+        return Ok(Outcome::Refused("StartContainer", status.code(), status.message().into()));
+    }
+    let status = tokio::time::timeout(Duration::from_secs(120), container.exited())
+        .await
+        .context("it does not end")??;
+    let log = container.log()?;
+    let outcome = Outcome::Ran {
+        exit_code: status.exit_code,
+        reason: status.reason,
+        stdout: log.stdout(),
+        stderr: log.stderr(),
+    };
+    Ok(outcome)
+}
+
+/// What differs between two outcomes, as lines with - and +; nothing if nothing does.
+fn difference(name: &str, runc: &Outcome, pericarp: &Outcome) -> String {
+    let (old, new) = (runc.lines(), pericarp.lines());
+    if old == new {
+        return String::new();
+    }
+    let mut text = format!("--- {name}\n");
+    if let (Outcome::Refused(..), _) | (_, Outcome::Refused(..)) = (runc, pericarp) {
+        // One line each tells enough: the whole portrait is missing from the other.
+        for (sign, outcome) in [('-', runc), ('+', pericarp)] {
+            let _ = writeln!(text, "{sign} {}", outcome.to_string().lines().next().unwrap_or_default());
+        }
+        return text;
+    }
+    for (sign, lines, others) in [('-', &old, &new), ('+', &new, &old)] {
+        let only = lines.iter().filter(|line| !others.contains(line));
+        text.extend(only.map(|line| format!("{sign} {line}\n")));
+    }
+    text
+}

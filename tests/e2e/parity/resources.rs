@@ -1,0 +1,65 @@
+//! Limits.
+
+use anyhow::Result;
+use pericarp_tests::{ContainerBuilder, api};
+
+use super::{Case, case, compare};
+
+type Resources = api::LinuxContainerResources;
+
+fn limited(name: &'static str, script: &'static str, change: impl Fn(&mut Resources) + 'static) -> Case {
+    case(name, script, move |container: ContainerBuilder, _| {
+        let mut resources = Resources::default();
+        change(&mut resources);
+        container.resources(resources)
+    })
+}
+
+#[test]
+fn limits_are_those_of_runc() -> Result<()> {
+    compare(
+        |pod| pod,
+        &[
+            limited("memory-and-swap", "", |resources| {
+                resources.memory_limit_in_bytes = 64 << 20;
+                resources.memory_swap_limit_in_bytes = 64 << 20;
+            }),
+            limited("cpu", "", |resources| {
+                resources.cpu_shares = 2048;
+                resources.cpu_quota = 25_000;
+                resources.cpu_period = 100_000;
+                resources.oom_score_adj = 900;
+            }),
+            limited(
+                "cpuset",
+                "cat /sys/fs/cgroup/cpuset.cpus.effective; nproc; grep Cpus_allowed_list /proc/self/status",
+                |resources| {
+                    resources.cpuset_cpus = "0".to_owned();
+                    resources.cpu_shares = 2;
+                },
+            ),
+            limited("negative-oom-score", "", |resources| resources.oom_score_adj = -500),
+            limited("unified", "cat /sys/fs/cgroup/memory.high /sys/fs/cgroup/pids.max", |resources| {
+                resources.unified = [("memory.high", "50331648"), ("pids.max", "77")]
+                    .map(|(key, value)| (key.to_owned(), value.to_owned()))
+                    .into();
+            }),
+            limited(
+                "pids",
+                "for i in 1 2 3 4 5 6 7 8 9 10 11 12; do sleep 1 & done; echo not reached",
+                |resources| {
+                    resources.unified = [("pids.max".to_owned(), "8".to_owned())].into();
+                },
+            ),
+            limited("unknown-unified", "", |resources| {
+                resources.unified = [("no.such".to_owned(), "1".to_owned())].into();
+            }),
+            limited("bad-unified", "", |resources| {
+                resources.unified = [("memory.high".to_owned(), "plenty".to_owned())].into();
+            }),
+            limited("escaping-unified", "", |resources| {
+                resources.unified = [("../memory.high".to_owned(), "1".to_owned())].into();
+            }),
+        ],
+    )
+}
