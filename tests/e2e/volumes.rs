@@ -1,9 +1,14 @@
-//! Bind volumes.
+//! Volumes: directories and files of the node, as kubelet prepares them for each kind.
 
-use std::fs;
+use std::{
+    fs,
+    os::unix::fs::symlink,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
 
 use anyhow::Result;
-use pericarp_tests::on_node;
+use pericarp_tests::{BUSYBOX_USR1, api, on_node, on_pericarp};
+use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 
 #[test]
 fn directories_and_files_of_the_node_are_volumes() -> Result<()> {
@@ -51,6 +56,209 @@ fn containers_of_a_pod_can_share_a_volume() -> Result<()> {
         let reader = pod.container("reader").mount(directory, "/in", true).start().await?;
         writer.shell("seq 100000 > /out/numbers; mv /out/numbers /out/done").await?;
         assert_eq!(reader.shell("tail -n 1 /in/done").await?, "100000");
+        Ok(())
+    })
+}
+
+#[test]
+fn an_update_of_a_config_map_is_seen_within_a_second() -> Result<()> {
+    on_node(async |node| {
+        // As kubelet's atomic writer lays a volume out: the keys lead through a link that is replaced.
+        let volume = node.directory_for("config-map")?;
+        let publish = |version: &str| -> Result<()> {
+            let data = format!("{volume}/..{version}");
+            fs::create_dir(&data)?;
+            fs::write(format!("{data}/key"), version)?;
+            symlink(format!("..{version}"), format!("{volume}/..data_tmp"))?;
+            fs::rename(format!("{volume}/..data_tmp"), format!("{volume}/..data"))?;
+            Ok(())
+        };
+        publish("first")?;
+        symlink("..data/key", format!("{volume}/key"))?;
+        let pod = node.pod("live").run().await?;
+        let container = pod
+            .container("reader")
+            .mount(&volume, "/config", true)
+            .mount(&format!("{volume}/..first/key"), "/sub-path", true)
+            .script("last=; while :; do now=$(cat /config/key); [ \"$now\" = \"$last\" ] || echo \"$now $(date +%s)\"; last=$now; sleep 0.2; done")
+            .start()
+            .await?;
+        let reported = async |version: &str| -> Result<u64> {
+            loop {
+                let log = container.log()?.stdout();
+                if let Some(line) = log.lines().find_map(|line| line.strip_prefix(version)) {
+                    return Ok(line.trim().parse()?);
+                }
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        };
+        reported("first").await?;
+        let before = SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs();
+        publish("second")?;
+        fs::remove_dir_all(format!("{volume}/..first"))?;
+        let seen = reported("second").await?;
+        // A second, one more because clocks are read in whole seconds, and one for the reader's own turns.
+        assert!(seen <= before + 3, "changed at {before}, seen at {seen}");
+        // A subPath is the file that it was: Kubernetes promises no updates for it.
+        assert_eq!(container.shell("cat /sub-path").await?, "first");
+        Ok(())
+    })
+}
+
+/// A file system that a test has mounted on the node.
+struct Mounted(String);
+
+impl Mounted {
+    fn tmpfs(at: &str, size: &str) -> Result<Self> {
+        fs::create_dir_all(at)?;
+        let options = std::ffi::CString::new(format!("size={size}"))?;
+        rustix::mount::mount("tmpfs", at, "tmpfs", MountFlags::empty(), options.as_c_str())?;
+        Ok(Self(at.to_owned()))
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        if let Err(error) = rustix::mount::unmount(self.0.as_str(), UnmountFlags::DETACH) {
+            println!("cannot unmount {}: {error}", self.0);
+        }
+    }
+}
+
+#[test]
+fn later_mounts_of_the_node_reach_a_volume_only_with_propagation() -> Result<()> {
+    on_node(async |node| {
+        let outer = node.directory_for("propagated")?;
+        let _outer = Mounted::tmpfs(&outer, "1m")?;
+        rustix::mount::mount_change(outer.as_str(), MountPropagationFlags::SHARED)?;
+        fs::create_dir(format!("{outer}/later"))?;
+        let volume = |propagation: api::MountPropagation| api::Mount {
+            host_path: outer.clone(),
+            container_path: "/volume".to_owned(),
+            propagation: propagation.into(),
+            ..Default::default()
+        };
+        let pod = node.pod("propagation").run().await?;
+        let with = |name, propagation| {
+            pod.container(name).with(|config| config.mounts.push(volume(propagation))).start()
+        };
+        let private = with("private", api::MountPropagation::PropagationPrivate).await?;
+        let slave = with("slave", api::MountPropagation::PropagationHostToContainer).await?;
+        let inner = Mounted::tmpfs(&format!("{outer}/later"), "1m")?;
+        fs::write(format!("{outer}/later/file"), "from the node")?;
+        assert_eq!(slave.shell("cat /volume/later/file").await?, "from the node");
+        assert_eq!(private.shell("ls -A /volume/later").await?, "");
+        drop(inner);
+        assert_eq!(slave.shell("ls -A /volume/later").await?, "");
+        Ok(())
+    })
+}
+
+#[test]
+fn bidirectional_propagation_is_refused_with_the_reason() -> Result<()> {
+    on_pericarp(async |node| {
+        let outer = node.directory_for("shared")?;
+        let _outer = Mounted::tmpfs(&outer, "1m")?;
+        rustix::mount::mount_change(outer.as_str(), MountPropagationFlags::SHARED)?;
+        let pod = node
+            .pod("bidirectional")
+            .with_linux(|linux| linux.security_context.get_or_insert_default().privileged = true)
+            .run()
+            .await?;
+        let container = pod
+            .container("csi-driver")
+            .with_security(|security| security.privileged = true)
+            .with(|config| {
+                config.mounts.push(api::Mount {
+                    host_path: outer.clone(),
+                    container_path: "/volume".to_owned(),
+                    propagation: api::MountPropagation::PropagationBidirectional.into(),
+                    ..Default::default()
+                });
+            })
+            .create()
+            .await?;
+        let error = container.try_start().await.unwrap_err();
+        assert!(
+            error.message().contains("/volume") && error.message().contains("HostToContainer"),
+            "{error}"
+        );
+        Ok(())
+    })
+}
+
+#[test]
+fn an_empty_dir_in_memory_keeps_its_size_limit() -> Result<()> {
+    on_node(async |node| {
+        // kubelet mounts it on the node, with the limit as its size.
+        let path = node.directory_for("memory")?;
+        let _memory = Mounted::tmpfs(&path, "2m")?;
+        let pod = node.pod("memory").run().await?;
+        let container = pod.container("writer").mount(&path, "/cache", false).start().await?;
+        let output = container.exec(["sh", "-c", "dd if=/dev/zero of=/cache/x bs=64k count=64"]).await?;
+        assert!(output.exit_code == 1 && output.stderr.contains("No space left"), "{output:?}");
+        assert_eq!(container.shell("df -Pk /cache | tail -n 1 | awk '{ print $2 }'").await?, "2048");
+        Ok(())
+    })
+}
+
+#[test]
+fn an_image_is_a_volume() -> Result<()> {
+    on_node(async |node| {
+        let pod = node.pod("image").run().await?;
+        let container = pod
+            .container("user")
+            .with(|config| {
+                config.mounts.push(api::Mount {
+                    container_path: "/artefact".to_owned(),
+                    image: Some(api::ImageSpec { image: BUSYBOX_USR1.to_owned(), ..Default::default() }),
+                    readonly: true,
+                    ..Default::default()
+                });
+            })
+            .start()
+            .await?;
+        assert_eq!(container.shell("cat /artefact/etc/replaced").await?, "from the second layer");
+        let output = container.exec(["touch", "/artefact/new"]).await?;
+        assert!(output.stderr.contains("Read-only file system"), "{output:?}");
+        Ok(())
+    })
+}
+
+#[test]
+fn ten_thousand_small_files_are_listed_read_and_removed() -> Result<()> {
+    on_node(async |node| {
+        let path = node.directory_for("many")?;
+        for n in 0..10_000 {
+            fs::write(format!("{path}/{n:05}"), n.to_string())?;
+        }
+        let pod = node.pod("many").run().await?;
+        let container = pod.container("reader").mount(&path, "/many", false).start().await?;
+        assert_eq!(container.shell("ls /many | wc -l; cd /many; cat * | wc -c").await?, "10000\n38890");
+        container.shell("cd /many; rm 0[0-4]*").await?;
+        assert_eq!(fs::read_dir(&path)?.count(), 5000);
+        Ok(())
+    })
+}
+
+#[test]
+fn a_lock_holds_between_the_containers_of_a_pod() -> Result<()> {
+    on_node(async |node| {
+        let path = node.directory_for("locks")?;
+        let pod = node.pod("locks").run().await?;
+        let holder = pod
+            .container("holder")
+            .mount(&path, "/shared", false)
+            .script("sleep infinity | peer hold-lock /shared/lock")
+            .start()
+            .await?;
+        while holder.log()?.stdout() != "locked\n" {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        let other = pod.container("other").mount(&path, "/shared", false).start().await?;
+        assert_eq!(other.shell("peer try-lock /shared/lock").await?, "flock false fcntl false");
+        holder.stop(0).await?;
+        assert_eq!(other.shell("peer try-lock /shared/lock").await?, "flock true fcntl true");
         Ok(())
     })
 }

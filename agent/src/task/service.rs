@@ -22,7 +22,6 @@ use containerd_shim_protos::{
     ttrpc::{self, r#async::TtrpcContext},
     types::task::{ProcessInfo, Status},
 };
-use oci_spec::runtime::LinuxResources;
 use pericarp_protos::agent::container_timing::Phase;
 use tokio::sync::oneshot;
 
@@ -30,7 +29,7 @@ use super::{
     Exit, Exits, TaskError,
     container::{Container, Wanted},
     process::{Process, State, signal},
-    spec,
+    spec::{self, SpecError},
 };
 use crate::{
     cgroup::{CgroupError, OomWatcher},
@@ -424,8 +423,7 @@ impl shim_async::Task for Tasks {
 
     async fn update(&self, _: &TtrpcContext, request: api::UpdateTaskRequest) -> ttrpc::Result<Empty> {
         let container = self.container(&request.id)?;
-        let resources: LinuxResources =
-            parse(&request.id, "resources", request.resources.as_ref(), |json| serde_json::from_slice(json))?;
+        let resources = parse(&request.id, "resources", request.resources.as_ref(), spec::resources)?;
         container.cgroup.update(&resources).map_err(cgroup_error(&request.id))?;
         Ok(Empty::new())
     }
@@ -495,7 +493,7 @@ fn parse<T>(
     id: &str,
     what: &str,
     any: Option<&Any>,
-    read: impl FnOnce(&[u8]) -> Result<T, serde_json::Error>,
+    read: impl FnOnce(&[u8]) -> Result<T, SpecError>,
 ) -> Result<T, TaskError> {
     let json = any.map(|any| any.value.as_slice()).unwrap_or_default();
     read(json).map_err(|error| TaskError::Invalid {

@@ -1,25 +1,56 @@
-//! Reads OCI specs as forgivingly as runc does.
+//! Reads OCI specs: as forgivingly as runc does, and no more so.
 
-use oci_spec::runtime::{Capability, Process, Spec};
-use serde_json::{Error, Value, from_slice, from_value};
+use oci_spec::runtime::{Capability, LinuxResources, Process, Spec};
+use serde_json::{Value, from_slice, from_value};
 
 /// Sets of capabilities in an OCI process.
 const CAPABILITY_SETS: [&str; 5] = ["bounding", "effective", "inheritable", "permitted", "ambient"];
 
+/// A spec that cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum SpecError {
+    /// Not of the form that the OCI runtime spec gives it.
+    #[error(transparent)]
+    Json(#[from] serde_json::Error),
+    /// `resources.unified` has a key that is no file of a cgroup.
+    #[error("unified resource {0:?} is not a cgroup file's name, such as memory.high")]
+    Unified(String),
+}
+
 /// A container's spec.
-pub fn container(json: &[u8]) -> Result<Spec, Error> {
+pub fn container(json: &[u8]) -> Result<Spec, SpecError> {
     let mut spec: Value = from_slice(json)?;
     if let Some(process) = spec.get_mut("process") {
         forget_unknown_capabilities(process);
     }
-    from_value(spec)
+    let spec: Spec = from_value(spec)?;
+    if let Some(resources) = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()) {
+        check_unified(resources)?;
+    }
+    Ok(spec)
+}
+
+/// Resources that a container is to have from now on.
+pub fn resources(json: &[u8]) -> Result<LinuxResources, SpecError> {
+    let resources = from_slice(json)?;
+    check_unified(&resources)?;
+    Ok(resources)
+}
+
+/// libcgroups takes a key as a path below the container's cgroup, and so would let it lead to another's.
+fn check_unified(resources: &LinuxResources) -> Result<(), SpecError> {
+    let keys = resources.unified().iter().flat_map(|unified| unified.keys());
+    match keys.into_iter().find(|key| key.contains('/') || !key.contains('.') || key.starts_with('.')) {
+        Some(key) => Err(SpecError::Unified(key.clone())),
+        None => Ok(()),
+    }
 }
 
 /// The spec of one more process.
-pub fn process(json: &[u8]) -> Result<Process, Error> {
+pub fn process(json: &[u8]) -> Result<Process, SpecError> {
     let mut process: Value = from_slice(json)?;
     forget_unknown_capabilities(&mut process);
-    from_value(process)
+    Ok(from_value(process)?)
 }
 
 /// Capabilities that do not exist cannot be had: runc warns of them and goes on
@@ -53,5 +84,17 @@ mod tests {
         let bounding = capabilities.bounding().clone().unwrap();
         assert_eq!(bounding.len(), 2);
         assert!(bounding.contains(&Capability::Kill) && bounding.contains(&Capability::Chown));
+    }
+
+    #[test]
+    fn a_unified_key_stays_in_the_containers_cgroup() {
+        assert!(resources(br#"{"unified":{"memory.high":"1","hugetlb.2MB.max":"0"}}"#).is_ok());
+        for key in ["../memory.high", "a/memory.high", "/memory.high", "..", "memory", ""] {
+            let json = format!(r#"{{"unified":{{"{key}":"1"}}}}"#);
+            let error = resources(json.as_bytes()).unwrap_err();
+            assert!(matches!(&error, SpecError::Unified(named) if named == key), "{key}: {error}");
+            let spec = format!(r#"{{"ociVersion":"1.2.0","linux":{{"resources":{json}}}}}"#);
+            assert!(container(spec.as_bytes()).is_err());
+        }
     }
 }

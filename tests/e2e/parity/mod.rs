@@ -60,6 +60,13 @@ impl Place {
         path
     }
 
+    /// Makes an empty directory on the node's disk, which goes with the node, and answers with its path.
+    fn on_disk(&self) -> String {
+        let path = format!("/var/tmp{}", self.0);
+        fs::create_dir_all(&path).unwrap_or_else(|error| panic!("make {path}: {error}"));
+        path
+    }
+
     /// Makes a directory and answers with its path.
     fn directory(&self, name: &str) -> String {
         let path = self.path(name);

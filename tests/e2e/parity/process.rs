@@ -57,9 +57,10 @@ fn users_and_groups_are_those_of_runc() -> Result<()> {
                 security.masked_paths.clear();
                 security.readonly_paths.clear();
             }),
-            secured("masked", "cat /etc/passwd; ls /home /tmp; echo x > /var/empty/x", |security| {
-                security.masked_paths = vec!["/etc/passwd".into(), "/home".into(), "/no/such".into()];
-                security.readonly_paths = vec!["/var".into(), "/no/such/path".into()];
+            secured("masked", "cat /etc/passwd; ls /home /tmp; ls /sys/firmware", |security| {
+                security.masked_paths =
+                    ["/etc/passwd", "/home", "/sys/firmware", "/no/such"].map(str::to_owned).into();
+                security.readonly_paths = ["/proc/fs", "/no/such"].map(str::to_owned).into();
             }),
         ],
     )

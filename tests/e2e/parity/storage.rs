@@ -152,6 +152,10 @@ fn file_systems_can_do_what_they_can_under_runc() -> Result<()> {
                 container.mount(&place.directory("volume"), "/volume", false)
             }),
             case("in-the-root", root, |container, _| container),
+            // On the node's disk: its /run, where the other volumes are, is a tmpfs.
+            case("on-a-disk", "peer files /volume", |container: ContainerBuilder, place| {
+                container.mount(&place.on_disk(), "/volume", false)
+            }),
             case(
                 "over-the-image",
                 "echo x >> /etc/passwd; chmod 600 /etc/group; chown 5:5 /odd/owned

@@ -1,5 +1,5 @@
 //! The other end of the tests, inside containers: of their connections, and a witness of what a container is. One static
-//! file, of the standard library alone.
+//! file.
 //!
 //! * `peer serve ADDRESS:PORT` answers TCP and UDP there, and prints `ready` when it does. The first line of a
 //!   connection says what it is for: `name`, `echo`, `sink` or `source BYTES`. A datagram is answered with the host's
@@ -7,7 +7,10 @@
 //! * `peer tcp ADDRESS:PORT LINE` sends a line and prints all that comes back.
 //! * `peer udp ADDRESS:PORT TEXT` sends a datagram and prints the one that comes back.
 //! * `peer portrait` prints all that the container it runs in can tell of itself.
+//! * `peer files DIRECTORY` prints what the file system there can do.
+//! * `peer hold-lock FILE` locks a file until its stdin ends; `peer try-lock FILE` says whether it could be locked.
 
+mod files;
 mod portrait;
 
 use std::{
@@ -31,14 +34,15 @@ fn main() -> ExitCode {
         ["serve", address] => serve(address),
         ["tcp", address, line] => ask(address, line),
         ["udp", address, text] => ask_by_datagram(address, text),
+        ["files", directory] => files::try_all(directory),
+        ["hold-lock", path] => files::hold_lock(path),
+        ["try-lock", path] => files::try_lock(path),
         ["portrait"] => {
             portrait::print();
             Ok(())
         }
         _ => {
-            eprintln!(
-                "usage: peer serve ADDRESS:PORT | peer tcp ADDRESS:PORT LINE | peer udp ADDRESS:PORT TEXT | peer portrait"
-            );
+            eprintln!("usage: peer COMMAND ARGUMENT… (see the source)");
             return ExitCode::from(2);
         }
     };

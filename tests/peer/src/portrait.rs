@@ -44,7 +44,7 @@ const OPTIONAL: [&str; 7] = [
 ];
 
 /// Every one of these that exists is shown, with how much can be read of it.
-const HIDDEN: [&str; 3] = ["/proc/keys", "/sys/firmware", "/proc/timer_list"];
+const HIDDEN: [&str; 2] = ["/proc/keys", "/proc/timer_list"];
 
 /// Nobody but a privileged container may write these.
 const GUARDED: [&str; 2] = ["/proc/sys/kernel/domainname", "/proc/irq/default_smp_affinity"];
