@@ -60,7 +60,7 @@ impl Sandboxes {
 impl From<PodError> for Status {
     fn from(error: PodError) -> Status {
         let code = match &error {
-            PodError::HostNetwork { .. } | PodError::HostNamespace { .. } => Code::InvalidArgument,
+            PodError::Refused { .. } => Code::InvalidArgument,
             PodError::Size { .. } => Code::ResourceExhausted,
             PodError::Phase { .. } => Code::FailedPrecondition,
             PodError::Boot { source: BootError::NotReady { .. }, .. } => Code::DeadlineExceeded,

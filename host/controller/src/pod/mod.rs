@@ -8,6 +8,7 @@ mod configuration;
 mod containers;
 mod network;
 pub mod record;
+mod refusals;
 mod teardown;
 
 use std::{
@@ -23,6 +24,7 @@ use thiserror::Error;
 use tokio::sync::{Mutex as AsyncMutex, oneshot, watch};
 
 pub use self::boot::BootError;
+use self::refusals::Refusal;
 use crate::{
     config::Config,
     events::Forwarder,
@@ -66,14 +68,8 @@ pub struct Ended {
 /// Why a request about a pod fails. Each names the pod.
 #[derive(Debug, Error)]
 pub enum PodError {
-    #[error(
-        "{pod}: hostNetwork cannot be given to a pod in a machine of its own: the host's network would have to be inside it; remove hostNetwork, or use the runc runtime for this pod"
-    )]
-    HostNetwork { pod: String },
-    #[error(
-        "{pod}: the host's {namespace} namespace cannot be shared with a machine; remove {field} from the pod"
-    )]
-    HostNamespace { pod: String, namespace: &'static str, field: &'static str },
+    #[error("{pod}: {what} cannot be given to a pod in a machine of its own: {remedy}")]
+    Refused { pod: String, what: String, remedy: &'static str },
     #[error("{pod}")]
     Size {
         pod: String,
@@ -162,7 +158,9 @@ impl Pod {
         node: Arc<Node>,
     ) -> Result<Pod, PodError> {
         let pod = name_of(&config, &id);
-        refuse_host_namespaces(&pod, &config)?;
+        if let Some(Refusal { what, remedy }) = refusals::refusal(&config) {
+            return Err(PodError::Refused { pod, what, remedy });
+        }
         let size =
             Size::of(&config, &node.config, node.host).map_err(|source| PodError::Size { pod, source })?;
         let directory = node.config.run_dir.join(&id);
@@ -332,25 +330,6 @@ impl Pod {
 fn name_of(config: &cri::PodSandboxConfig, id: &str) -> String {
     let metadata = config.metadata.clone().unwrap_or_default();
     format!("pod {}/{} ({id})", metadata.namespace, metadata.name)
-}
-
-fn refuse_host_namespaces(pod: &str, config: &cri::PodSandboxConfig) -> Result<(), PodError> {
-    let options = config
-        .linux
-        .as_ref()
-        .and_then(|linux| linux.security_context.as_ref())
-        .and_then(|context| context.namespace_options.clone())
-        .unwrap_or_default();
-    let host = cri::NamespaceMode::Node as i32;
-    if options.network == host {
-        return Err(PodError::HostNetwork { pod: pod.to_owned() });
-    }
-    for (mode, namespace, field) in [(options.pid, "PID", "hostPID"), (options.ipc, "IPC", "hostIPC")] {
-        if mode == host {
-            return Err(PodError::HostNamespace { pod: pod.to_owned(), namespace, field });
-        }
-    }
-    Ok(())
 }
 
 #[cfg(test)]

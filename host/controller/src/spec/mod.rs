@@ -15,7 +15,7 @@ use serde_json::{Map, Value};
 const DEFAULT_APPARMOR_PROFILE: &str = "cri-containerd.apparmor.d";
 
 /// `SELinux` process types that a container engine assigns by itself.
-const DEFAULT_SELINUX_TYPES: [&str; 4] = ["container_t", "container_init_t", "container_kvm_t", "spc_t"];
+pub const SELINUX_DEFAULT_TYPES: [&str; 4] = ["container_t", "container_init_t", "container_kvm_t", "spc_t"];
 
 /// Device nodes that every container has; the guest makes its own (OCI runtime spec, "Default Devices").
 const STANDARD_DEVICES: [&str; 8] = [
@@ -157,7 +157,7 @@ fn security_labels(root: &mut Map<String, Value>) -> Result<(), Error> {
 fn check_selinux(label: Option<&Value>) -> Result<(), Error> {
     let label = label.and_then(Value::as_str).unwrap_or_default();
     let kind = label.split(':').nth(2);
-    if label.is_empty() || kind.is_some_and(|kind| DEFAULT_SELINUX_TYPES.contains(&kind)) {
+    if label.is_empty() || kind.is_some_and(|kind| SELINUX_DEFAULT_TYPES.contains(&kind)) {
         return Ok(());
     }
     unsupported(
