@@ -182,6 +182,35 @@ fn a_disk_is_taken_from_a_guest_that_still_uses_it() -> Result<()> {
 }
 
 #[test]
+fn a_container_whose_layers_are_no_image_fails_and_leaves_its_slots_usable() -> Result<()> {
+    alone(async || {
+        let bare = Bare::start(json!({})).await?;
+        let (top, base) = make_layers(&bare)?;
+        let nonsense = bare.file("nonsense");
+        fs::write(&nonsense, vec![b'x'; 1 << 20])?;
+        // Everything before the last layer has been done when it fails.
+        let inserted = insert(&bare, &[&top, &base, &nonsense], true, "bad").await?;
+        let error = bare
+            .begin("bad", "true", vec![layers(&inserted, String::new(), String::new())], |_| {})
+            .await
+            .unwrap_err();
+        ensure!(error.to_string().contains("image layer"), "{error:#}");
+        let disk = layers(&inserted, String::new(), String::new());
+        let error =
+            bare.begin("missing", "true", vec![disk, node(9999, "/dev/x")], |_| {}).await.unwrap_err();
+        ensure!(error.to_string().contains("9999"), "{error:#}");
+        remove(&bare, inserted.device).await?;
+
+        let good = insert(&bare, &[&top, &base], true, "good").await?;
+        assert_eq!(good.device, inserted.device);
+        let disk = layers(&good, String::new(), String::new());
+        bare.run("good", "cat /name", vec![disk], |_| {}).await.with_context(|| bare.console())?;
+        assert_eq!(fs::read_to_string(bare.out("good"))?, "top\n");
+        Ok(())
+    })
+}
+
+#[test]
 fn processors_come_and_go() -> Result<()> {
     alone(async || {
         let bare = Bare::start(json!({ "vcpus_max": 4 })).await?;

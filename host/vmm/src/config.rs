@@ -140,6 +140,17 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_machine_written_before_it_could_grow_does_not_and_has_slots() {
+        let written = r#"{"id": "a", "kernel": "/k", "initramfs": "/i", "vcpus": 2, "memory_mib": 512,
+            "console": {"path": "/c", "limit_bytes": 1}, "vsock": {"path": "/v", "host_ports": []}}"#;
+        let config: MachineConfig = serde_json::from_str(written).unwrap();
+        assert_eq!((config.vcpus_max(), config.memory_max_mib()), (2, 512));
+        assert_eq!(config.disk_slots, MachineConfig::DISK_SLOTS);
+        let again: MachineConfig = serde_json::from_str(&serde_json::to_string(&config).unwrap()).unwrap();
+        assert_eq!(again, config);
+    }
+
+    #[test]
     fn a_network_device_written_before_there_were_queue_pairs_has_one() {
         let written = r#"{"netns": "/run/netns/pod", "tap": "tap0", "mac": [2, 0, 0, 0, 0, 7], "mtu": 1500}"#;
         let config: NetConfig = serde_json::from_str(written).unwrap();
