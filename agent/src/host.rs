@@ -4,7 +4,9 @@ use std::{io, path::PathBuf, time::Duration};
 
 use pericarp_protos::{
     guest::HOST_PORT,
-    host::{HostClient, PrepareContainerRequest, ReadyRequest, ReleaseContainerRequest},
+    host::{
+        HostClient, PrepareContainerRequest, PrepareContainerResponse, ReadyRequest, ReleaseContainerRequest,
+    },
     ttrpc::{
         self, Error,
         r#async::{Client, transport::Socket},
@@ -68,16 +70,14 @@ impl Host {
 
     /// Has the controller make a container's files appear under the share.
     ///
-    /// Answers the OCI spec for the guest, as JSON.
-    pub async fn prepare_container(&self, id: &str) -> ttrpc::Result<Vec<u8>> {
+    /// Answers the OCI spec for the guest, as JSON, and the disks that were put into the machine for it.
+    pub async fn prepare_container(&self, id: &str) -> ttrpc::Result<PrepareContainerResponse> {
         let mut request = PrepareContainerRequest::new();
         id.clone_into(&mut request.container_id);
-        let response = self
-            .call(LONG, request, |client, context, request| async move {
-                client.prepare_container(context, &request).await
-            })
-            .await?;
-        Ok(response.spec)
+        self.call(LONG, request, |client, context, request| async move {
+            client.prepare_container(context, &request).await
+        })
+        .await
     }
 
     /// Undoes [`Self::prepare_container`].

@@ -6,6 +6,7 @@
 
 mod boot;
 mod cgroup;
+mod devices;
 mod events;
 mod forward;
 mod host;

@@ -17,7 +17,7 @@ use std::{
 use async_trait::async_trait;
 use nix::mount::MsFlags;
 use pericarp_protos::{
-    agent::{Agent, ConfigureRequest, ConfigureResponse, Dns, Interface},
+    agent::{Agent, ConfigureRequest, ConfigureResponse, Dns, Interface, ResizeRequest, ResizeResponse},
     guest::{ETC_DIR, SHM_DIR},
     ttrpc::{self, Code, r#async::TtrpcContext},
 };
@@ -25,7 +25,7 @@ use pericarp_protos::{
 use tokio::sync::watch;
 
 use crate::{
-    boot,
+    boot, devices,
     network::{self, NetworkError},
     server,
 };
@@ -149,6 +149,10 @@ impl Agent for Pod {
         let mut response = ConfigureResponse::new();
         response.configure_ns = u64::try_from(arrival.elapsed().as_nanos()).unwrap_or(u64::MAX);
         Ok(response)
+    }
+
+    async fn resize(&self, _: &TtrpcContext, request: ResizeRequest) -> ttrpc::Result<ResizeResponse> {
+        devices::resize(request).await.map_err(|error| server::status(Code::INTERNAL, error.to_string()))
     }
 }
 

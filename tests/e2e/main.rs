@@ -4,6 +4,7 @@
 
 mod containers;
 mod controller;
+mod devices;
 mod errors;
 mod exec;
 mod logs;

@@ -3,6 +3,7 @@
 //! Everything here runs on a node (see `tests/node`). A test starts with [`on_node`], makes pods with [`Node::pod`] and
 //! containers with [`Pod::container`]; whatever it made is removed when it ends, however it ends.
 
+pub mod bare;
 mod container;
 pub mod controller;
 mod cri;

@@ -6,7 +6,7 @@ use std::{
     os::unix::net::UnixStream,
     path::PathBuf,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     cgroup::Cgroup,
+    devices::Attached,
     runtime::{self, Action, Descriptors, Request, RuntimeError},
     stdio::{self, Prepared, Stdio, Streams, Urls},
 };
@@ -39,6 +40,8 @@ pub struct Container {
     pub init: Arc<Process>,
     /// Whether its processes are frozen.
     pub paused: AtomicBool,
+    /// Its disks.
+    pub disks: OnceLock<Attached>,
     spec: Spec,
     directory: Directory,
     execs: Mutex<HashMap<String, Exec>>,
@@ -111,6 +114,7 @@ impl Container {
             cgroup,
             init,
             paused: AtomicBool::new(false),
+            disks: OnceLock::new(),
             spec,
             directory,
             execs: Mutex::default(),
@@ -272,6 +276,9 @@ impl Container {
         self.init.wait().await;
         self.init.stdio().take();
         self.execs().clear();
+        if let Some(disks) = self.disks.get() {
+            disks.detach().await;
+        }
         Ok(())
     }
 

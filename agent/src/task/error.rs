@@ -3,7 +3,7 @@
 
 use pericarp_protos::ttrpc::{self, Code};
 
-use crate::{cgroup::CgroupError, runtime::RuntimeError, server, stdio::StdioError};
+use crate::{cgroup::CgroupError, devices::DeviceError, runtime::RuntimeError, server, stdio::StdioError};
 
 /// Why a task call failed. Every text names the container.
 #[derive(Debug, thiserror::Error)]
@@ -40,6 +40,14 @@ pub enum TaskError {
         id: String,
         /// What the controller answered.
         source: ttrpc::Error,
+    },
+    /// The container's disks are of no use.
+    #[error("container {id}: {source}")]
+    Disks {
+        /// The container.
+        id: String,
+        /// What went wrong.
+        source: DeviceError,
     },
     /// The container could not be made.
     #[error(
@@ -119,6 +127,7 @@ impl TaskError {
             | Self::Start { .. }
             | Self::Stdio { .. }
             | Self::Cgroup { .. }
+            | Self::Disks { .. }
             | Self::System { .. } => Code::UNKNOWN,
         }
     }

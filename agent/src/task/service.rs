@@ -22,7 +22,8 @@ use containerd_shim_protos::{
     ttrpc::{self, r#async::TtrpcContext},
     types::task::{ProcessInfo, Status},
 };
-use pericarp_protos::agent::container_timing::Phase;
+use oci_spec::runtime::Spec;
+use pericarp_protos::{agent::container_timing::Phase, host::PrepareContainerResponse};
 use tokio::sync::oneshot;
 
 use super::{
@@ -33,6 +34,7 @@ use super::{
 };
 use crate::{
     cgroup::{CgroupError, OomWatcher},
+    devices::Attached,
     events::{Events, timestamp},
     host::Host,
     pod::Pod,
@@ -100,16 +102,13 @@ impl Tasks {
     /// Has the controller prepare the container, and makes it.
     async fn make(&self, request: &api::CreateTaskRequest) -> Result<Arc<Container>, TaskError> {
         let id = &request.id;
-        let spec = self
+        let prepared = self
             .host
             .prepare_container(id)
             .await
             .map_err(|source| TaskError::Prepare { id: id.clone(), source })?;
         let began = Instant::now();
-        self.pod
-            .mount_share()
-            .map_err(|problem| TaskError::Invalid { subject: format!("container {id}"), problem })?;
-        let made = self.make_prepared(request, &spec).await;
+        let made = self.make_prepared(request, prepared).await;
         match &made {
             Ok(_) => self.events.timing(id, Phase::PHASE_CREATE, began.elapsed()),
             Err(_) => self.release(id).await,
@@ -120,13 +119,35 @@ impl Tasks {
     async fn make_prepared(
         &self,
         request: &api::CreateTaskRequest,
-        spec: &[u8],
+        prepared: PrepareContainerResponse,
     ) -> Result<Arc<Container>, TaskError> {
         let id = &request.id;
-        let spec = spec::container(spec).map_err(|error| TaskError::Invalid {
-            subject: format!("container {id}"),
-            problem: format!("its OCI spec cannot be read: {error}"),
-        })?;
+        let invalid = |problem| TaskError::Invalid { subject: format!("container {id}"), problem };
+        self.pod.mount_share().map_err(invalid)?;
+        let spec = spec::container(&prepared.spec)
+            .map_err(|error| invalid(format!("its OCI spec cannot be read: {error}")))?;
+        let (disks, spec) = Attached::new(spec, prepared.disks)
+            .await
+            .map_err(|source| TaskError::Disks { id: id.clone(), source })?;
+        match self.make_container(request, spec).await {
+            // A new container has none yet.
+            Ok(container) => {
+                let _ = container.disks.set(disks);
+                Ok(container)
+            }
+            Err(error) => {
+                disks.detach().await;
+                Err(error)
+            }
+        }
+    }
+
+    async fn make_container(
+        &self,
+        request: &api::CreateTaskRequest,
+        spec: Spec,
+    ) -> Result<Arc<Container>, TaskError> {
+        let id = &request.id;
         let urls = Urls {
             stdin: request.stdin.clone(),
             stdout: request.stdout.clone(),

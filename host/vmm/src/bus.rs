@@ -1,11 +1,11 @@
 //! Where a vCPU's device accesses go: virtio-mmio pages and the two ports that the guest uses.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::{
     arch::current::layout::{DEVICE_SIZE, DEVICES},
     console::Console,
-    virtio::{Counter, mmio::MmioDevice},
+    virtio::{Counter, slot::Slot},
 };
 
 /// First port of the 8250 serial line, and how many it has.
@@ -27,8 +27,8 @@ pub enum PortWrite {
 /// All devices of a machine as its vCPUs reach them. What nothing answers to reads as ones and
 /// swallows writes, as on a PC.
 pub struct Bus {
-    /// Device n answers in the n-th page from [`DEVICES`].
-    pub mmio: Vec<Mutex<MmioDevice>>,
+    /// Slot n answers in the n-th page from [`DEVICES`].
+    pub slots: Vec<Mutex<Slot>>,
     /// The console behind the serial line.
     pub console: Mutex<Console>,
     pub exits: Exits,
@@ -52,15 +52,17 @@ impl Bus {
     /// A vCPU writes to guest-physical `address`.
     pub fn mmio_write(&self, address: u64, data: &[u8]) {
         self.exits.mmio.add(1);
-        if let Some((device, offset)) = self.device(address) {
-            device.lock().unwrap_or_else(PoisonError::into_inner).write(offset, data);
+        let Some(distance) = address.checked_sub(DEVICES) else { return };
+        if let Some(mut slot) = u32::try_from(distance / DEVICE_SIZE).ok().and_then(|index| self.slot(index))
+        {
+            slot.write(distance % DEVICE_SIZE, data);
         }
     }
 
-    fn device(&self, address: u64) -> Option<(&Mutex<MmioDevice>, u64)> {
-        let distance = address.checked_sub(DEVICES)?;
-        let index = usize::try_from(distance / DEVICE_SIZE).ok()?;
-        Some((self.mmio.get(index)?, distance % DEVICE_SIZE))
+    /// One of the slots, for as long as nobody else needs it.
+    pub fn slot(&self, index: u32) -> Option<MutexGuard<'_, Slot>> {
+        let slot = self.slots.get(usize::try_from(index).ok()?)?;
+        Some(slot.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// A vCPU reads from an I/O port.

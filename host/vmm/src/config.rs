@@ -21,8 +21,18 @@ pub struct MachineConfig {
     pub cmdline: String,
     /// Number of virtual CPUs, at least 1.
     pub vcpus: u8,
+    /// Virtual CPUs that the machine can be given while it runs, those of its start included. 0: no more.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub vcpus_max: u8,
     /// Guest memory in MiB.
     pub memory_mib: u32,
+    /// Memory in MiB that the machine can be given while it runs, that of its start included. 0: no more.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub memory_max_mib: u32,
+    /// Places for disks that come while the machine runs, at most [`MachineConfig::DISK_SLOTS_MAX`]; and
+    /// no more than there are interrupt lines left beside the other devices.
+    #[serde(default = "disk_slots")]
+    pub disk_slots: u8,
     /// Where the guest's kernel messages go.
     pub console: ConsoleConfig,
     /// The guest's vsock device.
@@ -33,6 +43,31 @@ pub struct MachineConfig {
     /// The guest's network devices, in the order in which it finds them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub nets: Vec<NetConfig>,
+}
+
+impl MachineConfig {
+    /// What a machine has unless its configuration says otherwise.
+    pub const DISK_SLOTS: u8 = 8;
+    /// More would leave no interrupt lines for networks.
+    pub const DISK_SLOTS_MAX: u8 = 15;
+
+    /// Most virtual CPUs that the machine can have.
+    pub fn vcpus_max(&self) -> u8 {
+        self.vcpus_max.max(self.vcpus)
+    }
+
+    /// Most memory that the machine can have, in MiB.
+    pub fn memory_max_mib(&self) -> u32 {
+        self.memory_max_mib.max(self.memory_mib)
+    }
+}
+
+fn disk_slots() -> u8 {
+    MachineConfig::DISK_SLOTS
+}
+
+fn is_zero<T: Default + PartialEq>(number: &T) -> bool {
+    *number == T::default()
 }
 
 /// A virtio-net device on a tap that exists already.
@@ -103,6 +138,17 @@ pub struct ShareConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_machine_written_before_it_could_grow_does_not_and_has_slots() {
+        let written = r#"{"id": "a", "kernel": "/k", "initramfs": "/i", "vcpus": 2, "memory_mib": 512,
+            "console": {"path": "/c", "limit_bytes": 1}, "vsock": {"path": "/v", "host_ports": []}}"#;
+        let config: MachineConfig = serde_json::from_str(written).unwrap();
+        assert_eq!((config.vcpus_max(), config.memory_max_mib()), (2, 512));
+        assert_eq!(config.disk_slots, MachineConfig::DISK_SLOTS);
+        let again: MachineConfig = serde_json::from_str(&serde_json::to_string(&config).unwrap()).unwrap();
+        assert_eq!(again, config);
+    }
 
     #[test]
     fn a_network_device_written_before_there_were_queue_pairs_has_one() {

@@ -8,6 +8,8 @@ mod bus;
 mod config;
 mod console;
 mod control;
+mod disks;
+mod extra_memory;
 mod machine;
 mod memory;
 mod probe;

@@ -4,21 +4,20 @@ use std::{
     fmt::Write as _,
     io,
     os::unix::net::UnixListener,
-    sync::{Arc, Mutex, PoisonError, mpsc},
+    sync::{Arc, Mutex, mpsc},
 };
 
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
-use kvm_ioctls::{IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
+use kvm_ioctls::{Kvm, VmFd};
 use pericarp_protos::{ttrpc, vmm_blocking::BootTimes};
 use thiserror::Error;
-use vm_memory::{GuestMemory as _, GuestMemoryRegion as _};
+use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion as _};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
     arch::current::{
         self as arch,
         boot::{self, BootError},
-        cpuid,
         layout::{self, DEVICE_SIZE, DEVICES, DEVICES_MAX, FIRST_IRQ, SERIAL_IRQ},
         registers::{self, RegisterError},
     },
@@ -26,15 +25,18 @@ use crate::{
     config::MachineConfig,
     console::Console,
     control::Control,
+    disks::{Disks, NamedCounters},
+    extra_memory::ExtraMemory,
     memory::{self, GuestMemory, MemoryError},
-    vcpu,
+    vcpu::{self, Vcpus},
     virtio::{
-        Counter, Device,
+        Device,
         fs::{Fs, FsError},
-        mmio::{INTERRUPT_ACK, MmioDevice, QUEUE_NOTIFY},
+        mem,
         net::{Net, NetError},
         page::{self, Page},
         rng::Rng,
+        slot::{Slot, SlotError, Wires},
         vsock::{Forward, Vsock, VsockError},
     },
 };
@@ -73,6 +75,8 @@ pub enum Error {
     },
     #[error("{vcpus} vCPUs are asked for; this host's KVM allows 1 to {max}")]
     Vcpus { vcpus: u8, max: usize },
+    #[error("{slots} slots for disks are asked for; a machine has {max} at most")]
+    DiskSlots { slots: u8, max: u8 },
     #[error("{mib} MiB of memory are asked for; a guest needs {MEMORY_MIB_MIN}")]
     TooLittleMemory { mib: u32 },
     #[error(transparent)]
@@ -93,6 +97,8 @@ pub enum Error {
     Fs(#[from] FsError),
     #[error(transparent)]
     Net(#[from] NetError),
+    #[error(transparent)]
+    Slot(#[from] SlotError),
     #[error("{count} devices are asked for; there are interrupts for {DEVICES_MAX}, so use fewer networks")]
     TooManyDevices { count: usize },
     #[error("cannot make the machine's {what}")]
@@ -123,16 +129,27 @@ pub fn run(config: &MachineConfig, inherited: Inherited, process_start_ns: u64) 
     abort_on_panic();
     let kvm = Kvm::new().map_err(Error::OpenKvm)?;
     check_size(config, &kvm)?;
-    let vm = kvm.create_vm().map_err(refused("create a virtual machine"))?;
+    let vm = Arc::new(kvm.create_vm().map_err(refused("create a virtual machine"))?);
     arch::set_up_vm(&vm).map_err(refused("give the machine interrupt controllers"))?;
-    let memory = memory::allocate(&layout::memory_ranges(u64::from(config.memory_mib) << 20))?;
+    let boot_bytes = u64::from(config.memory_mib) << 20;
+    let boot_memory = memory::allocate(&layout::memory_ranges(boot_bytes))?;
+    let extra = extra_memory(config);
+    let memory = match extra {
+        Some((_, range)) => memory::extend(&boot_memory, range)?,
+        None => boot_memory.clone(),
+    };
     register_memory(&vm, &memory)?;
-    let vcpus = make_vcpus(&kvm, &vm, config.vcpus)?;
-    let bus = Arc::new(make_devices(config, inherited.forward, &vm, &memory)?);
+    let maker = vcpu::Maker::new(&kvm, vm.clone(), config.vcpus_max())?;
+    let vcpus = (0..config.vcpus).map(|id| maker.make(id)).collect::<Result<Vec<_>, _>>()?;
+    let devices = make_devices(config, inherited.forward)?;
+    let fixed = u32::try_from(devices.len()).unwrap_or(u32::MAX);
+    let counters = counters(&devices);
+    let bus = Arc::new(make_bus(config, &vm, &memory, devices)?);
     let kvm_ready_ns = monotonic_ns();
 
-    let cmdline = cmdline(config, bus.mmio.len());
-    let entry = boot::load(&memory, &config.kernel, &config.initramfs, &cmdline, config.vcpus)?;
+    let slots = u32::try_from(bus.slots.len()).unwrap_or(u32::MAX);
+    let cmdline = cmdline(config, slots);
+    let entry = boot::load(&boot_memory, &config.kernel, &config.initramfs, &cmdline, config.vcpus_max())?;
     if let Some(first) = vcpus.first() {
         registers::enter_kernel(first, entry)?;
     }
@@ -140,9 +157,9 @@ pub fn run(config: &MachineConfig, inherited: Inherited, process_start_ns: u64) 
 
     let (ended, end) = mpsc::channel();
     let vcpus_started_ns = monotonic_ns();
-    for (id, vcpu) in (0..config.vcpus).zip(vcpus) {
-        vcpu::start(id, vcpu, bus.clone(), ended.clone())
-            .map_err(|source| Error::Io { what: "vCPU threads", source })?;
+    let mut running = Vcpus { maker, bus: bus.clone(), ended: ended.clone(), count: 0 };
+    for vcpu in vcpus {
+        running.run(vcpu)?;
     }
     let boot = BootTimes {
         process_start_ns,
@@ -157,7 +174,19 @@ pub fn run(config: &MachineConfig, inherited: Inherited, process_start_ns: u64) 
         vcpus_ms = elapsed_ms(kernel_loaded_ns, vcpus_started_ns),
         "the vCPUs run"
     );
-    let server = Control { boot, vcpus: config.vcpus, memory, counters: counters(&bus), ended };
+    let server = Control {
+        boot,
+        vcpus: Mutex::new(running),
+        memory,
+        counters: [counters, vec![exits(&bus)]].concat(),
+        // The one that memory is plugged through has the first slot behind those that stay.
+        extra_memory: match extra {
+            Some((limit, range)) => ExtraMemory::new(boot_bytes, limit, range, bus.clone(), fixed),
+            None => ExtraMemory::none(boot_bytes),
+        },
+        disks: Disks::new(bus, fixed + u32::from(extra.is_some())..slots),
+        ended,
+    };
     let _server = server.serve(inherited.control).map_err(Error::Control)?;
     // The channel cannot close before its first message: the control server holds a sender.
     let reason = end.recv().unwrap_or(ExitReason::Shutdown);
@@ -180,9 +209,14 @@ fn abort_on_panic() {
 }
 
 fn check_size(config: &MachineConfig, kvm: &Kvm) -> Result<(), Error> {
-    let max = kvm.get_max_vcpus();
-    if config.vcpus == 0 || usize::from(config.vcpus) > max {
-        return Err(Error::Vcpus { vcpus: config.vcpus, max });
+    // APIC ids have eight bits, of which one is the IOAPIC's and one means all.
+    let max = kvm.get_max_vcpus().min(254);
+    if config.vcpus == 0 || usize::from(config.vcpus_max()) > max {
+        return Err(Error::Vcpus { vcpus: config.vcpus_max(), max });
+    }
+    let max = MachineConfig::DISK_SLOTS_MAX;
+    if config.disk_slots > max {
+        return Err(Error::DiskSlots { slots: config.disk_slots, max });
     }
     if config.memory_mib < MEMORY_MIB_MIN {
         return Err(Error::TooLittleMemory { mib: config.memory_mib });
@@ -190,8 +224,9 @@ fn check_size(config: &MachineConfig, kvm: &Kvm) -> Result<(), Error> {
     Ok(())
 }
 
-/// Slot of KVM's for the devices' pages; the guest's memory has the first ones.
-const DEVICES_SLOT: u32 = 2;
+/// Slot of KVM's for the devices' pages; the guest's memory has the first ones: below the gap, above it, and what
+/// is plugged.
+const DEVICES_SLOT: u32 = 3;
 
 /// Gives `vm` its memory, which must stay mapped for as long as a vCPU runs.
 pub(crate) fn register_memory(vm: &VmFd, memory: &GuestMemory) -> Result<(), Error> {
@@ -213,51 +248,61 @@ fn register_regions(vm: &VmFd, memory: &GuestMemory, first_slot: u32, flags: u32
     Ok(())
 }
 
-/// Makes all vCPUs of a machine, as they are after a reset.
-pub(crate) fn make_vcpus(kvm: &Kvm, vm: &VmFd, count: u8) -> Result<Vec<VcpuFd>, Error> {
-    let supported = cpuid::supported(kvm).map_err(refused("tell what processor features it supports"))?;
-    (0..count)
-        .map(|id| {
-            let vcpu = vm.create_vcpu(u64::from(id)).map_err(refused("create a vCPU"))?;
-            vcpu.set_cpuid2(&cpuid::for_vcpu(&supported, id, count))
-                .map_err(refused("take a vCPU's CPUID"))?;
-            registers::initialize(&vcpu)?;
-            Ok(vcpu)
-        })
-        .collect()
+/// How many bytes can be plugged while the machine runs, and where; `None` if none can.
+fn extra_memory(config: &MachineConfig) -> Option<(u64, (GuestAddress, usize))> {
+    let boot = u64::from(config.memory_mib) << 20;
+    let limit = (u64::from(config.memory_max_mib()) << 20) - boot;
+    let limit = limit - limit % mem::BLOCK_SIZE;
+    (limit > 0).then(|| (limit, layout::extra_range(boot, limit)))
 }
 
-fn make_devices(
-    config: &MachineConfig,
-    forward: Option<Forward>,
-    vm: &VmFd,
-    memory: &GuestMemory,
-) -> Result<Bus, Error> {
-    let console = Console::open(&config.console, interrupt_line(vm, SERIAL_IRQ)?)
-        .map_err(|source| Error::Console { path: config.console.path.clone(), source })?;
+/// The devices that the machine starts with, in the order of their slots.
+fn make_devices(config: &MachineConfig, forward: Option<Forward>) -> Result<Vec<Box<dyn Device>>, Error> {
     let mut devices: Vec<Box<dyn Device>> =
         vec![Box::new(Vsock::new(&config.vsock, forward)?), Box::new(Rng::default())];
     if let Some(share) = &config.share {
         devices.push(Box::new(Fs::new(share)?));
     }
-    let count = devices.len() + config.nets.len();
+    let count = devices.len() + config.nets.len() + usize::from(extra_memory(config).is_some());
     if count > DEVICES_MAX {
         return Err(Error::TooManyDevices { count });
     }
     for (index, net) in config.nets.iter().enumerate() {
         devices.push(Box::new(Net::new(index, net)?));
     }
-    // As long as there is a device, its page is mapped.
+    Ok(devices)
+}
+
+/// Connects the console and the devices to the machine, with empty slots behind them as far as there are
+/// interrupts.
+fn make_bus(
+    config: &MachineConfig,
+    vm: &Arc<VmFd>,
+    memory: &GuestMemory,
+    devices: Vec<Box<dyn Device>>,
+) -> Result<Bus, Error> {
+    let console = Console::open(&config.console, interrupt_line(vm, SERIAL_IRQ)?)
+        .map_err(|source| Error::Console { path: config.console.path.clone(), source })?;
+    let empty = usize::from(config.disk_slots) + usize::from(extra_memory(config).is_some());
+    let count = (devices.len() + empty).min(DEVICES_MAX);
+    // As long as there is a slot, its page is mapped.
     let pages = page::allocate(count)?;
     register_regions(vm, &pages, DEVICES_SLOT, KVM_MEM_READONLY)?;
-    let mmio = (0..)
-        .zip(devices)
-        .map(|(slot, device)| {
-            let page = Page::new(pages.clone(), slot);
-            attach(vm, memory, page, slot, device).map(Mutex::new)
+    let mut slots: Vec<Slot> = (0..)
+        .take(count)
+        .map(|index| {
+            let wires: Arc<dyn Wires> = vm.clone();
+            Slot::new(index, Page::new(pages.clone(), index), memory.clone(), wires)
         })
-        .collect::<Result<_, _>>()?;
-    Ok(Bus { mmio, console: Mutex::new(console), exits: Exits::default() })
+        .collect();
+    for (slot, device) in slots.iter_mut().zip(devices) {
+        slot.insert(device)?;
+    }
+    Ok(Bus {
+        slots: slots.into_iter().map(Mutex::new).collect(),
+        console: Mutex::new(console),
+        exits: Exits::default(),
+    })
 }
 
 /// An eventfd that raises an interrupt of the guest's.
@@ -268,47 +313,17 @@ fn interrupt_line(vm: &VmFd, irq: u32) -> Result<EventFd, Error> {
     Ok(irqfd)
 }
 
-fn counters(bus: &Bus) -> Vec<(String, Vec<(&'static str, Counter)>)> {
-    let exits = (
-        "vcpus".to_owned(),
-        vec![("mmio_exits", bus.exits.mmio.clone()), ("port_exits", bus.exits.port.clone())],
-    );
-    bus.mmio
-        .iter()
-        .map(|device| {
-            let device = device.lock().unwrap_or_else(PoisonError::into_inner);
-            (device.device().name().to_owned(), device.device().counters())
-        })
-        .chain([exits])
-        .collect()
+fn counters(devices: &[Box<dyn Device>]) -> Vec<NamedCounters> {
+    devices.iter().map(|device| (device.name().to_owned(), device.counters())).collect()
 }
 
-/// Connects a device's interrupt and notifications to KVM.
-fn attach(
-    vm: &VmFd,
-    memory: &GuestMemory,
-    page: Page,
-    slot: u32,
-    device: Box<dyn Device>,
-) -> Result<MmioDevice, Error> {
-    let device = MmioDevice::new(device, memory.clone(), page, interrupt_line(vm, FIRST_IRQ + slot)?)
-        .map_err(|source| Error::Io { what: "eventfds", source })?;
-    let register = |offset| IoEventAddress::Mmio(DEVICES + u64::from(slot) * DEVICE_SIZE + offset);
-    for (queue, event) in (0u32..).zip(device.notify_events()) {
-        vm.register_ioevent(event, &register(QUEUE_NOTIFY), queue)
-            .map_err(refused("watch a device's notifications"))?;
-    }
-    // Nobody reads it: KVM swallows what is written there, and goes on with the guest.
-    let nobody = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
-        .map_err(|source| Error::Io { what: "eventfds", source })?;
-    vm.register_ioevent(&nobody, &register(INTERRUPT_ACK), NoDatamatch)
-        .map_err(refused("swallow a device's acknowledgements"))?;
-    Ok(device)
+fn exits(bus: &Bus) -> NamedCounters {
+    ("vcpus".to_owned(), vec![("mmio_exits", bus.exits.mmio.clone()), ("port_exits", bus.exits.port.clone())])
 }
 
-/// The kernel's command line: what every guest is started with, the devices, and what the
+/// The kernel's command line: what every guest is started with, the devices' slots, and what the
 /// configuration adds.
-fn cmdline(config: &MachineConfig, devices: usize) -> String {
+fn cmdline(config: &MachineConfig, slots: u32) -> String {
     // quiet, 8250.nr_uarts=1: each character and each probed port is a trip out of the guest.
     // reboot=k: reset through the keyboard controller, which the bus understands.
     // panic=-1: a guest that panics ends at once, and its pod with it.
@@ -320,8 +335,16 @@ fn cmdline(config: &MachineConfig, devices: usize) -> String {
         "console=ttyS0 8250.nr_uarts=1 quiet reboot=k panic=-1 no_timer_check tsc=reliable \
          rcupdate.rcu_expedited=1 dummy.numdummies=0 random.trust_cpu=on",
     );
-    for slot in 0..devices as u64 {
-        let (address, irq) = (DEVICES + slot * DEVICE_SIZE, u64::from(FIRST_IRQ) + slot);
+    if config.vcpus_max() > config.vcpus {
+        // The others are there for the guest to start when the machine grows.
+        let _ = write!(line, " maxcpus={}", config.vcpus);
+    }
+    if extra_memory(config).is_some() {
+        // What is plugged is used at once, and for nothing that could not be moved away again.
+        line.push_str(" memhp_default_state=online_movable");
+    }
+    for slot in 0..slots {
+        let (address, irq) = (DEVICES + u64::from(slot) * DEVICE_SIZE, FIRST_IRQ + slot);
         // Writing to a string cannot fail.
         let _ = write!(line, " virtio_mmio.device=4K@{address:#x}:{irq}");
     }

@@ -1,5 +1,7 @@
 //! Guest memory: anonymous, not reserved, and touched only as the guest touches it.
 
+use std::sync::Arc;
+
 use rustix::mm::{Advice, madvise};
 use thiserror::Error;
 use vhost_user_backend::bitmap::BitmapMmapRegion;
@@ -33,27 +35,34 @@ pub enum MemoryError {
 /// The mapping is `MAP_NORESERVE`: a machine costs the host only what its guest has touched.
 pub fn allocate(ranges: &[(GuestAddress, usize)]) -> Result<GuestMemory, MemoryError> {
     let mib = ranges.iter().map(|(_, size)| *size as u64).sum::<u64>() >> 20;
-    let regions = ranges
-        .iter()
-        .map(|&(start, size)| {
-            let mapping =
-                MmapRegionBuilder::<BitmapMmapRegion>::new_with_bitmap(size, BitmapMmapRegion::default())
-                    .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-                    .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
-                    .build()
-                    .map_err(|source| MemoryError::Map { mib, source })?;
-            GuestRegionMmap::new(mapping, start).ok_or(MemoryError::Layout { mib })
-        })
-        .collect::<Result<Vec<_>, _>>()?;
-    for region in &regions {
-        // SAFETY: the range is exactly the mapping made above; advice does not change its contents.
-        let advised = unsafe { madvise(region.as_ptr().cast(), region.size(), Advice::LinuxHugepage) };
-        if let Err(error) = advised {
-            // Kernels without transparent huge pages run the guest as well, a little slower.
-            tracing::debug!(%error, "no huge pages for guest memory");
-        }
-    }
+    let regions = ranges.iter().map(|range| map(*range, mib)).collect::<Result<Vec<_>, _>>()?;
     GuestMemory::from_regions(regions).map_err(|_| MemoryError::Layout { mib })
+}
+
+/// Guest memory with one more range behind it.
+pub fn extend(memory: &GuestMemory, range: (GuestAddress, usize)) -> Result<GuestMemory, MemoryError> {
+    let mib = (total_bytes(memory) >> 20) + (range.1 as u64 >> 20);
+    memory.insert_region(Arc::new(map(range, mib)?)).map_err(|_| MemoryError::Layout { mib })
+}
+
+/// `mib` is how much is mapped in all, for messages.
+fn map(
+    (start, size): (GuestAddress, usize),
+    mib: u64,
+) -> Result<GuestRegionMmap<BitmapMmapRegion>, MemoryError> {
+    let mapping = MmapRegionBuilder::<BitmapMmapRegion>::new_with_bitmap(size, BitmapMmapRegion::default())
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+        .build()
+        .map_err(|source| MemoryError::Map { mib, source })?;
+    let region = GuestRegionMmap::new(mapping, start).ok_or(MemoryError::Layout { mib })?;
+    // SAFETY: the range is exactly the mapping made above; advice does not change its contents.
+    let advised = unsafe { madvise(region.as_ptr().cast(), region.size(), Advice::LinuxHugepage) };
+    if let Err(error) = advised {
+        // Kernels without transparent huge pages run the guest as well, a little slower.
+        tracing::debug!(%error, "no huge pages for guest memory");
+    }
+    Ok(region)
 }
 
 /// Bytes of guest memory that have a host page behind them (`mincore(2)`).

@@ -6,7 +6,10 @@
 use std::{
     io,
     os::unix::fs::MetadataExt as _,
-    sync::mpsc::{self, Receiver, Sender},
+    sync::{
+        Arc,
+        mpsc::{self, Receiver, Sender},
+    },
     time::{Duration, Instant},
 };
 
@@ -21,7 +24,7 @@ use crate::{
         probe::{MEMORY_BYTES, PORT},
         registers::{self, RegisterError},
     },
-    machine::{self, make_vcpus, register_memory},
+    machine::{self, register_memory},
     memory::{self, GuestMemory},
     vcpu,
 };
@@ -143,17 +146,17 @@ enum Report {
 /// One vCPU and all that it needs. In the order in which it is undone.
 struct Guest {
     vcpu: VcpuFd,
-    _vm: VmFd,
+    _vm: Arc<VmFd>,
     _memory: GuestMemory,
 }
 
 impl Guest {
     fn new(kvm: &Kvm) -> Result<Guest, ProbeError> {
-        let vm = kvm.create_vm().map_err(machine::refused("create a virtual machine"))?;
+        let vm = Arc::new(kvm.create_vm().map_err(machine::refused("create a virtual machine"))?);
         arch::set_up_vm(&vm).map_err(machine::refused("give the machine interrupt controllers"))?;
         let memory = memory::allocate(&[(GuestAddress(0), MEMORY_BYTES)]).map_err(machine::Error::Memory)?;
         register_memory(&vm, &memory)?;
-        let vcpu = make_vcpus(kvm, &vm, 1)?.remove(0);
+        let vcpu = vcpu::Maker::new(kvm, vm.clone(), 1)?.make(0)?;
         registers::enter_kernel(&vcpu, arch::probe::load(&memory)?)?;
         Ok(Guest { vcpu, _vm: vm, _memory: memory })
     }

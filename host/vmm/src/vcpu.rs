@@ -6,12 +6,76 @@ use std::{
     thread::JoinHandle,
 };
 
-use kvm_ioctls::{VcpuExit, VcpuFd};
+use kvm_bindings::CpuId;
+use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 
 use crate::{
     ExitReason,
+    arch::current::{cpuid, registers},
     bus::{Bus, PortWrite},
+    machine::{Error, refused},
 };
+
+/// Makes a machine's vCPUs, each as it is after a reset.
+///
+/// The guest is told at its start of all that there may ever be. Those that are not made yet do not answer
+/// when it tries to start them, and cost the host nothing.
+pub struct Maker {
+    vm: Arc<VmFd>,
+    supported: CpuId,
+    max: u8,
+}
+
+impl Maker {
+    /// For a machine that never has more than `max`.
+    pub fn new(kvm: &Kvm, vm: Arc<VmFd>, max: u8) -> Result<Maker, Error> {
+        let supported = cpuid::supported(kvm).map_err(refused("tell what processor features it supports"))?;
+        Ok(Maker { vm, supported, max })
+    }
+
+    /// Makes the vCPU with this number.
+    pub fn make(&self, id: u8) -> Result<VcpuFd, Error> {
+        let vcpu = self.vm.create_vcpu(u64::from(id)).map_err(refused("create a vCPU"))?;
+        vcpu.set_cpuid2(&cpuid::for_vcpu(&self.supported, id, self.max))
+            .map_err(refused("take a vCPU's CPUID"))?;
+        registers::initialize(&vcpu)?;
+        Ok(vcpu)
+    }
+}
+
+/// The vCPUs of a running machine.
+pub struct Vcpus {
+    pub maker: Maker,
+    pub bus: Arc<Bus>,
+    /// Where the reason of the machine's end goes.
+    pub ended: Sender<ExitReason>,
+    /// How many there are.
+    pub count: u8,
+}
+
+impl Vcpus {
+    /// Most that there can be.
+    pub fn max(&self) -> u8 {
+        self.maker.max
+    }
+
+    /// Makes more of them until there are `count`. Each waits in KVM until the guest starts it.
+    pub fn grow_to(&mut self, count: u8) -> Result<(), Error> {
+        while self.count < count.min(self.max()) {
+            let vcpu = self.maker.make(self.count)?;
+            self.run(vcpu)?;
+        }
+        Ok(())
+    }
+
+    /// Gives the next vCPU its thread.
+    pub fn run(&mut self, vcpu: VcpuFd) -> Result<(), Error> {
+        start(self.count, vcpu, self.bus.clone(), self.ended.clone())
+            .map_err(|source| Error::Io { what: "vCPU threads", source })?;
+        self.count += 1;
+        Ok(())
+    }
+}
 
 /// Starts a thread that runs `vcpu` until the machine ends; the reason goes to `ended`.
 ///

@@ -196,7 +196,10 @@ impl Pod {
             initramfs: config.initramfs.clone(),
             cmdline: config.kernel_cmdline.clone(),
             vcpus: self.size.vcpus,
+            vcpus_max: 0,
             memory_mib: self.size.memory_mib,
+            memory_max_mib: 0,
+            disk_slots: MachineConfig::DISK_SLOTS,
             console: ConsoleConfig {
                 path: self.directory.join(file::CONSOLE),
                 limit_bytes: config.console_limit_kib << 10,

@@ -14,8 +14,11 @@ use crate::memory::GuestMemory;
 
 /// Offset of the `QueueNotify` register, which KVM watches by itself.
 pub const QUEUE_NOTIFY: u64 = 0x50;
-/// Offset of the `InterruptACK` register, writes to which have no effect: see [`USED_BUFFER`].
+/// Offset of the `InterruptACK` register: see [`USED_BUFFER`].
 pub const INTERRUPT_ACK: u64 = 0x64;
+const INTERRUPT_STATUS: u64 = 0x60;
+const DEVICE_ID: u64 = 0x08;
+const CONFIG_GENERATION: u64 = 0xfc;
 
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
 const VERSION: u32 = 2;
@@ -23,10 +26,12 @@ const VENDOR: u32 = u32::from_le_bytes(*b"peri");
 /// Offset of the configuration space, which goes on to the end of the page.
 const CONFIG_SPACE: usize = 0x100;
 
-/// What `InterruptStatus` always reads, acknowledged or not: that used buffers are what an interrupt is about. No device
-/// of ours changes its configuration, so there is nothing else that it could be about; a driver looks at its queues and
-/// finds out. So the guest leaves its processor neither to ask nor to acknowledge.
-const USED_BUFFER: u32 = 1;
+/// What `InterruptStatus` always reads, acknowledged or not: that used buffers are what an interrupt is about. A driver
+/// looks at its queues and finds out. So the guest leaves its processor neither to ask nor to acknowledge.
+pub const USED_BUFFER: u32 = 1;
+/// What `InterruptStatus` reads as well from when the device's configuration has changed until the guest has
+/// acknowledged that. Only such an acknowledgement reaches the device.
+const CONFIG_CHANGED: u32 = 2;
 
 /// Bits of the status register (virtio 1.2, section 2.1).
 mod status {
@@ -61,6 +66,7 @@ pub struct MmioDevice {
     driver_features_page: u32,
     driver_features: u64,
     selected_queue: usize,
+    config_generation: u32,
 }
 
 impl MmioDevice {
@@ -89,10 +95,31 @@ impl MmioDevice {
             driver_features_page: 0,
             driver_features: 0,
             selected_queue: 0,
+            config_generation: 0,
         };
-        device.publish_what_stays();
         device.publish();
+        device.publish_what_stays();
         Ok(device)
+    }
+
+    /// Makes a page read as a device of no type.
+    pub fn publish_placeholder(page: &Page) {
+        page.set(DEVICE_ID, 0);
+        page.set(0x00, MAGIC);
+        page.set(0x04, VERSION);
+        page.set(0x0c, VENDOR);
+        page.fill(0x10, &[0; page::SIZE - 0x10]);
+    }
+
+    /// Stops the device for good, whatever the guest is doing with it.
+    pub fn stop(&mut self) {
+        self.device.stop();
+        self.state = State::Failed;
+    }
+
+    /// Takes the device out from behind the transport.
+    pub fn into_device(self) -> Box<dyn Device> {
+        self.device
     }
 
     /// The device behind the transport.
@@ -106,17 +133,50 @@ impl MmioDevice {
         if self.device.notified_inline() { &[] } else { &self.notified }
     }
 
-    /// Puts what never changes where the guest reads it. The rest reads as zero, `ConfigGeneration` (0xfc) too: no
-    /// configuration of ours changes.
+    /// Puts what the guest does not choose where it reads it, the device's type last. The rest reads as zero.
     fn publish_what_stays(&self) {
         self.page.set(0x00, MAGIC);
         self.page.set(0x04, VERSION);
-        self.page.set(0x08, self.device.device_type());
         self.page.set(0x0c, VENDOR);
-        self.page.set(0x60, USED_BUFFER);
+        self.page.set(INTERRUPT_STATUS, USED_BUFFER);
+        self.publish_config();
+        self.page.set(DEVICE_ID, self.device.device_type());
+    }
+
+    fn publish_config(&self) {
         let mut config = [0; page::SIZE - CONFIG_SPACE];
         self.device.read_config(0, &mut config);
         self.page.fill(CONFIG_SPACE as u64, &config);
+    }
+
+    /// Shows the guest its device's configuration as it is now. The generation changes before and after, so that a
+    /// driver that reads meanwhile sees that it has to read again.
+    fn refresh_config(&mut self) {
+        self.next_generation();
+        self.publish_config();
+        self.next_generation();
+    }
+
+    fn next_generation(&mut self) {
+        self.config_generation = self.config_generation.wrapping_add(1);
+        self.page.set(CONFIG_GENERATION, self.config_generation);
+    }
+
+    /// The device's configuration has changed, and the guest should know.
+    pub fn config_changed(&mut self) {
+        self.refresh_config();
+        self.page.set(INTERRUPT_STATUS, USED_BUFFER | CONFIG_CHANGED);
+        // Until its driver is ready it reads the configuration anyway.
+        if matches!(self.state, State::Active) {
+            self.interrupt.raise();
+        }
+    }
+
+    fn notify(&mut self, queue: usize) {
+        self.device.notify(queue);
+        if self.device.config_changes() {
+            self.refresh_config();
+        }
     }
 
     /// Puts the registers that depend on others where the guest reads them.
@@ -138,7 +198,9 @@ impl MmioDevice {
             0x20 => self.write_features(value),
             0x24 => self.driver_features_page = value,
             0x30 => self.selected_queue = value as usize,
-            QUEUE_NOTIFY if matches!(self.state, State::Active) => self.device.notify(value as usize),
+            QUEUE_NOTIFY if matches!(self.state, State::Active) => self.notify(value as usize),
+            // Only for devices whose configuration changes; all else is swallowed on its way.
+            INTERRUPT_ACK if value & CONFIG_CHANGED != 0 => self.page.set(INTERRUPT_STATUS, USED_BUFFER),
             0x70 => self.write_status(value),
             _ => self.write_queue(offset, value),
         }
@@ -294,186 +356,5 @@ fn new_queues(device: &dyn Device) -> Vec<Queue> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::sync::atomic::{AtomicU32, Ordering};
-
-    use vm_memory::GuestAddress;
-
-    use super::*;
-    use crate::virtio::ActivateError;
-
-    #[derive(Default)]
-    struct Probe {
-        active: Arc<AtomicU32>,
-    }
-
-    impl Device for Probe {
-        fn name(&self) -> &'static str {
-            "probe"
-        }
-        fn device_type(&self) -> u32 {
-            42
-        }
-        fn queue_sizes(&self) -> &[u16] {
-            &[16, 16]
-        }
-        fn features(&self) -> u64 {
-            F_EVENT_IDX
-        }
-        fn read_config(&self, offset: u64, data: &mut [u8]) {
-            crate::virtio::read_config_bytes(&[1, 2, 3], offset, data);
-        }
-        fn activate(&mut self, active: Active) -> Result<(), ActivateError> {
-            assert_eq!(active.queues.len(), 2);
-            assert_eq!(active.features, F_VERSION_1);
-            // The first is one that it cannot do without.
-            if active.queues[0].is_none() {
-                return Err(ActivateError::Queues);
-            }
-            let ready = active.queues.iter().flatten().count();
-            self.active.store(u32::try_from(ready).unwrap(), Ordering::SeqCst);
-            Ok(())
-        }
-        fn stop(&mut self) {
-            self.active.store(0, Ordering::SeqCst);
-        }
-        fn counters(&self) -> Vec<(&'static str, crate::virtio::Counter)> {
-            Vec::new()
-        }
-    }
-
-    fn device() -> (MmioDevice, Arc<AtomicU32>) {
-        let memory = crate::memory::allocate(&[(GuestAddress(0), 1 << 20)]).unwrap();
-        let probe = Probe::default();
-        let active = probe.active.clone();
-        let page = Page::new(page::allocate(3).unwrap(), 2);
-        (MmioDevice::new(Box::new(probe), memory, page, EventFd::new(0).unwrap()).unwrap(), active)
-    }
-
-    fn get(device: &MmioDevice, offset: u64) -> u32 {
-        device.page.get(offset)
-    }
-
-    fn set(device: &mut MmioDevice, offset: u64, value: u32) {
-        device.write(offset, &value.to_le_bytes());
-    }
-
-    fn set_up(device: &mut MmioDevice, table: u32) {
-        set_up_queues(device, table, 0..2);
-    }
-
-    fn set_up_queues(device: &mut MmioDevice, table: u32, queues: std::ops::Range<u32>) {
-        set(device, 0x70, 1);
-        set(device, 0x70, 3);
-        set(device, 0x24, 1);
-        set(device, 0x20, 1);
-        set(device, 0x70, 11);
-        for queue in queues {
-            set(device, 0x30, queue);
-            set(device, 0x38, 16);
-            set(device, 0x80, table + queue * 0x1000);
-            set(device, 0x90, table + queue * 0x1000 + 0x400);
-            set(device, 0xa0, table + queue * 0x1000 + 0x800);
-            set(device, 0x44, 1);
-        }
-        set(device, 0x70, 15);
-    }
-
-    #[test]
-    fn a_driver_that_takes_every_step_activates_the_device() {
-        let (mut device, active) = device();
-        assert_eq!((get(&device, 0), get(&device, 4), get(&device, 8)), (0x7472_6976, 2, 42));
-        set_up(&mut device, 0x1000);
-        assert_eq!(get(&device, 0x70), 15);
-        assert_eq!(active.load(Ordering::SeqCst), 2);
-    }
-
-    #[test]
-    fn the_device_decides_which_queues_the_driver_may_leave_out() {
-        let (mut device, active) = self::device();
-        set_up_queues(&mut device, 0x1000, 0..1);
-        assert_eq!((get(&device, 0x70), active.load(Ordering::SeqCst)), (15, 1));
-        let (mut device, active) = self::device();
-        set_up_queues(&mut device, 0x1000, 1..2);
-        assert_eq!((get(&device, 0x70), active.load(Ordering::SeqCst)), (status::FAILED, 0));
-    }
-
-    #[test]
-    fn skipping_a_step_changes_nothing() {
-        let (mut device, active) = device();
-        set(&mut device, 0x70, 15);
-        assert_eq!(get(&device, 0x70), 0);
-        set(&mut device, 0x70, 1);
-        set(&mut device, 0x70, 11);
-        assert_eq!(get(&device, 0x70), 1);
-        assert_eq!(active.load(Ordering::SeqCst), 0);
-    }
-
-    #[test]
-    fn features_that_were_not_offered_are_refused() {
-        let (mut device, _) = device();
-        set(&mut device, 0x70, 1);
-        set(&mut device, 0x70, 3);
-        set(&mut device, 0x24, 1);
-        set(&mut device, 0x20, 0xff);
-        set(&mut device, 0x70, 11);
-        assert_eq!(get(&device, 0x70), 3);
-    }
-
-    #[test]
-    fn queues_outside_memory_fail_the_device() {
-        let (mut device, active) = device();
-        set_up(&mut device, 0xffff_0000);
-        assert_eq!(get(&device, 0x70), status::FAILED);
-        assert_eq!(active.load(Ordering::SeqCst), 0);
-    }
-
-    #[test]
-    fn an_active_device_ignores_changes_to_its_queues() {
-        let (mut device, _) = device();
-        set_up(&mut device, 0x1000);
-        set(&mut device, 0x30, 0);
-        set(&mut device, 0x80, 0x8000);
-        assert!(matches!(device.state, State::Active));
-        assert_eq!(get(&device, 0x34), 0);
-    }
-
-    #[test]
-    fn a_reset_of_an_active_device_stops_it_for_good() {
-        let (mut device, active) = device();
-        set_up(&mut device, 0x1000);
-        set(&mut device, 0x70, 0);
-        assert_eq!(active.load(Ordering::SeqCst), 0);
-        set_up(&mut device, 0x1000);
-        assert_eq!(get(&device, 0x70), status::FAILED);
-    }
-
-    #[test]
-    fn the_configuration_is_where_the_guest_reads_and_zero_beyond_its_end() {
-        let (device, _) = device();
-        assert_eq!((get(&device, 0x100), get(&device, 0x104)), (0x0003_0201, 0));
-        assert_eq!(get(&device, page::SIZE as u64 - 4), 0);
-    }
-
-    #[test]
-    fn an_interrupt_is_always_about_used_buffers_whatever_was_acknowledged() {
-        let (mut device, _) = device();
-        set_up(&mut device, 0x1000);
-        assert_eq!(get(&device, 0x60), 1);
-        set(&mut device, INTERRUPT_ACK, 1);
-        assert_eq!(get(&device, 0x60), 1);
-    }
-
-    #[test]
-    fn what_depends_on_a_selection_follows_it() {
-        let (mut device, _) = device();
-        assert_eq!(get(&device, 0x10), 1 << 29);
-        set(&mut device, 0x14, 1);
-        assert_eq!(get(&device, 0x10), 1);
-        set(&mut device, 0x14, 2);
-        assert_eq!(get(&device, 0x10), 0);
-        assert_eq!(get(&device, 0x34), 16);
-        set(&mut device, 0x30, 2);
-        assert_eq!(get(&device, 0x34), 0);
-    }
-}
+#[path = "mmio_tests.rs"]
+mod tests;

@@ -3,11 +3,14 @@
 //! A device is a [`Device`] until the guest activates it; from then on its queues belong to the
 //! device's own worker, with addresses and sizes that can no longer change.
 
+pub mod blk;
 pub mod fs;
+pub mod mem;
 pub mod mmio;
 pub mod net;
 pub mod page;
 pub mod rng;
+pub mod slot;
 #[cfg(test)]
 mod testing;
 pub mod vsock;
@@ -29,8 +32,10 @@ use crate::memory::GuestMemory;
 /// Device types (virtio 1.2, section 5).
 pub mod device_type {
     pub const NET: u32 = 1;
+    pub const BLOCK: u32 = 2;
     pub const RNG: u32 = 4;
     pub const VSOCK: u32 = 19;
+    pub const MEM: u32 = 24;
     pub const FS: u32 = 26;
 }
 
@@ -51,7 +56,7 @@ pub trait Device: Send {
     fn features(&self) -> u64;
     /// The guest reads the device's configuration space; what lies beyond it stays zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);
-    /// The guest has set the device up. Happens once in the life of a machine.
+    /// The guest has set the device up. Happens at most once.
     fn activate(&mut self, active: Active) -> Result<(), ActivateError>;
     /// The guest notifies a queue of a device that asked for no eventfd ([`Device::notified_inline`]).
     fn notify(&mut self, _queue: usize) {}
@@ -60,7 +65,12 @@ pub trait Device: Send {
     fn notified_inline(&self) -> bool {
         false
     }
-    /// The guest has reset the device: it stops. It cannot be activated again.
+    /// Whether the device's configuration changes while it is in use.
+    fn config_changes(&self) -> bool {
+        false
+    }
+    /// The guest has reset the device, or it is taken out of the machine: it stops. It cannot be activated
+    /// again.
     fn stop(&mut self);
     /// Numbers for [`Machine.Status`](pericarp_protos::vmm::DeviceCounters), by name. They go on
     /// counting without the device being asked again.
@@ -199,6 +209,11 @@ pub struct Interrupt(pub Arc<EventFd>);
 impl Interrupt {
     /// Tells the guest that a used ring has grown.
     pub fn used_buffer(&self) {
+        self.raise();
+    }
+
+    /// Interrupts the guest, whatever the reason.
+    pub fn raise(&self) {
         // An eventfd refuses a write only when its counter is about to overflow, and then the guest
         // has an interrupt pending anyway.
         let _ = self.0.write(1);

@@ -22,6 +22,7 @@ pub fn allocate(count: usize) -> Result<GuestMemory, MemoryError> {
 }
 
 /// The page of one device.
+#[derive(Clone)]
 pub struct Page {
     /// What [`allocate`] has made.
     memory: GuestMemory,

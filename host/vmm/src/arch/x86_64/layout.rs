@@ -55,6 +55,20 @@ pub fn memory_ranges(bytes: u64) -> Vec<(GuestAddress, usize)> {
     vec![(GuestAddress(0), size(GAP)), (GuestAddress(AFTER_GAP), size(bytes - GAP))]
 }
 
+/// Linux deals with memory that comes later in blocks of this size, or of up to [`LARGE_BLOCK`] where it was
+/// started with more than [`LARGE_MEMORY`]; it can use only whole ones of a region.
+const BLOCK: u64 = 128 << 20;
+const LARGE_BLOCK: u64 = 2 << 30;
+const LARGE_MEMORY: u64 = 60 << 30;
+
+/// Where up to `extra` bytes can be plugged into a machine of `bytes`.
+pub fn extra_range(bytes: u64, extra: u64) -> (GuestAddress, usize) {
+    let block = if bytes > LARGE_MEMORY { LARGE_BLOCK } else { BLOCK };
+    let end = AFTER_GAP + bytes.saturating_sub(GAP);
+    let size = usize::try_from(extra.next_multiple_of(block)).unwrap_or(usize::MAX);
+    (GuestAddress(end.next_multiple_of(block)), size)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -63,5 +77,12 @@ mod tests {
     fn memory_beyond_three_gib_continues_above_the_device_gap() {
         assert_eq!(memory_ranges(512 << 20), [(GuestAddress(0), 512 << 20)]);
         assert_eq!(memory_ranges(4 << 30), [(GuestAddress(0), 3 << 30), (GuestAddress(4 << 30), 1 << 30)]);
+    }
+
+    #[test]
+    fn memory_that_comes_later_lies_behind_all_other_in_whole_blocks() {
+        assert_eq!(extra_range(512 << 20, 1 << 20), (GuestAddress(4 << 30), 128 << 20));
+        assert_eq!(extra_range((4 << 30) + (1 << 20), 1 << 30), (GuestAddress((5 << 30) + BLOCK), 1 << 30));
+        assert_eq!(extra_range(100 << 30, 1 << 30), (GuestAddress(102 << 30), 2 << 30));
     }
 }

@@ -1,0 +1,137 @@
+use std::{
+    io::Write as _,
+    time::{Duration, Instant},
+};
+
+use vm_memory::{Bytes as _, GuestAddress};
+
+use super::*;
+use crate::virtio::{
+    F_VERSION_1,
+    testing::{Buffer, Ring, guest_memory},
+};
+
+const HEADER: u64 = 0x10_0000;
+const DATA: u64 = 0x20_0000;
+const STATUS: u64 = 0x30_0000;
+
+fn disk(read_only: bool) -> (Blk, tempfile::NamedTempFile) {
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(&[9; 4096]).unwrap();
+    (Blk::new(5, &[file.path().to_owned()], read_only, "serial").unwrap(), file)
+}
+
+/// What the driver of Linux asks for: the first sector.
+fn chain() -> [Buffer; 3] {
+    [(HEADER, 16, false), (DATA, 512, true), (STATUS, 1, true)].map(|(address, length, writable)| Buffer {
+        address,
+        length,
+        writable,
+    })
+}
+
+fn until(mut done: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !done() {
+        assert!(start.elapsed() < Duration::from_secs(10), "it has not happened");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+#[test]
+fn the_configuration_tells_size_limits_and_what_can_be_done() {
+    let (disk, _file) = disk(true);
+    let mut config = [0xff; 32];
+    disk.read_config(0, &mut config);
+    assert_eq!(config[0..8], 8u64.to_le_bytes());
+    assert_eq!(config[8..12], (1u32 << 20).to_le_bytes());
+    assert_eq!(config[12..16], 126u32.to_le_bytes());
+    assert_eq!(config[20..24], 512u32.to_le_bytes());
+    assert_eq!((disk.features() & F_RO, disk.features() & F_FLUSH), (F_RO, 0));
+    assert_eq!(self::disk(false).0.features() & (F_RO | F_FLUSH), F_FLUSH);
+}
+
+#[test]
+fn a_serial_number_that_is_too_long_is_refused() {
+    let (_, file) = disk(true);
+    let paths = [file.path().to_owned()];
+    assert!(Blk::new(0, &paths, true, "12345678901234567890").is_ok());
+    let error = Blk::new(0, &paths, true, "123456789012345678901").map(drop).unwrap_err();
+    assert!(error.to_string().contains("123456789012345678901"), "{error}");
+}
+
+#[test]
+fn requests_are_served_until_the_device_stops_and_then_the_file_is_closed() {
+    let (mut disk, _file) = disk(true);
+    let memory = guest_memory();
+    let (mut ring, queue) = Ring::new(&memory, 0x8000, 128);
+    let (notify, interrupt) = (queue.notified.try_clone().unwrap(), queue.interrupt.clone());
+    disk.activate(Active { memory: memory.clone(), features: F_VERSION_1, queues: vec![Some(queue)] })
+        .unwrap();
+    for _ in 0..3 {
+        memory.write_slice(&[0; 512], GuestAddress(DATA)).unwrap();
+        let head = ring.add(&chain());
+        notify.write(1).unwrap();
+        let mut used = None;
+        until(|| {
+            used = used.or_else(|| ring.used());
+            used.is_some()
+        });
+        assert_eq!(used, Some((head, 513)));
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(DATA + 511)).unwrap(), 9);
+    }
+    assert!(interrupt.0.read().unwrap() >= 1);
+    let held = Arc::downgrade(&disk.disk);
+    disk.stop();
+    drop(disk);
+    assert!(held.upgrade().is_none(), "something still holds the disk's files");
+}
+
+#[test]
+fn a_guest_that_never_stops_asking_cannot_keep_the_device() {
+    let (mut disk, _file) = disk(true);
+    let memory = guest_memory();
+    let (mut ring, queue) = Ring::new(&memory, 0x8000, 128);
+    let notify = queue.notified.try_clone().unwrap();
+    disk.activate(Active { memory: memory.clone(), features: F_VERSION_1, queues: vec![Some(queue)] })
+        .unwrap();
+    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let stopping = stop.clone();
+    let counters = disk.counters.clone();
+    ring.add(&chain());
+    notify.write(1).unwrap();
+    let guest = std::thread::spawn(move || {
+        let mut outstanding = 1;
+        while !stopping.load(std::sync::atomic::Ordering::Relaxed) {
+            while ring.used().is_some() {
+                outstanding -= 1;
+            }
+            while outstanding < 100 {
+                ring.offer(0);
+                outstanding += 1;
+            }
+            notify.write(1).unwrap();
+        }
+    });
+    until(|| counters.reads.get() > 1000);
+    let start = Instant::now();
+    disk.stop();
+    assert!(start.elapsed() < Duration::from_secs(5));
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    guest.join().unwrap();
+}
+
+#[test]
+fn a_broken_queue_stops_the_worker_and_nothing_else() {
+    let (mut disk, _file) = disk(true);
+    let memory = guest_memory();
+    let (mut ring, queue) = Ring::new(&memory, 0x8000, 128);
+    let notify = queue.notified.try_clone().unwrap();
+    disk.activate(Active { memory: memory.clone(), features: F_VERSION_1, queues: vec![Some(queue)] })
+        .unwrap();
+    // More than the ring has entries for.
+    ring.set_available(1000);
+    notify.write(1).unwrap();
+    until(|| disk.worker.as_ref().unwrap().0.is_finished());
+    disk.stop();
+}

@@ -1,0 +1,142 @@
+//! virtio-blk (virtio 1.2, section 5.2): a disk made of the host's files and block devices.
+
+mod disk;
+mod pieces;
+mod request;
+mod worker;
+
+use std::{path::PathBuf, sync::Arc, thread::JoinHandle};
+
+use vmm_sys_util::eventfd::EventFd;
+
+pub use self::disk::{DiskError, Extent};
+use self::{
+    disk::{Disk, SECTOR},
+    worker::Worker,
+};
+use super::{
+    ActivateError, Active, Counter, Device, F_EVENT_IDX, all_queues, device_type, read_config_bytes,
+};
+
+const F_SIZE_MAX: u64 = 1 << 1;
+const F_SEG_MAX: u64 = 1 << 2;
+const F_RO: u64 = 1 << 5;
+const F_BLK_SIZE: u64 = 1 << 6;
+const F_FLUSH: u64 = 1 << 9;
+/// `VIRTIO_F_INDIRECT_DESC`: large requests take one entry of the ring.
+const F_INDIRECT_DESC: u64 = 1 << 28;
+
+const QUEUE_SIZES: [u16; 1] = [128];
+/// Most buffers of data in a request; with header and answer they still are no more than a queue's size.
+const SEGMENTS_MAX: u32 = QUEUE_SIZES[0] as u32 - 2;
+/// Longest buffer of data.
+const SEGMENT_SIZE_MAX: u32 = 1 << 20;
+/// Bytes of a serial number; a shorter one ends with a zero.
+const SERIAL_SIZE: usize = 20;
+/// Bytes of the configuration space, up to where fields of features begin that this device has not.
+const CONFIG_SIZE: usize = 24;
+
+/// How much a disk was used.
+#[derive(Clone, Debug, Default)]
+struct Counters {
+    reads: Counter,
+    read_bytes: Counter,
+    writes: Counter,
+    write_bytes: Counter,
+    flushes: Counter,
+    errors: Counter,
+}
+
+/// One disk.
+pub struct Blk {
+    name: String,
+    disk: Arc<Disk>,
+    serial: [u8; SERIAL_SIZE],
+    worker: Option<(JoinHandle<()>, EventFd)>,
+    counters: Counters,
+}
+
+impl Blk {
+    /// Opens a disk's segments. `index` tells it from other disks of the machine.
+    pub fn new(index: u32, paths: &[PathBuf], read_only: bool, serial: &str) -> Result<Blk, DiskError> {
+        let mut bytes = [0; SERIAL_SIZE];
+        bytes
+            .get_mut(..serial.len())
+            .ok_or_else(|| DiskError::Serial(serial.to_owned()))?
+            .copy_from_slice(serial.as_bytes());
+        Ok(Blk {
+            name: format!("disk{index}"),
+            disk: Arc::new(Disk::open(paths, read_only)?),
+            serial: bytes,
+            worker: None,
+            counters: Counters::default(),
+        })
+    }
+
+    /// Where the segments are on the disk.
+    pub fn extents(&self) -> Vec<Extent> {
+        self.disk.extents()
+    }
+}
+
+impl Device for Blk {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn device_type(&self) -> u32 {
+        device_type::BLOCK
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        let kind = if self.disk.read_only() { F_RO } else { F_FLUSH };
+        kind | F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_EVENT_IDX | F_INDIRECT_DESC
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let mut config = [0; CONFIG_SIZE];
+        config[0..8].copy_from_slice(&(self.disk.size() / SECTOR).to_le_bytes());
+        config[8..12].copy_from_slice(&SEGMENT_SIZE_MAX.to_le_bytes());
+        config[12..16].copy_from_slice(&SEGMENTS_MAX.to_le_bytes());
+        config[20..24].copy_from_slice(&self.disk.block_size().to_le_bytes());
+        read_config_bytes(&config, offset, data);
+    }
+
+    fn activate(&mut self, active: Active) -> Result<(), ActivateError> {
+        let stop = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(ActivateError::Worker)?;
+        let [queue] = all_queues(active.queues)?;
+        let (name, disk) = (self.name.clone(), self.disk.clone());
+        let worker = Worker::new(name, active.memory, queue, disk, self.serial, self.counters.clone(), &stop)
+            .map_err(ActivateError::Worker)?;
+        let thread = std::thread::Builder::new()
+            .name(self.name.clone())
+            .spawn(move || worker.run())
+            .map_err(ActivateError::Worker)?;
+        self.worker = Some((thread, stop));
+        Ok(())
+    }
+
+    fn stop(&mut self) {
+        super::stop_worker(self.worker.take());
+    }
+
+    fn counters(&self) -> Vec<(&'static str, Counter)> {
+        let counters = &self.counters;
+        vec![
+            ("reads", counters.reads.clone()),
+            ("read_bytes", counters.read_bytes.clone()),
+            ("writes", counters.writes.clone()),
+            ("write_bytes", counters.write_bytes.clone()),
+            ("flushes", counters.flushes.clone()),
+            ("errors", counters.errors.clone()),
+        ]
+    }
+}
+
+#[cfg(test)]
+#[path = "blk_tests.rs"]
+mod tests;
