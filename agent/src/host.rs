@@ -5,7 +5,8 @@ use std::{io, path::PathBuf, time::Duration};
 use pericarp_protos::{
     guest::HOST_PORT,
     host::{
-        HostClient, PrepareContainerRequest, PrepareContainerResponse, ReadyRequest, ReleaseContainerRequest,
+        FitResourcesRequest, HostClient, PrepareContainerRequest, PrepareContainerResponse, ReadyRequest,
+        ReleaseContainerRequest,
     },
     ttrpc::{
         self, Error,
@@ -86,6 +87,17 @@ impl Host {
         id.clone_into(&mut request.container_id);
         self.call(LONG, request, |client, context, request| async move {
             client.release_container(context, &request).await
+        })
+        .await?;
+        Ok(())
+    }
+
+    /// Has the controller make the machine fit the limits that containerd has recorded for a container.
+    pub async fn fit_resources(&self, id: &str) -> ttrpc::Result<()> {
+        let mut request = FitResourcesRequest::new();
+        id.clone_into(&mut request.container_id);
+        self.call(LONG, request, |client, context, request| async move {
+            client.fit_resources(context, &request).await
         })
         .await?;
         Ok(())

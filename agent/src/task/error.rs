@@ -41,6 +41,14 @@ pub enum TaskError {
         /// What the controller answered.
         source: ttrpc::Error,
     },
+    /// The machine cannot be made to fit new limits; the answer says why.
+    #[error("container {id}: the machine cannot be made to fit: {source}")]
+    Fit {
+        /// The container.
+        id: String,
+        /// What the controller answered.
+        source: ttrpc::Error,
+    },
     /// The container's disks are of no use.
     #[error("container {id}: {source}")]
     Disks {
@@ -120,8 +128,9 @@ impl TaskError {
                 Code::INVALID_ARGUMENT
             }
             Self::Checkpoint(_) => Code::UNIMPLEMENTED,
-            Self::Prepare { source: ttrpc::Error::RpcStatus(status), .. } => status.code(),
-            Self::Prepare { .. } => Code::UNAVAILABLE,
+            Self::Prepare { source: ttrpc::Error::RpcStatus(status), .. }
+            | Self::Fit { source: ttrpc::Error::RpcStatus(status), .. } => status.code(),
+            Self::Prepare { .. } | Self::Fit { .. } => Code::UNAVAILABLE,
             Self::Create { .. }
             | Self::Exec { .. }
             | Self::Start { .. }

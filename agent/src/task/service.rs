@@ -445,6 +445,11 @@ impl shim_async::Task for Tasks {
     async fn update(&self, _: &TtrpcContext, request: api::UpdateTaskRequest) -> ttrpc::Result<Empty> {
         let container = self.container(&request.id)?;
         let resources = parse(&request.id, "resources", request.resources.as_ref(), spec::resources)?;
+        // First, so that there is what the limits promise.
+        self.host
+            .fit_resources(&request.id)
+            .await
+            .map_err(|source| TaskError::Fit { id: request.id.clone(), source })?;
         container.cgroup.update(&resources).map_err(cgroup_error(&request.id))?;
         Ok(Empty::new())
     }

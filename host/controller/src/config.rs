@@ -44,11 +44,11 @@ pub struct Defaults {
     pub memory_mib: u32,
 }
 
-/// Upper limits of a machine; the host's own are always in force too.
+/// Upper limits of a machine. Without them, and for memory in any case, the host's own size is the limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Limits {
-    /// Number of vCPUs.
+    /// Number of vCPUs; may be more than the host has CPUs.
     pub vcpus: Option<u8>,
     /// Guest memory in MiB.
     pub memory_mib: Option<u32>,

@@ -14,11 +14,12 @@ use std::{
 
 use async_trait::async_trait;
 use pericarp_protos::{
-    agent::{AgentClient, ConfigureRequest, Event, EventsRequest},
+    agent::{AgentClient, ConfigureRequest, Event, EventsRequest, ResizeRequest},
     guest,
     host::{
-        Host, PrepareContainerRequest, PrepareContainerResponse, ReadyRequest, ReadyResponse,
-        ReleaseContainerRequest, ReleaseContainerResponse, create_host,
+        Disk, FitResourcesRequest, FitResourcesResponse, Host, PrepareContainerRequest,
+        PrepareContainerResponse, ReadyRequest, ReadyResponse, ReleaseContainerRequest,
+        ReleaseContainerResponse, create_host,
     },
     ttrpc::{
         self,
@@ -43,13 +44,24 @@ const CONNECTIONS_MAX: usize = 4;
 /// `OK 4294967295\n`
 const ANSWER_MAX: usize = 14;
 
+/// A container that the guest can make.
+#[derive(Debug)]
+pub struct Prepared {
+    /// Its OCI runtime spec for the guest, JSON.
+    pub spec: Vec<u8>,
+    /// The disks that it uses.
+    pub disks: Vec<Disk>,
+}
+
 /// What the host service asks of the pod that it belongs to.
 #[async_trait]
 pub trait Requests: Send + Sync {
     /// The agent is up; it took this long from its first instruction.
     fn ready(&self, since_init: Duration, kernel: &str);
-    /// Makes a container's file systems appear; answers with its spec.
-    async fn prepare(&self, container: &str) -> Result<Vec<u8>, (ttrpc::Code, String)>;
+    /// Makes a container's file systems appear.
+    async fn prepare(&self, container: &str) -> Result<Prepared, (ttrpc::Code, String)>;
+    /// Makes the machine fit what its containers may use now.
+    async fn fit(&self, container: &str) -> Result<(), (ttrpc::Code, String)>;
     /// Undoes it.
     async fn release(&self, container: &str) -> Result<(), (ttrpc::Code, String)>;
 }
@@ -98,8 +110,17 @@ impl Host for HostService {
         _context: &TtrpcContext,
         request: PrepareContainerRequest,
     ) -> ttrpc::Result<PrepareContainerResponse> {
-        let spec = self.requests.prepare(&request.container_id).await.map_err(status)?;
-        Ok(PrepareContainerResponse { spec, ..PrepareContainerResponse::default() })
+        let Prepared { spec, disks } = self.requests.prepare(&request.container_id).await.map_err(status)?;
+        Ok(PrepareContainerResponse { spec, disks, ..PrepareContainerResponse::default() })
+    }
+
+    async fn fit_resources(
+        &self,
+        _context: &TtrpcContext,
+        request: FitResourcesRequest,
+    ) -> ttrpc::Result<FitResourcesResponse> {
+        self.requests.fit(&request.container_id).await.map_err(status)?;
+        Ok(FitResourcesResponse::default())
     }
 
     async fn release_container(
@@ -165,6 +186,12 @@ impl Agent {
     /// Makes the guest into the pod, within a time limit.
     pub async fn configure(&self, request: &ConfigureRequest, limit: Duration) -> ttrpc::Result<()> {
         self.client.configure(context::with_duration(limit), request).await.map(drop)
+    }
+
+    /// Uses so many processors; binds the device through which memory comes, if one is named.
+    pub async fn resize(&self, vcpus: u8, memory_device: Option<u32>) -> ttrpc::Result<u32> {
+        let request = ResizeRequest { vcpus: u32::from(vcpus), memory_device, ..ResizeRequest::default() };
+        Ok(self.client.resize(context::with_duration(CALL_TIMEOUT), &request).await?.vcpus)
     }
 
     /// What happens in the guest, as long as it lives.

@@ -12,14 +12,17 @@ use std::{
             process::CommandExt as _,
         },
     },
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Duration,
 };
 
 use pericarp_protos::{
     ttrpc::{self, asynchronous::Client, context},
-    vmm::{MachineClient, StatusRequest, StatusResponse},
+    vmm::{
+        InsertDiskRequest, InsertDiskResponse, MachineClient, RemoveDiskRequest, ResizeRequest,
+        ResizeResponse, Segment, StatusRequest, StatusResponse, WaitMemoryRequest,
+    },
 };
 use pericarp_vmm::{Forward, MachineConfig};
 use rustix::process::{
@@ -193,16 +196,65 @@ pub fn kill(pidfd: &OwnedFd) -> io::Result<()> {
     }
 }
 
+/// A running machine's control socket.
+pub struct Control {
+    client: MachineClient,
+}
+
+impl Control {
+    /// Connects to the machine of the pod in `directory`.
+    pub async fn connect(directory: &Path) -> ttrpc::Result<Control> {
+        let address = format!("unix://{}", directory.join(file::CONTROL).display());
+        let client = tokio::time::timeout(CONTROL_TIMEOUT, Client::connect(&address))
+            .await
+            .map_err(|_| ttrpc::Error::Others("the machine's control socket does not answer".into()))??;
+        Ok(Control { client: MachineClient::new(client) })
+    }
+
+    /// Its boot times and numbers.
+    pub async fn status(&self) -> ttrpc::Result<StatusResponse> {
+        self.client.status(context::with_duration(CONTROL_TIMEOUT), &StatusRequest::default()).await
+    }
+
+    /// Puts the files, one after the other, into it as one disk.
+    pub async fn insert_disk(
+        &self,
+        files: &[PathBuf],
+        read_only: bool,
+        serial: String,
+    ) -> ttrpc::Result<InsertDiskResponse> {
+        let segment = |file: &PathBuf| Segment { path: file.display().to_string(), ..Segment::default() };
+        let segments = files.iter().map(segment).collect();
+        let request = InsertDiskRequest { segments, read_only, serial, ..InsertDiskRequest::default() };
+        self.client.insert_disk(context::with_duration(CONTROL_TIMEOUT), &request).await
+    }
+
+    /// Takes a disk out of it. One that is not there is no error.
+    pub async fn remove_disk(&self, device: u32) -> ttrpc::Result<()> {
+        let request = RemoveDiskRequest { device, ..RemoveDiskRequest::default() };
+        match self.client.remove_disk(context::with_duration(CONTROL_TIMEOUT), &request).await {
+            Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::NOT_FOUND => Ok(()),
+            other => other.map(drop),
+        }
+    }
+
+    /// Asks for another size; the guest has to do its part.
+    pub async fn resize(&self, vcpus: u8, memory_bytes: u64) -> ttrpc::Result<ResizeResponse> {
+        let request = ResizeRequest { vcpus: u32::from(vcpus), memory_bytes, ..ResizeRequest::default() };
+        self.client.resize(context::with_duration(CONTROL_TIMEOUT), &request).await
+    }
+
+    /// Waits until the guest's memory is as it was asked for.
+    pub async fn wait_memory(&self, limit: Duration) -> ttrpc::Result<()> {
+        let limit_ms = u32::try_from(limit.as_millis()).unwrap_or(u32::MAX);
+        let request = WaitMemoryRequest { limit_ms, ..WaitMemoryRequest::default() };
+        self.client.wait_memory(context::with_duration(limit + CONTROL_TIMEOUT), &request).await.map(drop)
+    }
+}
+
 /// Asks a machine for its boot times and numbers.
 pub async fn status(directory: &Path) -> ttrpc::Result<StatusResponse> {
-    let address = format!("unix://{}", directory.join(file::CONTROL).display());
-    let connect = Client::connect(&address);
-    let client = tokio::time::timeout(CONTROL_TIMEOUT, connect)
-        .await
-        .map_err(|_| ttrpc::Error::Others("the machine's control socket does not answer".into()))??;
-    MachineClient::new(client)
-        .status(context::with_duration(CONTROL_TIMEOUT), &StatusRequest::default())
-        .await
+    Control::connect(directory).await?.status().await
 }
 
 /// The last lines of a pod's log file, at most `limit` bytes, as text.

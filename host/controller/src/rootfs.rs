@@ -70,6 +70,40 @@ impl RootfsError {
     }
 }
 
+/// A root file system whose layers are images of file systems, as the erofs snapshotter keeps them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageLayers {
+    /// The images, topmost first.
+    pub images: Vec<PathBuf>,
+    /// The directory with `fs` and `work` in it, where the container writes; `None` if it may not.
+    pub writable: Option<PathBuf>,
+}
+
+impl ImageLayers {
+    /// The file beside a layer's mount point (containerd: `plugins/snapshots/erofs`, `layerBlobPath`).
+    const IMAGE: &'static str = "layer.erofs";
+
+    /// Recognizes an overlay all of whose layers are images, by the files: containerd's erofs snapshotter mounts each
+    /// and answers with an overlay of the mounts. `None` for anything else, which is then mounted as it is.
+    pub fn of(mounts: &[Mount]) -> Option<ImageLayers> {
+        let [mount] = mounts else { return None };
+        if mount.kind != "overlay" {
+            return None;
+        }
+        let overlay = Overlay::parse(&mount.options);
+        let image = |layer: &PathBuf| Some(layer.parent()?.join(Self::IMAGE)).filter(|image| image.is_file());
+        let images = overlay.lower.iter().map(image).collect::<Option<Vec<_>>>()?;
+        let writable = match (&overlay.upper, &overlay.work) {
+            (None, None) => None,
+            (Some(upper), Some(work)) if upper.ends_with("fs") && work.ends_with("work") => {
+                Some(upper.parent().filter(|parent| work.parent() == Some(parent))?.to_owned())
+            }
+            _ => return None,
+        };
+        (!images.is_empty()).then_some(ImageLayers { images, writable })
+    }
+}
+
 /// Mounts a root file system at a place.
 pub fn mount(at: &OwnedFd, snapshotter: &str, mounts: &[Mount]) -> Result<(), RootfsError> {
     match mounts {
@@ -276,6 +310,40 @@ mod tests {
                 read_only: false,
             }
         );
+    }
+
+    #[test]
+    fn layers_that_are_images_are_recognized_by_their_files() {
+        let directory = tempfile::tempdir().unwrap();
+        let snapshot = |name: &str, image: bool| {
+            let path = directory.path().join(name);
+            std::fs::create_dir_all(path.join("fs")).unwrap();
+            if image {
+                std::fs::write(path.join("layer.erofs"), "").unwrap();
+            }
+            path
+        };
+        let (top, base, own, plain) =
+            (snapshot("2", true), snapshot("1", true), snapshot("3", false), snapshot("4", false));
+        let overlay = |lower: &[&PathBuf]| {
+            let lower: Vec<_> = lower.iter().map(|path| path.join("fs").display().to_string()).collect();
+            let (upper, work) = (own.join("fs"), own.join("work"));
+            let options = options(&[
+                &format!("lowerdir={}", lower.join(":")),
+                &format!("upperdir={}", upper.display()),
+                &format!("workdir={}", work.display()),
+            ]);
+            vec![Mount { kind: "overlay".into(), source: "overlay".into(), options }]
+        };
+        assert_eq!(
+            ImageLayers::of(&overlay(&[&top, &base])),
+            Some(ImageLayers {
+                images: vec![top.join("layer.erofs"), base.join("layer.erofs")],
+                writable: Some(own.clone()),
+            })
+        );
+        assert_eq!(ImageLayers::of(&overlay(&[&top, &plain])), None, "one layer is no image");
+        assert_eq!(ImageLayers::of(&[]), None);
     }
 
     #[test]

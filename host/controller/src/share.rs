@@ -28,6 +28,22 @@ use crate::{
 
 const ROOT: &str = "rootfs";
 const VOLUMES: &str = "volumes";
+/// Where a container writes whose layers are disks.
+pub const WRITABLE: &str = "writable";
+
+/// Where a container's root file system comes from.
+#[derive(Clone, Debug)]
+pub enum Root {
+    /// It is mounted on the host.
+    Mounts {
+        /// Whose answer it is, for messages.
+        snapshotter: String,
+        /// The answer.
+        mounts: Vec<Mount>,
+    },
+    /// The guest puts it together from disks. Only this directory, if any, is on the host.
+    Disks(Option<PathBuf>),
+}
 
 /// Why a container's files cannot be put into the share.
 #[derive(Debug, Error)]
@@ -97,13 +113,7 @@ impl Share {
     }
 
     /// Mounts a container's root file system and volumes. On an error nothing of it is left.
-    pub fn add(
-        &self,
-        container: &str,
-        snapshotter: &str,
-        root: &[Mount],
-        volumes: &[Volume],
-    ) -> Result<(), ShareError> {
+    pub fn add(&self, container: &str, root: &Root, volumes: &[Volume]) -> Result<(), ShareError> {
         // Made first: what fails from here on is taken away again.
         let undo = Undo { share: self, container, armed: true };
         let made = mounts::below_mounts(&self.directory)?;
@@ -113,10 +123,15 @@ impl Share {
         };
         let directory = Path::new(container);
         self.make_directory(&made, directory)?;
-        self.make_directory(&made, &directory.join(ROOT))?;
-        let target = directory.join(ROOT);
+        let name = if matches!(root, Root::Mounts { .. }) { ROOT } else { WRITABLE };
+        let target = directory.join(name);
+        self.make_directory(&made, &target)?;
         let at = place(&target).map_err(MountError::new("open", &self.directory.join(&target)))?;
-        rootfs::mount(&at, snapshotter, root)?;
+        match root {
+            Root::Mounts { snapshotter, mounts } => rootfs::mount(&at, snapshotter, mounts)?,
+            Root::Disks(Some(path)) => mount_writable(path, &at).map_err(MountError::new("mount", path))?,
+            Root::Disks(None) => {}
+        }
         if !volumes.is_empty() {
             self.make_directory(&made, &directory.join(VOLUMES))?;
         }
@@ -143,6 +158,7 @@ impl Share {
     pub fn remove_container(&self, container: &str) -> Result<(), ShareError> {
         let directory = self.directory.join(container);
         mounts::detach(&directory.join(ROOT))?;
+        mounts::detach(&directory.join(WRITABLE))?;
         let volumes = directory.join(VOLUMES);
         if let Ok(entries) = std::fs::read_dir(&volumes) {
             for entry in entries.flatten() {
@@ -239,6 +255,13 @@ fn open_source(volume: &Volume) -> Result<Source, ShareError> {
         FileType::Unknown => "file of an unknown kind",
     };
     Err(ShareError::VolumeKind { path: volume.source.clone(), destination: volume.destination.clone(), kind })
+}
+
+/// One mount for both directories in it: an overlay needs them on the same.
+fn mount_writable(path: &Path, at: &OwnedFd) -> io::Result<()> {
+    let mount = mounts::clone_tree(mounts::open_trusted_place(path)?, false)?;
+    mounts::set_propagation(&mount, SetPropagation::Private)?;
+    Ok(mounts::attach(&mount, at)?)
 }
 
 fn mount_volume(source: &OwnedFd, at: &OwnedFd, volume: &Volume) -> io::Result<()> {

@@ -26,11 +26,12 @@ impl Place {
     }
 
     /// A directory with one file, mounted as the native snapshotter's would be.
-    fn root(&self) -> Vec<Mount> {
+    fn root(&self) -> Root {
         fs::create_dir_all(self.path("root")).unwrap();
         fs::write(self.path("root/init"), "root").unwrap();
         let source = self.path("root").display().to_string();
-        vec![Mount { kind: "bind".into(), source, options: vec!["rbind".into(), "rw".into()] }]
+        let mounts = vec![Mount { kind: "bind".into(), source, options: vec!["rbind".into(), "rw".into()] }];
+        Root::Mounts { snapshotter: "native".into(), mounts }
     }
 
     fn volume(&self, index: usize, name: &str, read_only: ReadOnly) -> Volume {
@@ -65,7 +66,7 @@ fn a_containers_root_and_volumes_appear_and_disappear() {
     fs::create_dir(place.path("data")).unwrap();
     fs::write(place.path("file"), "content").unwrap();
     let volumes = [place.volume(0, "data", ReadOnly::No), place.volume(1, "file", ReadOnly::Top)];
-    place.share.add("c1", "native", &place.root(), &volumes).unwrap();
+    place.share.add("c1", &place.root(), &volumes).unwrap();
 
     assert_eq!(fs::read_to_string(place.shared("c1/rootfs/init")).unwrap(), "root");
     fs::write(place.shared("c1/volumes/0/new"), "written").unwrap();
@@ -87,7 +88,7 @@ fn removing_the_share_takes_its_mounts_and_nothing_of_the_host() {
     let place = Place::new();
     fs::create_dir(place.path("data")).unwrap();
     fs::write(place.path("data/precious"), "kept").unwrap();
-    place.share.add("c1", "native", &place.root(), &[place.volume(0, "data", ReadOnly::No)]).unwrap();
+    place.share.add("c1", &place.root(), &[place.volume(0, "data", ReadOnly::No)]).unwrap();
     place.share.remove().unwrap();
     assert!(!place.path("share").exists());
     assert_eq!(mounts_below(&place.path("share")), 0);
@@ -101,7 +102,7 @@ fn a_mounted_tree_is_never_emptied_by_removing_its_directory() {
     let place = Place::new();
     fs::create_dir(place.path("data")).unwrap();
     fs::write(place.path("data/precious"), "kept").unwrap();
-    place.share.add("c1", "native", &place.root(), &[place.volume(0, "data", ReadOnly::No)]).unwrap();
+    place.share.add("c1", &place.root(), &[place.volume(0, "data", ReadOnly::No)]).unwrap();
     assert!(mounts::remove_tree(&place.path("share")).is_err());
     assert_eq!(fs::read_to_string(place.path("data/precious")).unwrap(), "kept");
     assert_eq!(fs::read_to_string(place.path("root/init")).unwrap(), "root");
@@ -110,7 +111,7 @@ fn a_mounted_tree_is_never_emptied_by_removing_its_directory() {
 #[test]
 fn a_guest_can_make_nothing_in_the_share_itself() {
     let place = Place::new();
-    place.share.add("c1", "native", &place.root(), &[]).unwrap();
+    place.share.add("c1", &place.root(), &[]).unwrap();
     for name in ["x", "c1/x"] {
         let error = fs::create_dir(place.shared(name)).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ReadOnlyFilesystem, "{name}");
@@ -125,7 +126,7 @@ fn a_guest_can_make_nothing_in_the_share_itself() {
 fn a_failed_preparation_leaves_nothing() {
     let place = Place::new();
     let volumes = [place.volume(0, "missing", ReadOnly::No)];
-    let error = place.share.add("c1", "native", &place.root(), &volumes).unwrap_err();
+    let error = place.share.add("c1", &place.root(), &volumes).unwrap_err();
     assert!(matches!(error, ShareError::VolumeMissing { .. }), "{error:?}");
     let text = error.to_string();
     assert!(
@@ -141,7 +142,7 @@ fn a_socket_is_refused_as_a_volume_by_its_kind() {
     let place = Place::new();
     let _listener = std::os::unix::net::UnixListener::bind(place.path("socket")).unwrap();
     let volumes = [place.volume(0, "socket", ReadOnly::No)];
-    let error = place.share.add("c1", "native", &place.root(), &volumes).unwrap_err();
+    let error = place.share.add("c1", &place.root(), &volumes).unwrap_err();
     assert!(matches!(error, ShareError::VolumeKind { kind: "socket", .. }), "{error:?}");
 }
 
@@ -150,14 +151,14 @@ fn a_source_that_became_a_symbolic_link_is_not_followed() {
     let place = Place::new();
     symlink("/etc", place.path("link")).unwrap();
     let volumes = [place.volume(0, "link", ReadOnly::No)];
-    assert!(place.share.add("c1", "native", &place.root(), &volumes).is_err());
+    assert!(place.share.add("c1", &place.root(), &volumes).is_err());
     assert!(!place.shared("c1").exists());
 }
 
 #[test]
 fn nothing_mounted_in_the_share_spreads() {
     let place = Place::new();
-    place.share.add("c1", "native", &place.root(), &[]).unwrap();
+    place.share.add("c1", &place.root(), &[]).unwrap();
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let below = place.path("share");
     for line in mounts.lines().filter(|line| line.contains(&below.display().to_string())) {
@@ -193,7 +194,8 @@ fn an_overlay_with_more_layers_than_fit_a_page_is_mounted() {
     ];
     assert!(options.join(",").len() > 4096);
     let mount = Mount { kind: "overlay".into(), source: "overlay".into(), options };
-    let added = place.share.add("c1", "overlayfs", &[mount], &[]);
+    let root = Root::Mounts { snapshotter: "overlayfs".into(), mounts: vec![mount] };
+    let added = place.share.add("c1", &root, &[]);
     let seen = (0..60).all(|number| place.shared(&format!("c1/rootfs/from-{number}")).exists());
     let written = fs::write(place.shared("c1/rootfs/new"), "");
     let kept = disk.join("upper/new").exists();

@@ -115,27 +115,96 @@ impl Size {
             Some(memory) => memory,
             None => memory(resources, overhead).unwrap_or(u64::from(config.defaults.memory_mib)),
         };
-        let limits = config.limits;
-        for (limit, whose) in [
-            (Some(u64::from(host.cpus).min(u64::from(u8::MAX))), Limiter::Host),
-            (limits.vcpus.map(u64::from), Limiter::Configuration),
-        ] {
-            if let Some(limit) = limit.filter(|limit| vcpus > *limit) {
-                return Err(Error::Vcpus { asked: vcpus, limit, whose });
-            }
+        Size::within(vcpus, memory_mib, config, host)
+    }
+
+    /// The size that a running machine should have: what its containers may use together plus the pod's overhead, but no
+    /// less memory than at its start, which the guest cannot give back, and no fewer vCPUs while a container has no limit.
+    /// What an annotation fixes stays fixed.
+    pub fn fitting(
+        start: Size,
+        pod: &PodSandboxConfig,
+        containers: &[Limits],
+        config: &Config,
+        host: Host,
+    ) -> Result<Size, Error> {
+        let overhead = pod.linux.as_ref().and_then(|linux| linux.overhead.as_ref());
+        let (mut vcpus, mut memory_mib) = (u64::from(start.vcpus), u64::from(start.memory_mib));
+        if !pod.annotations.contains_key(VCPUS_ANNOTATION) {
+            let milli = containers.iter().filter_map(|container| container.cpu_milli);
+            let sum = milli.fold(cpu_milli(overhead).unwrap_or(0), u64::saturating_add).div_ceil(1000).max(1);
+            let all =
+                !containers.is_empty() && containers.iter().all(|container| container.cpu_milli.is_some());
+            vcpus = if all { sum } else { vcpus.max(sum) };
         }
-        for (limit, whose) in [
-            (Some(host.memory_mib.min(u64::from(u32::MAX))), Limiter::Host),
-            (limits.memory_mib.map(u64::from), Limiter::Configuration),
-        ] {
-            if let Some(limit) = limit.filter(|limit| memory_mib > *limit) {
-                return Err(Error::Memory { asked: memory_mib, limit, whose });
-            }
+        if !pod.annotations.contains_key(MEMORY_ANNOTATION) {
+            let bytes = containers.iter().filter_map(|container| container.memory_bytes);
+            let sum = bytes.fold(memory_bytes(overhead).unwrap_or(0), u64::saturating_add).div_ceil(MIB);
+            memory_mib = memory_mib.max(sum);
+        }
+        Size::within(vcpus, memory_mib, config, host)
+    }
+
+    /// The largest machine that a pod may have.
+    pub fn most(config: &Config, host: Host) -> Size {
+        Size {
+            vcpus: u8::try_from(most_vcpus(config, host).0).unwrap_or(u8::MAX),
+            memory_mib: u32::try_from(most_memory(config, host).0).unwrap_or(u32::MAX),
+        }
+    }
+
+    fn within(vcpus: u64, memory_mib: u64, config: &Config, host: Host) -> Result<Size, Error> {
+        let (limit, whose) = most_vcpus(config, host);
+        if vcpus > limit {
+            return Err(Error::Vcpus { asked: vcpus, limit, whose });
+        }
+        let (limit, whose) = most_memory(config, host);
+        if memory_mib > limit {
+            return Err(Error::Memory { asked: memory_mib, limit, whose });
         }
         Ok(Size {
             vcpus: u8::try_from(vcpus).unwrap_or(u8::MAX),
             memory_mib: u32::try_from(memory_mib).unwrap_or(u32::MAX),
         })
+    }
+}
+
+/// An operator's word counts, also if it is more than the host has: vCPUs are shared.
+fn most_vcpus(config: &Config, host: Host) -> (u64, Limiter) {
+    match config.limits.vcpus {
+        Some(limit) => (u64::from(limit), Limiter::Configuration),
+        None => (u64::from(host.cpus).min(u64::from(u8::MAX)), Limiter::Host),
+    }
+}
+
+fn most_memory(config: &Config, host: Host) -> (u64, Limiter) {
+    let has = host.memory_mib.min(u64::from(u32::MAX));
+    match config.limits.memory_mib.map(u64::from).filter(|limit| *limit < has) {
+        Some(limit) => (limit, Limiter::Configuration),
+        None => (has, Limiter::Host),
+    }
+}
+
+/// What one container may use; `None`: as much as there is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Limits {
+    /// Thousandths of a CPU.
+    pub cpu_milli: Option<u64>,
+    /// Bytes.
+    pub memory_bytes: Option<u64>,
+}
+
+impl Limits {
+    /// Reads them from an OCI runtime spec. What cannot be read is no limit: the spec is checked elsewhere.
+    pub fn of_spec(spec: &[u8]) -> Limits {
+        let spec: serde_json::Value = serde_json::from_slice(spec).unwrap_or_default();
+        let resources = &spec["linux"]["resources"];
+        let positive = |value: &serde_json::Value| value.as_u64().filter(|number| *number > 0);
+        let (quota, period) = (positive(&resources["cpu"]["quota"]), positive(&resources["cpu"]["period"]));
+        Limits {
+            cpu_milli: quota.zip(period).map(|(quota, period)| quota.saturating_mul(1000) / period),
+            memory_bytes: positive(&resources["memory"]["limit"]),
+        }
     }
 }
 
@@ -152,14 +221,15 @@ fn cpus(
     resources: Option<&LinuxContainerResources>,
     overhead: Option<&LinuxContainerResources>,
 ) -> Option<u64> {
-    let milli = |resources: Option<&LinuxContainerResources>| {
-        let resources = resources?;
-        let quota = u64::try_from(resources.cpu_quota).ok().filter(|quota| *quota > 0)?;
-        let period = u64::try_from(resources.cpu_period).ok().filter(|period| *period > 0)?;
-        Some(quota.saturating_mul(1000) / period)
-    };
-    let pod = milli(resources)?;
-    Some(pod.saturating_add(milli(overhead).unwrap_or(0)).div_ceil(1000).max(1))
+    let pod = cpu_milli(resources)?;
+    Some(pod.saturating_add(cpu_milli(overhead).unwrap_or(0)).div_ceil(1000).max(1))
+}
+
+fn cpu_milli(resources: Option<&LinuxContainerResources>) -> Option<u64> {
+    let resources = resources?;
+    let quota = u64::try_from(resources.cpu_quota).ok().filter(|quota| *quota > 0)?;
+    let period = u64::try_from(resources.cpu_period).ok().filter(|period| *period > 0)?;
+    Some(quota.saturating_mul(1000) / period)
 }
 
 /// MiB that pod and overhead may use; `None` if the pod has no limit.
@@ -167,12 +237,13 @@ fn memory(
     resources: Option<&LinuxContainerResources>,
     overhead: Option<&LinuxContainerResources>,
 ) -> Option<u64> {
-    let bytes = |resources: Option<&LinuxContainerResources>| {
-        u64::try_from(resources?.memory_limit_in_bytes).ok().filter(|limit| *limit > 0)
-    };
-    let pod = bytes(resources)?;
-    let mib = pod.saturating_add(bytes(overhead).unwrap_or(0)).div_ceil(MIB);
+    let pod = memory_bytes(resources)?;
+    let mib = pod.saturating_add(memory_bytes(overhead).unwrap_or(0)).div_ceil(MIB);
     Some(mib.max(u64::from(MINIMUM_MEMORY_MIB)))
+}
+
+fn memory_bytes(resources: Option<&LinuxContainerResources>) -> Option<u64> {
+    u64::try_from(resources?.memory_limit_in_bytes).ok().filter(|limit| *limit > 0)
 }
 
 #[cfg(test)]
@@ -268,5 +339,62 @@ mod tests {
     fn absurd_numbers_do_not_overflow() {
         let pod = pod(resources(i64::MAX, i64::MAX), resources(i64::MAX, i64::MAX), &[]);
         assert!(size(&pod).is_err());
+    }
+
+    fn limited(cpu_milli: u64, mib: u64) -> Limits {
+        Limits { cpu_milli: Some(cpu_milli), memory_bytes: Some(mib << 20) }
+    }
+
+    fn fitted(start: Size, pod: &PodSandboxConfig, containers: &[Limits]) -> Result<Size, Error> {
+        Size::fitting(start, pod, containers, &Config::default(), HOST)
+    }
+
+    #[test]
+    fn a_running_machine_fits_what_its_containers_may_use_together() {
+        let start = Size { vcpus: 2, memory_mib: 512 };
+        let none = PodSandboxConfig::default();
+        let two = [limited(1500, 400), limited(1000, 400)];
+        assert_eq!(fitted(start, &none, &two), Ok(Size { vcpus: 3, memory_mib: 800 }));
+        let with_overhead = pod(None, resources(50_000, 100 << 20), &[]);
+        assert_eq!(fitted(start, &with_overhead, &two), Ok(Size { vcpus: 3, memory_mib: 900 }));
+        assert_eq!(fitted(start, &none, &[limited(100, 64)]), Ok(Size { vcpus: 1, memory_mib: 512 }));
+    }
+
+    #[test]
+    fn a_container_without_limits_keeps_what_the_machine_had() {
+        let start = Size { vcpus: 2, memory_mib: 512 };
+        let none = PodSandboxConfig::default();
+        assert_eq!(fitted(start, &none, &[]), Ok(start));
+        assert_eq!(fitted(start, &none, &[Limits::default(), limited(100, 64)]), Ok(start));
+        let large = [Limits::default(), limited(3000, 1024)];
+        assert_eq!(fitted(start, &none, &large), Ok(Size { vcpus: 3, memory_mib: 1024 }));
+    }
+
+    #[test]
+    fn what_an_annotation_fixes_stays_and_the_hosts_size_is_the_limit() {
+        let start = Size { vcpus: 2, memory_mib: 512 };
+        let fixed = pod(None, None, &[(VCPUS_ANNOTATION, "2"), (MEMORY_ANNOTATION, "512")]);
+        assert_eq!(fitted(start, &fixed, &[limited(4000, 4096)]), Ok(start));
+        let error = fitted(start, &PodSandboxConfig::default(), &[limited(100, 9000)]).unwrap_err();
+        assert!(matches!(error, Error::Memory { limit: 8192, .. }));
+    }
+
+    #[test]
+    fn an_operators_limit_of_vcpus_counts_instead_of_the_hosts_number() {
+        let mut config = Config::default();
+        config.limits.vcpus = Some(6);
+        assert_eq!(Size::most(&config, HOST), Size { vcpus: 6, memory_mib: 8192 });
+        assert!(Size::of(&pod(resources(600_000, 0), None, &[]), &config, HOST).is_ok());
+        assert!(Size::of(&pod(resources(700_000, 0), None, &[]), &config, HOST).is_err());
+    }
+
+    #[test]
+    fn limits_are_read_from_a_spec() {
+        let spec =
+            br#"{"linux":{"resources":{"cpu":{"quota":150000,"period":100000},"memory":{"limit":1048576}}}}"#;
+        assert_eq!(Limits::of_spec(spec), Limits { cpu_milli: Some(1500), memory_bytes: Some(1 << 20) });
+        let without = br#"{"linux":{"resources":{"cpu":{"quota":-1,"period":100000},"memory":{"limit":0}}}}"#;
+        assert_eq!(Limits::of_spec(without), Limits::default());
+        assert_eq!(Limits::of_spec(b"no spec"), Limits::default());
     }
 }

@@ -12,8 +12,8 @@ use std::{
 
 use rustix::{
     fs::{
-        AtFlags, FallocateFlags, FlockOperation, Mode, OFlags, RenameFlags, SeekFrom, XattrFlags, fallocate,
-        fcntl_lock, flock, inotify, linkat, renameat_with,
+        FallocateFlags, FlockOperation, OFlags, RenameFlags, SeekFrom, XattrFlags, fallocate, fcntl_lock,
+        flock, inotify, renameat_with,
     },
     mm::{MapFlags, MsyncFlags, ProtFlags, mmap, msync, munmap},
 };
@@ -27,7 +27,7 @@ type Ability = fn() -> io::Result<String>;
 /// Tries everything in a directory, which must be empty.
 pub fn try_all(directory: &str) -> io::Result<()> {
     env::set_current_dir(directory)?;
-    let abilities: [(&str, Ability); 10] = [
+    let abilities: [(&str, Ability); 9] = [
         ("extended attributes", extended_attributes),
         ("direct I/O", direct),
         ("shared mapping", shared_mapping),
@@ -36,7 +36,6 @@ pub fn try_all(directory: &str) -> io::Result<()> {
         ("holes", holes),
         ("preallocation", preallocation),
         ("renames", renames),
-        ("unnamed file", unnamed),
         ("synchronization", synchronization),
     ];
     for (name, ability) in abilities {
@@ -176,15 +175,6 @@ fn renames() -> io::Result<String> {
     let kept = renameat_with(here, "one", here, "two", RenameFlags::NOREPLACE).is_err();
     renameat_with(here, "one", here, "two", RenameFlags::EXCHANGE)?;
     Ok(format!("not replaced {kept}, exchanged {}", fs::read_to_string("one")?))
-}
-
-fn unnamed() -> io::Result<String> {
-    let file =
-        rustix::fs::open(".", OFlags::TMPFILE | OFlags::RDWR, Mode::RUSR | Mode::WUSR).map(fs::File::from)?;
-    (&file).write_all(b"named later")?;
-    let path = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
-    linkat(rustix::fs::CWD, path, rustix::fs::CWD, "named", AtFlags::SYMLINK_FOLLOW)?;
-    fs::read_to_string("named")
 }
 
 fn synchronization() -> io::Result<String> {

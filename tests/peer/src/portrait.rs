@@ -49,16 +49,8 @@ const HIDDEN: [&str; 2] = ["/proc/keys", "/proc/timer_list"];
 /// Nobody but a privileged container may write these.
 const GUARDED: [&str; 2] = ["/proc/sys/kernel/domainname", "/proc/irq/default_smp_affinity"];
 
-const LIMITS: [&str; 8] = [
-    "memory.max",
-    "memory.swap.max",
-    "memory.low",
-    "memory.high",
-    "cpu.max",
-    "cpu.weight",
-    "pids.max",
-    "cpuset.cpus",
-];
+const LIMITS: [&str; 7] =
+    ["memory.max", "memory.swap.max", "memory.low", "memory.high", "cpu.max", "cpu.weight", "pids.max"];
 
 const PLACES: [&str; 12] = [
     "/",

@@ -20,14 +20,17 @@ use super::{Ended, Phase, Pod, PodError, Ready, record};
 use crate::{
     cgroup::{self, Cgroup},
     errors::chain,
-    guest::{self as guest_calls, Agent, Requests},
+    guest::{self as guest_calls, Agent, Prepared, Requests},
     machine::{self, Machine, file},
     mounts,
     network::NetworkError,
     share::Share,
+    size::Size,
     undo::Undo,
 };
 
+/// vCPUs that a machine can grow to unless it starts with more: each that it might have costs its guest memory.
+const VCPUS_MAX: u8 = 8;
 /// Bytes of a log that an error quotes.
 const QUOTE_MAX: u64 = 600;
 
@@ -190,15 +193,16 @@ impl Pod {
 
     fn machine_config(&self, nets: Vec<NetConfig>) -> MachineConfig {
         let config = &self.node.config;
+        let most = Size::most(config, self.node.host);
         MachineConfig {
             id: self.id.clone(),
             kernel: config.kernel.clone(),
             initramfs: config.initramfs.clone(),
             cmdline: config.kernel_cmdline.clone(),
             vcpus: self.size.vcpus,
-            vcpus_max: 0,
+            vcpus_max: most.vcpus.min(VCPUS_MAX),
             memory_mib: self.size.memory_mib,
-            memory_max_mib: 0,
+            memory_max_mib: most.memory_mib,
             disk_slots: MachineConfig::DISK_SLOTS,
             console: ConsoleConfig {
                 path: self.directory.join(file::CONSOLE),
@@ -316,8 +320,12 @@ impl Requests for GuestRequests {
         }
     }
 
-    async fn prepare(&self, container: &str) -> Result<Vec<u8>, (ttrpc::Code, String)> {
+    async fn prepare(&self, container: &str) -> Result<Prepared, (ttrpc::Code, String)> {
         self.0.prepare_container(container).await.map_err(|error| error.into_status(&self.0))
+    }
+
+    async fn fit(&self, container: &str) -> Result<(), (ttrpc::Code, String)> {
+        self.0.fit_container(container).await.map_err(|error| error.into_status(&self.0))
     }
 
     async fn release(&self, container: &str) -> Result<(), (ttrpc::Code, String)> {

@@ -21,6 +21,10 @@ const RESOLVER_MAX: u64 = 64 << 10;
 const SYSCTLS: [(&str, &str); 2] =
     [("net.ipv4.ip_unprivileged_port_start", "0"), ("net.ipv4.ping_group_range", "0 2147483647")];
 
+/// Size of the pod's /dev/shm, as in the pods that containerd makes itself (`podsandbox`, `defaultShmSize`). A pod that
+/// needs more mounts an emptyDir there.
+const SHM_BYTES: u64 = 64 << 20;
+
 impl Pod {
     pub(super) fn configuration(&self, network: PodNetwork) -> ConfigureRequest {
         let hostname = if self.config.hostname.is_empty() {
@@ -33,6 +37,7 @@ impl Pod {
         ConfigureRequest {
             sandbox_id: self.id.clone(),
             hostname,
+            shm_bytes: SHM_BYTES,
             dns: Some(resolver(self.config.dns_config.as_ref(), Path::new(HOST_RESOLVER))).into(),
             sysctls: sysctls(linux.sysctls),
             interfaces: network.interfaces,

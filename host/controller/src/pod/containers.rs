@@ -2,11 +2,19 @@
 
 use std::time::Instant;
 
-use pericarp_protos::ttrpc;
+use pericarp_protos::{host::Disk, ttrpc};
 use thiserror::Error;
 
-use super::{Phase, Pod};
-use crate::{errors::chain, share::ShareError, source::SourceError, spec};
+use super::{Phase, Pod, disks::DiskError, resize::ResizeError};
+use crate::{
+    errors::chain,
+    guest::Prepared,
+    rootfs::ImageLayers,
+    share::{Root, Share, ShareError},
+    size::Limits,
+    source::{ContainerRecord, SourceError},
+    spec::{self, Translated},
+};
 
 /// Longest id that containerd gives (`identifiers.Validate`).
 const ID_MAX: usize = 76;
@@ -24,6 +32,10 @@ pub enum ContainerError {
     Spec(#[from] spec::Error),
     #[error(transparent)]
     Share(#[from] ShareError),
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    #[error(transparent)]
+    Resize(#[from] ResizeError),
 }
 
 impl ContainerError {
@@ -35,61 +47,118 @@ impl ContainerError {
                 Code::NOT_FOUND
             }
             ContainerError::Source(SourceError::Unavailable { .. }) => Code::UNAVAILABLE,
+            ContainerError::Disk(DiskError::NoSlot { .. }) | ContainerError::Resize(ResizeError::Size(_)) => {
+                Code::RESOURCE_EXHAUSTED
+            }
+            ContainerError::Resize(ResizeError::Machine {
+                source: ttrpc::Error::RpcStatus(status), ..
+            }) => status.code(),
             ContainerError::Spec(_)
+            | ContainerError::Disk(DiskError::Device { .. })
             | ContainerError::Share(ShareError::VolumeMissing { .. } | ShareError::VolumeKind { .. }) => {
                 Code::INVALID_ARGUMENT
             }
             ContainerError::Ended | ContainerError::Share(ShareError::Root(_)) => Code::FAILED_PRECONDITION,
-            ContainerError::Source(_) | ContainerError::Share(_) => Code::INTERNAL,
+            ContainerError::Source(_)
+            | ContainerError::Share(_)
+            | ContainerError::Disk(_)
+            | ContainerError::Resize(_) => Code::INTERNAL,
         };
         (code, format!("{}: {}", pod.name(), chain(&self)))
     }
 }
 
 impl Pod {
-    /// Looks the container up, mounts what it needs below the share, and answers with its spec.
-    pub(super) async fn prepare_container(&self, id: &str) -> Result<Vec<u8>, ContainerError> {
+    /// Looks the container up, makes its files and disks appear in the guest, and answers with its spec.
+    pub(super) async fn prepare_container(&self, id: &str) -> Result<Prepared, ContainerError> {
         let begun = Instant::now();
-        if !is_id(id) {
-            return Err(self.not_of_this_pod(id));
-        }
-        let record = match self.node.source.container(&self.namespace, id).await {
-            Ok(record) if record.sandbox == self.id => record,
-            Ok(_) | Err(SourceError::NotFound { .. }) => return Err(self.not_of_this_pod(id)),
-            Err(error) => return Err(error.into()),
-        };
+        let record = self.look_up(id).await?;
         let share = self.share.lock().await;
         let Phase::Running { pid } = self.phase() else { return Err(ContainerError::Ended) };
         let translated = spec::translate(&record.spec, id, pid)?;
         self.state().known_containers.insert(id.to_owned());
-        let (files, container) = (share.clone(), id.to_owned());
-        // Mounting may wait for a disk: not on the runtime's own threads.
-        tokio::task::spawn_blocking(move || {
-            // An earlier attempt of the same container: containerd tries again only after it has given up.
-            files.remove_container(&container)?;
-            files.add(&container, &record.snapshotter, &record.rootfs, &translated.volumes)
-        })
-        .await
-        .map_err(|_| ContainerError::Ended)??;
+        // An earlier attempt of the same container: containerd tries again only after it has given up.
+        self.take_away(id, &share).await?;
+        self.fit(id, Limits::of_spec(&record.spec), &share.containers()).await?;
+        let disks = match self.make_appear(id, record, &translated, &share).await {
+            Ok(disks) => disks,
+            Err(error) => {
+                self.state().limits.remove(id);
+                if let Err(error) = self.take_away(id, &share).await {
+                    tracing::warn!(
+                        pod = self.id,
+                        container = id,
+                        error = chain(&error),
+                        "cannot undo a preparation"
+                    );
+                }
+                return Err(error);
+            }
+        };
         let elapsed = begun.elapsed();
         self.state().containers.entry(id.to_owned()).or_default().prepare =
             Some(elapsed.as_secs_f64() * 1000.0);
         tracing::info!(pod = self.id, container = id, ?elapsed, "container prepared");
-        Ok(translated.spec)
+        Ok(Prepared { spec: translated.spec, disks })
     }
 
-    /// Unmounts what was prepared. A container that was not is no error.
+    /// Undoes what was prepared. A container that was not is no error.
     pub(super) async fn release_container(&self, id: &str) -> Result<(), ContainerError> {
         if !is_id(id) {
             return Err(self.not_of_this_pod(id));
         }
         let share = self.share.lock().await;
         self.state().containers.remove(id);
-        let (files, container) = (share.clone(), id.to_owned());
-        tokio::task::spawn_blocking(move || files.remove_container(&container))
+        self.state().limits.remove(id);
+        self.take_away(id, &share).await
+    }
+
+    /// What is on record about a container of this pod. Nothing is believed of an id that a guest names.
+    pub(super) async fn look_up(&self, id: &str) -> Result<ContainerRecord, ContainerError> {
+        if !is_id(id) {
+            return Err(self.not_of_this_pod(id));
+        }
+        match self.node.source.container(&self.namespace, id).await {
+            Ok(record) if record.sandbox == self.id => Ok(record),
+            Ok(_) | Err(SourceError::NotFound { .. }) => Err(self.not_of_this_pod(id)),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Mounts what is mounted and inserts what is a disk.
+    async fn make_appear(
+        &self,
+        id: &str,
+        record: ContainerRecord,
+        translated: &Translated,
+        share: &Share,
+    ) -> Result<Vec<Disk>, ContainerError> {
+        let mut disks = Vec::new();
+        for (number, volume) in (1..).zip(&translated.disks) {
+            disks.push(self.insert_volume(id, number, volume).await?);
+        }
+        // After the volumes: for them there is no other way.
+        let mut root = Root::Mounts { snapshotter: record.snapshotter, mounts: record.rootfs.clone() };
+        if let Some(layers) = ImageLayers::of(&record.rootfs)
+            && let Some(disk) = self.insert_layers(id, &layers).await?
+        {
+            disks.push(disk);
+            root = Root::Disks(layers.writable);
+        }
+        let (files, container, volumes) = (share.clone(), id.to_owned(), translated.volumes.clone());
+        // Mounting may wait for a disk: not on the runtime's own threads.
+        tokio::task::spawn_blocking(move || files.add(&container, &root, &volumes))
             .await
-            .map_err(|_| ContainerError::Ended)?
-            .map_err(ContainerError::from)
+            .map_err(|_| ContainerError::Ended)??;
+        Ok(disks)
+    }
+
+    /// Undoes [`Pod::make_appear`], whether or not it was called.
+    async fn take_away(&self, id: &str, share: &Share) -> Result<(), ContainerError> {
+        let (files, container) = (share.clone(), id.to_owned());
+        let unmounted = tokio::task::spawn_blocking(move || files.remove_container(&container)).await;
+        self.remove_disks(id).await?;
+        unmounted.map_err(|_| ContainerError::Ended)?.map_err(ContainerError::from)
     }
 
     fn not_of_this_pod(&self, id: &str) -> ContainerError {

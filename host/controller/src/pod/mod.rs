@@ -6,9 +6,11 @@
 mod boot;
 mod configuration;
 mod containers;
+mod disks;
 mod network;
 pub mod record;
 mod refusals;
+mod resize;
 mod teardown;
 
 use std::{
@@ -31,7 +33,7 @@ use crate::{
     machine::{self, Exit, file},
     network::InterfaceStatus,
     share::Share,
-    size::{self, Host, Size},
+    size::{self, Host, Limits, Size},
     source::ContainerSource,
     timeline::{ContainerTimeline, Marks, PodTimeline},
     undo::Undo,
@@ -133,6 +135,10 @@ struct State {
     marks: Marks,
     timeline: Option<PodTimeline>,
     containers: HashMap<String, ContainerTimeline>,
+    /// What each prepared container may use.
+    limits: HashMap<String, Limits>,
+    /// The machine's size now, as far as this controller has set it.
+    size_now: Option<Size>,
     /// Every container that was ever prepared: the only ones of which the guest may tell events.
     known_containers: HashSet<String>,
     /// The last event that was taken from the agent.
@@ -188,6 +194,8 @@ impl Pod {
                 marks: Marks::default(),
                 timeline: None,
                 containers: HashMap::new(),
+                limits: HashMap::new(),
+                size_now: Some(size),
                 known_containers: HashSet::new(),
                 last_event: 0,
                 guest_kernel: String::new(),
@@ -296,8 +304,8 @@ impl Pod {
             "cniResult": null,
             "pericarp": {
                 "directory": self.directory,
-                "vcpus": self.size.vcpus,
-                "memoryMib": self.size.memory_mib,
+                "vcpus": state.size_now.unwrap_or(self.size).vcpus,
+                "memoryMib": state.size_now.unwrap_or(self.size).memory_mib,
                 "residentBytes": machine.as_ref().map(|machine| machine.resident_bytes),
                 "devices": machine.as_ref().map(|machine| {
                     machine.devices.iter().map(|device| (device.device.clone(), json!(device.counters))).collect::<serde_json::Map<_, _>>()

@@ -182,6 +182,8 @@ async fn adopt(node: &Arc<Node>, record: Record, machine: Machine) -> io::Result
         state.phase = Phase::Running { pid: machine.pid() };
         state.running = running;
         state.known_containers = known_containers;
+        // It may have been resized.
+        state.size_now = None;
         state.cgroup = cgroup;
         state.interfaces = record.interfaces;
         state.port_forward = record.port_forward;

@@ -4,8 +4,10 @@
 //! The spec is handled as JSON and not through typed structures, so that fields which neither we nor
 //! the `oci-spec` crate know reach the guest unchanged.
 
+mod devices;
 mod mounts;
 
+pub use devices::BlockVolume;
 pub use mounts::{Propagation, ReadOnly, Volume};
 
 use pericarp_protos::guest::{CGROUP_PARENT, PID_NAMESPACE, SHARE_DIR};
@@ -16,18 +18,6 @@ const DEFAULT_APPARMOR_PROFILE: &str = "cri-containerd.apparmor.d";
 
 /// `SELinux` process types that a container engine assigns by itself.
 pub const SELINUX_DEFAULT_TYPES: [&str; 4] = ["container_t", "container_init_t", "container_kvm_t", "spc_t"];
-
-/// Device nodes that every container has; the guest makes its own (OCI runtime spec, "Default Devices").
-const STANDARD_DEVICES: [&str; 8] = [
-    "/dev/null",
-    "/dev/zero",
-    "/dev/full",
-    "/dev/random",
-    "/dev/urandom",
-    "/dev/tty",
-    "/dev/console",
-    "/dev/ptmx",
-];
 
 /// Why a spec cannot be run in a guest.
 #[derive(Debug, thiserror::Error)]
@@ -62,6 +52,8 @@ pub struct Translated {
     pub spec: Vec<u8>,
     /// Directories and files of the host that the spec mounts.
     pub volumes: Vec<Volume>,
+    /// Block devices of the host that the guest gets as disks.
+    pub disks: Vec<BlockVolume>,
 }
 
 /// Translates the spec of `container`, whose pod runs in the machine with process id `machine_pid`.
@@ -78,9 +70,9 @@ pub fn translate(spec: &[u8], container: &str, machine_pid: u32) -> Result<Trans
     check_working_directory(root)?;
     let read_only_root = set_root_path(root, container)?;
     security_labels(root)?;
-    linux(root, container, machine_pid)?;
+    let disks = linux(root, container, machine_pid)?;
     let volumes = mounts::translate(root, container, read_only_root)?;
-    Ok(Translated { spec: serde_json::to_vec(&spec)?, volumes })
+    Ok(Translated { spec: serde_json::to_vec(&spec)?, volumes, disks })
 }
 
 /// Where the guest sees a container's part of the share.
@@ -166,12 +158,16 @@ fn check_selinux(label: Option<&Value>) -> Result<(), Error> {
     )
 }
 
-fn linux(root: &mut Map<String, Value>, container: &str, machine_pid: u32) -> Result<(), Error> {
+fn linux(
+    root: &mut Map<String, Value>,
+    container: &str,
+    machine_pid: u32,
+) -> Result<Vec<BlockVolume>, Error> {
     let linux = object(root, "linux", "linux is not an object")?
         .ok_or(Error::Malformed("it has no linux section"))?;
     linux.insert("cgroupsPath".into(), format!("{CGROUP_PARENT}/{container}").into());
     namespaces(linux, machine_pid)?;
-    devices(linux)?;
+    let disks = devices::translate(linux)?;
     if linux.remove("intelRdt").is_some_and(|rdt| !rdt.is_null()) {
         return unsupported("an RDT class", "the guest has no resctrl; remove the RDT annotations");
     }
@@ -185,7 +181,7 @@ fn linux(root: &mut Map<String, Value>, container: &str, machine_pid: u32) -> Re
         cpu.remove("cpus");
         cpu.remove("mems");
     }
-    Ok(())
+    Ok(disks)
 }
 
 fn namespaces(linux: &mut Map<String, Value>, machine_pid: u32) -> Result<(), Error> {
@@ -239,34 +235,6 @@ fn refuse_user_namespace<T>() -> Result<T, Error> {
         "a user namespace",
         "the machine separates the pod from the host already; remove hostUsers: false from the pod",
     )
-}
-
-fn devices(linux: &mut Map<String, Value>) -> Result<(), Error> {
-    let privileged = allows_every_device(linux);
-    let Some(devices) = linux.get_mut("devices").and_then(Value::as_array_mut) else { return Ok(()) };
-    for device in devices.iter() {
-        let path = device.get("path").and_then(Value::as_str).unwrap_or_default();
-        // containerd lists all the host's devices for a privileged container. It gets the machine's.
-        if !privileged && !STANDARD_DEVICES.contains(&path) {
-            return unsupported(
-                format!("the host's device {path:?}"),
-                "a device node of the host does not exist in the machine; remove it from the container",
-            );
-        }
-    }
-    // The guest's runtime makes all of them anyway, with the guest's numbers.
-    devices.clear();
-    Ok(())
-}
-
-/// Whether the container may use every device (`oci.WithAllDevicesAllowed`): it is privileged.
-fn allows_every_device(linux: &Map<String, Value>) -> bool {
-    let rules = linux.get("resources").and_then(|resources| resources.get("devices")?.as_array());
-    rules.into_iter().flatten().any(|rule| {
-        let unset = |key| rule.get(key).is_none_or(Value::is_null);
-        let any_type = unset("type") || rule.get("type").is_some_and(|kind| kind == "a");
-        rule.get("allow") == Some(&Value::Bool(true)) && any_type && unset("major") && unset("minor")
-    })
 }
 
 #[cfg(test)]

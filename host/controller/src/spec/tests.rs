@@ -137,14 +137,6 @@ fn chosen_security_labels_are_refused() {
 }
 
 #[test]
-fn standard_devices_are_left_to_the_guest_and_others_are_refused() {
-    let (spec, _) =
-        changed(|spec| spec["linux"]["devices"] = json!([{ "path": "/dev/null", "type": "c" }])).unwrap();
-    assert_eq!(spec["linux"]["devices"], json!([]));
-    refused(|spec| spec["linux"]["devices"] = json!([{ "path": "/dev/sda", "type": "b" }]), "/dev/sda");
-}
-
-#[test]
 fn the_hosts_cpu_numbers_are_dropped() {
     let (spec, _) = run(&spec()).unwrap();
     assert_eq!(spec["linux"]["resources"]["cpu"], json!({ "shares": 2 }));
