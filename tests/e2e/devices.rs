@@ -195,6 +195,9 @@ fn a_container_whose_layers_are_no_image_fails_and_leaves_its_slots_usable() -> 
             .await
             .unwrap_err();
         ensure!(error.to_string().contains("image layer"), "{error:#}");
+        // A disk is bound once.
+        remove(&bare, inserted.device).await?;
+        let inserted = insert(&bare, &[&top, &base], true, "good").await?;
         let disk = layers(&inserted, String::new(), String::new());
         let error =
             bare.begin("missing", "true", vec![disk, node(9999, "/dev/x")], |_| {}).await.unwrap_err();

@@ -1,10 +1,10 @@
 //! Places for devices: each is a page of registers and an interrupt line, filled with a device when the
 //! machine starts or while it runs, and emptied again.
 //!
-//! An empty slot reads as a device of type 0, "a placeholder with no well-defined meaning to the driver"
-//! (virtio 1.2, section 4.2.2), which Linux passes over. Nothing of it is known to KVM but its page, so it
-//! costs the start next to nothing. When it has been filled, the guest is to probe it again: its agent
-//! binds the slot's platform device, "virtio-mmio.<n>" for slot n.
+//! An empty slot reads as a device of type 0, which stands for a place without a device: a driver passes over
+//! it and reports no error (virtio 1.2, section 4.2.3.1.1). KVM knows nothing of it but its page, so it costs
+//! the start next to nothing. When it has been filled, the guest is to probe it again: its agent binds the
+//! slot's platform device, "virtio-mmio.<n>" for slot n.
 
 use std::{io, sync::Arc};
 
