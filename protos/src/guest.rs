@@ -15,7 +15,7 @@ pub const FORWARD_PORT: u32 = 1026;
 pub const SHARE_TAG: &str = "share";
 
 /// Where the guest mounts the share. A container's root filesystem is
-/// `<SHARE_DIR>/<container id>/rootfs`, its volumes `<SHARE_DIR>/<container id>/volumes/<n>`.
+/// `<SHARE_DIR>/<container id>/rootfs`, a volume `<SHARE_DIR>/.volumes/<name>`.
 pub const SHARE_DIR: &str = "/run/pericarp/share";
 
 /// Where the agent writes the pod's `hosts`, `resolv.conf` and `hostname`.

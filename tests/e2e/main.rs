@@ -5,6 +5,7 @@
 mod containers;
 mod controller;
 mod devices;
+mod disks;
 mod errors;
 mod exec;
 mod logs;
@@ -13,4 +14,5 @@ mod network;
 mod parity;
 mod pods;
 mod port_forward;
+mod resize;
 mod volumes;

@@ -97,6 +97,8 @@ pub struct Node {
     pub runtime: Runtime,
     /// What connects them.
     network: Network,
+    /// Whether their images are file systems of their own.
+    erofs: bool,
     /// Unlike any other test's, and short enough for a host name.
     unique: String,
 }
@@ -141,7 +143,7 @@ impl Node {
         let short: String =
             name.rsplit("::").next().unwrap_or(name).replace('_', "-").chars().take(40).collect();
         let unique = format!("{}-{}", short.trim_matches('-'), process::id());
-        Ok(Self { cri: Cri::connect().await?, runtime, network: Network::Node, unique })
+        Ok(Self { cri: Cri::connect().await?, runtime, network: Network::Node, erofs: false, unique })
     }
 
     /// The same node, for pods of another runtime.
@@ -156,9 +158,16 @@ impl Node {
         Self { network, ..self.clone() }
     }
 
+    /// The same node, for pods whose images containerd keeps with its erofs snapshotter.
+    #[must_use]
+    pub fn with_erofs(&self) -> Self {
+        Self { erofs: true, ..self.clone() }
+    }
+
     /// The name of the runtime handler that the pods get.
     pub(crate) fn handler(&self) -> String {
         match self.network {
+            _ if self.erofs => format!("{}-erofs", self.runtime),
             Network::Node => self.runtime.to_string(),
             network => format!("{}-{network:?}", self.runtime).to_lowercase(),
         }

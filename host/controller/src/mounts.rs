@@ -80,6 +80,13 @@ pub fn attach(mount: impl AsFd, place: impl AsFd) -> rustix::io::Result<()> {
     move_mount(mount, "", place, "", flags)
 }
 
+/// Lets a mount be written, but not those below it that may not.
+pub fn set_writable(mount: impl AsFd) -> io::Result<()> {
+    let attributes =
+        libc::mount_attr { attr_set: 0, attr_clr: libc::MOUNT_ATTR_RDONLY, propagation: 0, userns_fd: 0 };
+    set_attributes(mount.as_fd().as_raw_fd(), false, &attributes)
+}
+
 /// Makes a mount read-only.
 pub fn set_read_only(mount: impl AsFd, recursive: bool) -> io::Result<()> {
     let attributes =

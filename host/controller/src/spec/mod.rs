@@ -70,8 +70,9 @@ pub fn translate(spec: &[u8], container: &str, machine_pid: u32) -> Result<Trans
     check_working_directory(root)?;
     let read_only_root = set_root_path(root, container)?;
     security_labels(root)?;
+    // First, because containerd shares the root file system for the sake of a volume, which is what the user knows.
+    let volumes = mounts::translate(root, read_only_root)?;
     let disks = linux(root, container, machine_pid)?;
-    let volumes = mounts::translate(root, container, read_only_root)?;
     Ok(Translated { spec: serde_json::to_vec(&spec)?, volumes, disks })
 }
 

@@ -1,11 +1,14 @@
 //! The mounts of a spec: what stays the guest's own, and what comes from the host as a volume.
 
-use std::path::PathBuf;
+use std::{
+    os::unix::ffi::OsStrExt as _,
+    path::{Path, PathBuf},
+};
 
-use pericarp_protos::guest::{ETC_DIR, SHM_DIR};
+use pericarp_protos::guest::{ETC_DIR, SHARE_DIR, SHM_DIR};
 use serde_json::{Map, Value, json};
 
-use super::{Error, guest_directory, text, unsupported};
+use super::{Error, text, unsupported};
 
 /// Files that are the pod's, not the image's.
 const POD_FILES: [&str; 3] = ["hosts", "resolv.conf", "hostname"];
@@ -18,8 +21,8 @@ const GUEST_TYPES: [&str; 8] = ["proc", "sysfs", "tmpfs", "ramfs", "mqueue", "de
 /// A directory or file of the host that appears in a container.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Volume {
-    /// Its place in the share is `<container id>/volumes/<index>`.
-    pub index: usize,
+    /// Its place in the share is `.volumes/<name>`, the same for all containers that have it.
+    pub name: String,
     /// Path on the host, without symbolic links (containerd has resolved them).
     pub source: PathBuf,
     /// Path in the container, for messages.
@@ -53,11 +56,7 @@ pub enum Propagation {
 }
 
 /// Rewrites `mounts` and says what has to be mounted on the host for it.
-pub(super) fn translate(
-    root: &mut Map<String, Value>,
-    container: &str,
-    read_only_root: bool,
-) -> Result<Vec<Volume>, Error> {
+pub(super) fn translate(root: &mut Map<String, Value>, read_only_root: bool) -> Result<Vec<Volume>, Error> {
     let list = match root.remove("mounts") {
         None | Some(Value::Null) => Vec::new(),
         Some(Value::Array(list)) => list,
@@ -77,8 +76,8 @@ pub(super) fn translate(
         if matches!(kind, "bind" | "rbind")
             || options.iter().any(|option| option == "bind" || option == "rbind")
         {
-            let volume = volume(mount, destination.clone(), &options, volumes.len())?;
-            let path = format!("{}/volumes/{}", guest_directory(container), volume.index);
+            let volume = volume(mount, destination.clone(), &options)?;
+            let path = format!("{SHARE_DIR}/.volumes/{}", volume.name);
             mount.insert("source".into(), path.into());
             volumes.push(volume);
         } else if !GUEST_TYPES.contains(&kind) {
@@ -110,12 +109,7 @@ fn options(mount: &Map<String, Value>) -> Result<Vec<String>, Error> {
     }
 }
 
-fn volume(
-    mount: &Map<String, Value>,
-    destination: String,
-    options: &[String],
-    index: usize,
-) -> Result<Volume, Error> {
+fn volume(mount: &Map<String, Value>, destination: String, options: &[String]) -> Result<Volume, Error> {
     let source = PathBuf::from(text(mount, "source"));
     if !source.is_absolute() {
         return Err(Error::Malformed("the source of a bind mount is not an absolute path"));
@@ -139,14 +133,37 @@ fn volume(
         Some("ro") => ReadOnly::Top,
         _ => ReadOnly::No,
     };
-    Ok(Volume {
-        index,
-        source,
-        recursive: has("rbind") || text(mount, "type") == "rbind",
-        read_only,
-        propagation: if has("rslave") || has("slave") { Propagation::Slave } else { Propagation::Private },
-        destination,
-    })
+    let recursive = has("rbind") || text(mount, "type") == "rbind";
+    let propagation = if has("rslave") || has("slave") { Propagation::Slave } else { Propagation::Private };
+    let name = name(&source, recursive, read_only, propagation);
+    Ok(Volume { name, source, destination, recursive, read_only, propagation })
+}
+
+/// The same for the same source with the same mounts below it. Whether the top may be written makes no difference: the
+/// containers' own mounts see to that.
+fn name(source: &Path, recursive: bool, read_only: ReadOnly, propagation: Propagation) -> String {
+    let mut hash = Fnv::default();
+    hash.add(source.as_os_str().as_bytes());
+    let kind = [recursive, read_only == ReadOnly::Recursive, propagation == Propagation::Slave].map(u8::from);
+    hash.add(&kind);
+    format!("{:016x}", hash.0)
+}
+
+/// FNV-1a: a name has to be the same for every controller, so the standard library's hash, which may change, will not do.
+struct Fnv(u64);
+
+impl Default for Fnv {
+    fn default() -> Self {
+        Self(0xcbf2_9ce4_8422_2325)
+    }
+}
+
+impl Fnv {
+    fn add(&mut self, bytes: &[u8]) {
+        for byte in bytes {
+            self.0 = (self.0 ^ u64::from(*byte)).wrapping_mul(0x0100_0000_01b3);
+        }
+    }
 }
 
 /// Mounts made in a guest do not exist on the host.

@@ -146,12 +146,13 @@ fn the_hosts_cpu_numbers_are_dropped() {
 fn a_bind_mount_becomes_a_volume_in_the_share() {
     let (spec, volumes) = run(&spec()).unwrap();
     let data = mount(&spec, "/data").unwrap();
-    assert_eq!(data["source"], "/run/pericarp/share/c1/volumes/0");
+    let place = format!("/run/pericarp/share/.volumes/{}", volumes[0].name);
+    assert_eq!(data["source"], place);
     assert_eq!(data["options"], json!(["rbind", "rprivate", "rw"]));
     assert_eq!(
         volumes,
         [Volume {
-            index: 0,
+            name: volumes[0].name.clone(),
             source: "/var/lib/data".into(),
             destination: "/data".into(),
             recursive: true,
@@ -167,8 +168,9 @@ fn volumes_are_numbered_in_the_order_of_their_mounts() {
         add_mount(spec, json!({ "destination": "/b", "source": "/hb", "options": ["bind"] }));
     })
     .unwrap();
-    assert_eq!(mount(&spec, "/b").unwrap()["source"], "/run/pericarp/share/c1/volumes/1");
-    assert_eq!((volumes[1].index, volumes[1].recursive), (1, false));
+    let place = format!("/run/pericarp/share/.volumes/{}", volumes[1].name);
+    assert_eq!(mount(&spec, "/b").unwrap()["source"], place);
+    assert!(!volumes[1].recursive);
 }
 
 #[test]
@@ -253,7 +255,9 @@ fn a_volume_at_a_pod_files_place_wins() {
     .unwrap();
     assert_eq!(volumes.len(), 3);
     assert!(mount(&spec, "/etc/hosts").is_none());
-    assert_eq!(mount(&spec, "/dev/shm").unwrap()["source"], "/run/pericarp/share/c1/volumes/2");
+    assert_eq!(volumes[2].destination, "/dev/shm");
+    let place = format!("/run/pericarp/share/.volumes/{}", volumes[2].name);
+    assert_eq!(mount(&spec, "/dev/shm").unwrap()["source"], place);
 }
 
 #[test]
@@ -286,4 +290,44 @@ fn what_is_not_a_spec_is_an_error_not_a_panic() {
         let text = format!(r#"{{"root":{{}},"linux":{{}},"mounts":{text}}}"#);
         assert!(translate(text.as_bytes(), ID, PID).is_err(), "{text}");
     }
+}
+
+#[test]
+fn the_same_source_has_the_same_place_whoever_mounts_it_and_however() {
+    let name = |source: &str, options: &[&str]| {
+        let (_, volumes) = changed(|spec| {
+            add_mount(
+                spec,
+                json!({ "destination": "/v", "type": "bind", "source": source, "options": options }),
+            );
+        })
+        .unwrap();
+        volumes.last().unwrap().name.clone()
+    };
+    let usual = name("/pods/1/cache", &["rbind", "rprivate", "rw"]);
+    assert_eq!(usual, name("/pods/1/cache", &["rbind", "rprivate", "ro"]));
+    for (source, options) in [
+        ("/pods/2/cache", ["rbind", "rprivate", "rw"]),
+        ("/pods/1/cache", ["bind", "rprivate", "rw"]),
+        ("/pods/1/cache", ["rbind", "rslave", "rw"]),
+        ("/pods/1/cache", ["rbind", "rprivate", "rro"]),
+    ] {
+        assert_ne!(usual, name(source, &options), "{source} {options:?}");
+    }
+    // Another controller finds what this one has mounted.
+    assert_eq!(name("/data", &["rbind", "rw"]), name("/data", &["rbind", "rw"]));
+}
+
+#[test]
+fn a_volume_that_shares_its_mounts_is_refused_by_its_place() {
+    refused(
+        |spec| {
+            spec["linux"]["rootfsPropagation"] = json!("rshared");
+            add_mount(
+                spec,
+                json!({ "destination": "/csi", "type": "bind", "source": "/csi", "options": ["rshared"] }),
+            );
+        },
+        "/csi",
+    );
 }

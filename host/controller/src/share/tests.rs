@@ -34,9 +34,9 @@ impl Place {
         Root::Mounts { snapshotter: "native".into(), mounts }
     }
 
-    fn volume(&self, index: usize, name: &str, read_only: ReadOnly) -> Volume {
+    fn volume(&self, name: &str, read_only: ReadOnly) -> Volume {
         Volume {
-            index,
+            name: name.into(),
             source: self.path(name),
             destination: format!("/{name}"),
             recursive: true,
@@ -65,14 +65,14 @@ fn a_containers_root_and_volumes_appear_and_disappear() {
     let place = Place::new();
     fs::create_dir(place.path("data")).unwrap();
     fs::write(place.path("file"), "content").unwrap();
-    let volumes = [place.volume(0, "data", ReadOnly::No), place.volume(1, "file", ReadOnly::Top)];
+    let volumes = [place.volume("data", ReadOnly::No), place.volume("file", ReadOnly::Top)];
     place.share.add("c1", &place.root(), &volumes).unwrap();
 
     assert_eq!(fs::read_to_string(place.shared("c1/rootfs/init")).unwrap(), "root");
-    fs::write(place.shared("c1/volumes/0/new"), "written").unwrap();
+    fs::write(place.shared(".volumes/data/new"), "written").unwrap();
     assert_eq!(fs::read_to_string(place.path("data/new")).unwrap(), "written");
-    assert_eq!(fs::read_to_string(place.shared("c1/volumes/1")).unwrap(), "content");
-    let error = fs::write(place.shared("c1/volumes/1"), "x").unwrap_err();
+    assert_eq!(fs::read_to_string(place.shared(".volumes/file")).unwrap(), "content");
+    let error = fs::write(place.shared(".volumes/file"), "x").unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::ReadOnlyFilesystem);
     assert_eq!(place.share.containers(), ["c1"]);
 
@@ -84,11 +84,37 @@ fn a_containers_root_and_volumes_appear_and_disappear() {
 }
 
 #[test]
+fn containers_with_the_same_volume_have_one_mount_of_it_which_is_writable_if_one_may_write() {
+    let place = Place::new();
+    fs::create_dir(place.path("data")).unwrap();
+    let add = |container: &str, read_only| {
+        place.share.add(container, &place.root(), &[place.volume("data", read_only)]).unwrap();
+        fs::write(place.shared(".volumes/data/file"), container)
+    };
+    assert_eq!(add("c1", ReadOnly::Top).unwrap_err().kind(), io::ErrorKind::ReadOnlyFilesystem);
+    add("c2", ReadOnly::No).unwrap();
+    add("c3", ReadOnly::Top).unwrap();
+    // The share, three root file systems and one volume.
+    assert_eq!(mounts_below(&place.path("share")), 5);
+    let mut containers = place.share.containers();
+    containers.sort();
+    assert_eq!(containers, ["c1", "c2", "c3"]);
+
+    place.share.remove_container("c2").unwrap();
+    place.share.remove_container("c1").unwrap();
+    assert!(place.shared(".volumes/data/file").exists(), "c3 has it still");
+    place.share.remove_container("c3").unwrap();
+    assert!(!place.shared(".volumes/data").exists());
+    assert_eq!(mounts_below(&place.path("share")), 1);
+    assert_eq!(fs::read_to_string(place.path("data/file")).unwrap(), "c3");
+}
+
+#[test]
 fn removing_the_share_takes_its_mounts_and_nothing_of_the_host() {
     let place = Place::new();
     fs::create_dir(place.path("data")).unwrap();
     fs::write(place.path("data/precious"), "kept").unwrap();
-    place.share.add("c1", &place.root(), &[place.volume(0, "data", ReadOnly::No)]).unwrap();
+    place.share.add("c1", &place.root(), &[place.volume("data", ReadOnly::No)]).unwrap();
     place.share.remove().unwrap();
     assert!(!place.path("share").exists());
     assert_eq!(mounts_below(&place.path("share")), 0);
@@ -102,7 +128,7 @@ fn a_mounted_tree_is_never_emptied_by_removing_its_directory() {
     let place = Place::new();
     fs::create_dir(place.path("data")).unwrap();
     fs::write(place.path("data/precious"), "kept").unwrap();
-    place.share.add("c1", &place.root(), &[place.volume(0, "data", ReadOnly::No)]).unwrap();
+    place.share.add("c1", &place.root(), &[place.volume("data", ReadOnly::No)]).unwrap();
     assert!(mounts::remove_tree(&place.path("share")).is_err());
     assert_eq!(fs::read_to_string(place.path("data/precious")).unwrap(), "kept");
     assert_eq!(fs::read_to_string(place.path("root/init")).unwrap(), "root");
@@ -125,7 +151,7 @@ fn a_guest_can_make_nothing_in_the_share_itself() {
 #[test]
 fn a_failed_preparation_leaves_nothing() {
     let place = Place::new();
-    let volumes = [place.volume(0, "missing", ReadOnly::No)];
+    let volumes = [place.volume("missing", ReadOnly::No)];
     let error = place.share.add("c1", &place.root(), &volumes).unwrap_err();
     assert!(matches!(error, ShareError::VolumeMissing { .. }), "{error:?}");
     let text = error.to_string();
@@ -141,7 +167,7 @@ fn a_failed_preparation_leaves_nothing() {
 fn a_socket_is_refused_as_a_volume_by_its_kind() {
     let place = Place::new();
     let _listener = std::os::unix::net::UnixListener::bind(place.path("socket")).unwrap();
-    let volumes = [place.volume(0, "socket", ReadOnly::No)];
+    let volumes = [place.volume("socket", ReadOnly::No)];
     let error = place.share.add("c1", &place.root(), &volumes).unwrap_err();
     assert!(matches!(error, ShareError::VolumeKind { kind: "socket", .. }), "{error:?}");
 }
@@ -150,7 +176,7 @@ fn a_socket_is_refused_as_a_volume_by_its_kind() {
 fn a_source_that_became_a_symbolic_link_is_not_followed() {
     let place = Place::new();
     symlink("/etc", place.path("link")).unwrap();
-    let volumes = [place.volume(0, "link", ReadOnly::No)];
+    let volumes = [place.volume("link", ReadOnly::No)];
     assert!(place.share.add("c1", &place.root(), &volumes).is_err());
     assert!(!place.shared("c1").exists());
 }

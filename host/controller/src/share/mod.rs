@@ -6,6 +6,8 @@
 //! Private, so that no mount in it leaks into another mount namespace, and so that unmounting the
 //! share takes everything below it away at once.
 
+mod volumes;
+
 use std::{
     io,
     os::{fd::OwnedFd, unix::fs::DirBuilderExt as _},
@@ -19,6 +21,7 @@ use rustix::{
 
 use thiserror::Error;
 
+use self::volumes::{Needed, Users};
 use crate::{
     errors::chain,
     mounts::{self, MountError, SetPropagation, descriptor_path},
@@ -27,7 +30,10 @@ use crate::{
 };
 
 const ROOT: &str = "rootfs";
-const VOLUMES: &str = "volumes";
+/// In the share, where the pod's volumes are; no container's id begins with a dot.
+const VOLUMES: &str = ".volumes";
+/// Beside the share: who uses them.
+const USERS: &str = "volumes.json";
 /// Where a container writes whose layers are disks.
 pub const WRITABLE: &str = "writable";
 
@@ -132,23 +138,8 @@ impl Share {
             Root::Disks(Some(path)) => mount_writable(path, &at).map_err(MountError::new("mount", path))?,
             Root::Disks(None) => {}
         }
-        if !volumes.is_empty() {
-            self.make_directory(&made, &directory.join(VOLUMES))?;
-        }
         for volume in volumes {
-            let target = directory.join(VOLUMES).join(volume.index.to_string());
-            let source = open_source(volume)?;
-            if source.is_directory {
-                self.make_directory(&made, &target)?;
-            } else {
-                self.make_file(&made, &target)?;
-            }
-            let at = place(&target).map_err(MountError::new("open", &self.directory.join(&target)))?;
-            mount_volume(&source.place, &at, volume).map_err(|source| ShareError::Volume {
-                path: volume.source.clone(),
-                destination: volume.destination.clone(),
-                source,
-            })?;
+            self.add_volume(&made, container, volume)?;
         }
         undo.disarm();
         Ok(())
@@ -159,17 +150,12 @@ impl Share {
         let directory = self.directory.join(container);
         mounts::detach(&directory.join(ROOT))?;
         mounts::detach(&directory.join(WRITABLE))?;
-        let volumes = directory.join(VOLUMES);
-        if let Ok(entries) = std::fs::read_dir(&volumes) {
-            for entry in entries.flatten() {
-                mounts::detach(&entry.path())?;
-            }
-        }
         let made = match mounts::below_mounts(&self.directory) {
             Ok(made) => made,
             Err(error) if error.source.kind() == io::ErrorKind::NotFound => return Ok(()),
             Err(error) => return Err(error.into()),
         };
+        self.remove_volumes(&made, container)?;
         match std::fs::remove_dir_all(descriptor_path(&made).join(container)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 Err(MountError::new("remove", &directory)(error).into())
@@ -181,7 +167,79 @@ impl Share {
     /// The containers that have something in the share.
     pub fn containers(&self) -> Vec<String> {
         let entries = std::fs::read_dir(&self.directory).into_iter().flatten().flatten();
-        entries.filter_map(|entry| entry.file_name().into_string().ok()).collect()
+        let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+        names.filter(|name| name != VOLUMES).collect()
+    }
+
+    /// Mounts a volume, unless another container has it already.
+    fn add_volume(&self, made: &OwnedFd, container: &str, volume: &Volume) -> Result<(), ShareError> {
+        let failed = |source: io::Error| ShareError::Volume {
+            path: volume.source.clone(),
+            destination: volume.destination.clone(),
+            source,
+        };
+        let target = Path::new(VOLUMES).join(&volume.name);
+        let mut users = Users::load(&self.users()).map_err(failed)?;
+        let writable = volume.read_only == ReadOnly::No;
+        let needed = users.add(&volume.name, &volume.source, container, writable).map_err(failed)?;
+        // Before the mount, so that it is undone with its user.
+        users.store(&self.users()).map_err(failed)?;
+        let place = |target: &Path| {
+            let share = mounts::open_place(&self.directory)?;
+            mounts::open_place_below(share, target)
+        };
+        match needed {
+            Needed::Nothing => Ok(()),
+            Needed::Writable => {
+                let mounted = place(&target).map_err(|errno| failed(errno.into()))?;
+                mounts::set_writable(mounted).map_err(failed)
+            }
+            Needed::Mount => {
+                let source = open_source(volume)?;
+                match self.make_directory(made, Path::new(VOLUMES)) {
+                    Err(ShareError::Mount(error)) if error.source.kind() == io::ErrorKind::AlreadyExists => {}
+                    result => result?,
+                }
+                if source.is_directory {
+                    self.make_directory(made, &target)?;
+                } else {
+                    self.make_file(made, &target)?;
+                }
+                let at = place(&target).map_err(|errno| failed(errno.into()))?;
+                mount_volume(&source.place, &at, volume).map_err(failed)
+            }
+        }
+    }
+
+    /// Unmounts the volumes that only this container has used.
+    fn remove_volumes(&self, made: &OwnedFd, container: &str) -> Result<(), ShareError> {
+        let file = self.users();
+        let fail = |action| {
+            let path = file.clone();
+            move |source| MountError { action, path, source }
+        };
+        let mut users = Users::load(&file).map_err(fail("read"))?;
+        for name in users.remove(container) {
+            let target = Path::new(VOLUMES).join(name);
+            mounts::detach(&self.directory.join(&target))?;
+            let place = descriptor_path(made).join(&target);
+            let removed = match std::fs::remove_dir(&place) {
+                // It may be a file's place. What is not there was never made.
+                Err(error) if error.kind() == io::ErrorKind::NotADirectory => std::fs::remove_file(&place),
+                removed => removed,
+            };
+            match removed {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    return Err(MountError::new("remove", &self.directory.join(target))(error).into());
+                }
+                _ => {}
+            }
+        }
+        Ok(users.store(&file).map_err(fail("write"))?)
+    }
+
+    fn users(&self) -> PathBuf {
+        self.directory.with_file_name(USERS)
     }
 
     /// Unmounts the share with everything below it and removes its directory.
@@ -280,5 +338,4 @@ fn mount_volume(source: &OwnedFd, at: &OwnedFd, volume: &Volume) -> io::Result<(
 }
 
 #[cfg(test)]
-#[path = "share_tests.rs"]
 mod tests;
