@@ -5,6 +5,7 @@
 mod containers;
 mod controller;
 mod errors;
+mod events;
 mod exec;
 mod logs;
 mod machine;

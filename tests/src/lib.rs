@@ -6,6 +6,7 @@
 mod container;
 pub mod controller;
 mod cri;
+pub mod events;
 mod forward;
 pub mod leaks;
 pub mod log;
@@ -18,6 +19,6 @@ pub mod streaming;
 pub use container::{BUSYBOX, BUSYBOX_USR1, Container, ContainerBuilder, ExecOutput};
 pub use cri::Cri;
 pub use forward::{Forward, Forwarded};
-pub use node::{Network, Node, Runtime, on_node, on_pericarp};
+pub use node::{Network, Node, Runtime, on_node, on_pericarp, on_pericarp_alone};
 pub use pericarp_protos::cri as api;
 pub use pod::{Pod, PodBuilder};

@@ -14,7 +14,7 @@ use std::{
 
 use async_trait::async_trait;
 use pericarp_protos::{
-    agent::{AgentClient, ConfigureRequest, Event, EventsRequest},
+    agent::{AgentClient, ConfigureRequest},
     guest,
     host::{
         Host, PrepareContainerRequest, PrepareContainerResponse, ReadyRequest, ReadyResponse,
@@ -23,7 +23,7 @@ use pericarp_protos::{
     ttrpc::{
         self,
         asynchronous::{
-            Client, ClientStreamReceiver, Server, TtrpcContext,
+            Client, Server, TtrpcContext,
             transport::{Listener, Socket},
         },
         context,
@@ -166,16 +166,10 @@ impl Agent {
     pub async fn configure(&self, request: &ConfigureRequest, limit: Duration) -> ttrpc::Result<()> {
         self.client.configure(context::with_duration(limit), request).await.map(drop)
     }
-
-    /// What happens in the guest, as long as it lives.
-    pub async fn events(&self, after_sequence: u64) -> ttrpc::Result<ClientStreamReceiver<Event>> {
-        let request = EventsRequest { after_sequence, ..EventsRequest::default() };
-        self.client.events(context::with_timeout(0), &request).await
-    }
 }
 
 /// Connects to a port of the guest: `CONNECT <port>\n`, then `OK …\n`, then the stream.
-async fn dial(socket: &Path, port: u32) -> io::Result<UnixStream> {
+pub async fn dial(socket: &Path, port: u32) -> io::Result<UnixStream> {
     let mut stream = UnixStream::connect(socket).await?;
     stream.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
     let mut answer = Vec::with_capacity(ANSWER_MAX);

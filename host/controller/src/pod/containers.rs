@@ -61,7 +61,9 @@ impl Pod {
         let share = self.share.lock().await;
         let Phase::Running { pid } = self.phase() else { return Err(ContainerError::Ended) };
         let translated = spec::translate(&record.spec, id, pid)?;
-        self.state().known_containers.insert(id.to_owned());
+        if !self.knows_container(id) {
+            self.progress(|progress| progress.add(id));
+        }
         let (files, container) = (share.clone(), id.to_owned());
         // Mounting may wait for a disk: not on the runtime's own threads.
         tokio::task::spawn_blocking(move || {
@@ -79,7 +81,7 @@ impl Pod {
     }
 
     /// Unmounts what was prepared. A container that was not is no error.
-    pub(super) async fn release_container(&self, id: &str) -> Result<(), ContainerError> {
+    pub(crate) async fn release_container(&self, id: &str) -> Result<(), ContainerError> {
         if !is_id(id) {
             return Err(self.not_of_this_pod(id));
         }

@@ -7,11 +7,12 @@ mod boot;
 mod configuration;
 mod containers;
 mod network;
+mod progress;
 pub mod record;
 mod teardown;
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
@@ -23,6 +24,7 @@ use thiserror::Error;
 use tokio::sync::{Mutex as AsyncMutex, oneshot, watch};
 
 pub use self::boot::BootError;
+use self::progress::Progress;
 use crate::{
     config::Config,
     events::Forwarder,
@@ -137,10 +139,8 @@ struct State {
     marks: Marks,
     timeline: Option<PodTimeline>,
     containers: HashMap<String, ContainerTimeline>,
-    /// Every container that was ever prepared: the only ones of which the guest may tell events.
-    known_containers: HashSet<String>,
-    /// The last event that was taken from the agent.
-    last_event: u64,
+    /// What has been taken of the agent's events.
+    progress: Progress,
     guest_kernel: String,
     /// Why the machine ended, where it was not asked to.
     reason: Option<String>,
@@ -190,8 +190,7 @@ impl Pod {
                 marks: Marks::default(),
                 timeline: None,
                 containers: HashMap::new(),
-                known_containers: HashSet::new(),
-                last_event: 0,
+                progress: Progress::default(),
                 guest_kernel: String::new(),
                 reason: None,
             }),
@@ -251,17 +250,28 @@ impl Pod {
         &self.node
     }
 
-    pub(crate) fn last_event(&self) -> u64 {
-        self.state().last_event
+    /// The machine's vsock socket.
+    pub(crate) fn vsock(&self) -> PathBuf {
+        self.directory.join(file::VSOCK)
     }
 
-    pub(crate) fn set_last_event(&self, sequence: u64) {
-        self.state().last_event = sequence;
+    pub(crate) fn last_event(&self) -> u64 {
+        self.state().progress.last_event
     }
 
     /// Whether a container is, or was, this pod's.
     pub(crate) fn knows_container(&self, id: &str) -> bool {
-        self.state().known_containers.contains(id)
+        self.state().progress.knows(id)
+    }
+
+    /// Changes what is on record about the pod's events.
+    pub(crate) fn progress(&self, change: impl FnOnce(&mut Progress)) {
+        // Written under the lock, so that an older record never replaces a newer one.
+        let mut state = self.state();
+        change(&mut state.progress);
+        if let Err(error) = state.progress.write(&self.directory) {
+            tracing::warn!(pod = self.id, %error, "events may be told twice after a restart of the controller");
+        }
     }
 
     /// Changes a prepared container's timeline; `None` if the guest speaks of one that is not.
