@@ -68,7 +68,7 @@ mod tests {
 
     #[test]
     fn a_process_is_described_by_what_it_waits_for() {
-        let text = describe(Path::new("/proc/self"));
+        let text = describe(Path::new("/proc/thread-self"));
         assert!(text.contains(" is in state R (running)"), "{text}");
     }
 }
