@@ -1,5 +1,7 @@
 //! What containerd's clients are told of containers.
 
+use std::time::Duration;
+
 use anyhow::Result;
 use pericarp_tests::{
     controller::NodeController,
@@ -79,6 +81,10 @@ fn every_event_is_told_once_though_the_controller_is_killed_meanwhile() -> Resul
         // What the controller could not be told to release is released all the same.
         let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
         assert!(!mounts.contains(&ending[0].id), "{mounts}");
+        // containerd takes its time to dial the controller again.
+        while !matches!(pod.is_ready().await, Ok(true)) {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
         pod.container("new").command(["true"]).run().await?;
         Ok(())
     })
