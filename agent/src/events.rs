@@ -201,7 +201,9 @@ mod tests {
     fn a_flood_of_execs_does_not_push_out_the_end_of_a_container() {
         let events = Events::new();
         events.publish(About::Container, "/tasks/exit", &TaskExit::new());
-        (0..100_000).for_each(|_| events.publish(About::Exec, "/tasks/exit", &TaskExit::new()));
+        for _ in 0..100_000 {
+            events.publish(About::Exec, "/tasks/exit", &TaskExit::new());
+        }
         events.publish(About::Container, "/tasks/delete", &TaskExit::new());
         let told = told(&events, 0);
         assert_eq!((told[0], told.last()), (1, Some(&100_002)));

@@ -23,6 +23,10 @@ const FIXED_64: u64 = 1;
 const BYTES: u64 = 2;
 const FIXED_32: u64 = 5;
 
+/// The keys of the fields that are encoded here: a field's number and its wire type.
+const BYTES_IN_FIELD_1: u8 = 0x0a;
+const BYTES_IN_FIELD_2: u8 = 0x12;
+
 /// A message that a client sends.
 #[derive(Debug, PartialEq, Eq)]
 pub enum FromClient<'a> {
@@ -109,12 +113,13 @@ pub fn acknowledgement() -> Any {
 pub fn data(bytes: &[u8]) -> Frame {
     // Room for the keys, the lengths and the type's name, too.
     let mut frame = Frame::with_capacity(bytes.len() + DATA.len() + 16);
-    frame.extend(&[1 << 3 | BYTES as u8, DATA.len() as u8]);
+    frame.extend(&[BYTES_IN_FIELD_1]);
+    frame.extend(Varint::of(DATA.len()).bytes());
     frame.extend(DATA.as_bytes());
     let length = Varint::of(bytes.len());
-    frame.extend(&[2 << 3 | BYTES as u8]);
+    frame.extend(&[BYTES_IN_FIELD_2]);
     frame.extend(Varint::of(1 + length.bytes().len() + bytes.len()).bytes());
-    frame.extend(&[1 << 3 | BYTES as u8]);
+    frame.extend(&[BYTES_IN_FIELD_1]);
     frame.extend(length.bytes());
     frame.extend(bytes);
     frame
@@ -130,11 +135,11 @@ impl Varint {
     fn of(mut number: usize) -> Self {
         let mut varint = Self { bytes: [0; 10], length: 1 };
         while number > 0x7f {
-            varint.bytes[varint.length - 1] = (number & 0x7f) as u8 | 0x80;
+            varint.bytes[varint.length - 1] = number.to_le_bytes()[0] | 0x80;
             varint.length += 1;
             number >>= 7;
         }
-        varint.bytes[varint.length - 1] = number as u8;
+        varint.bytes[varint.length - 1] = number.to_le_bytes()[0];
         varint
     }
 

@@ -1,10 +1,5 @@
 //! Copies what a process writes to whoever reads its stream.
 
-use std::{
-    thread,
-    time::{Duration, Instant},
-};
-
 use tokio::{net::unix::pipe, sync::watch};
 
 use super::{
@@ -24,7 +19,7 @@ const CREDIT_LIMIT: usize = 1 << 30;
 /// After the end, `drained` becomes true when the reader has closed its side, which containerd's
 /// does once it has read everything. Runs until it is aborted.
 pub async fn copy(source: pipe::Receiver, mut claim: Claim, drained: watch::Sender<bool>) {
-    let mut output = Output { source, pending: Vec::new(), pace: Pace::default() };
+    let mut output = Output { source, pending: Vec::new() };
     let mut stream = claim.next().await;
     while let Ended::Disconnected = output.send(&mut claim, &mut stream).await {
         stream = claim.next().await;
@@ -54,7 +49,6 @@ struct Output {
     source: pipe::Receiver,
     /// Bytes that were read but not yet sent.
     pending: Vec<u8>,
-    pace: Pace,
 }
 
 impl Output {
@@ -95,17 +89,13 @@ impl Output {
 
     /// Reads what is there, if anything. An error is the source's end.
     fn read(&mut self, limit: usize) -> Result<(), SourceEnded> {
-        self.pace.before_reading();
         self.pending.resize(limit, 0);
         let read = self.source.try_read(&mut self.pending);
         self.pending.truncate(read.as_ref().copied().unwrap_or(0));
         match read {
             // A console without a process fails with EIO: its end.
             Ok(0) => Err(SourceEnded),
-            Ok(length) => {
-                self.pace.has_read(length);
-                Ok(())
-            }
+            Ok(_) => Ok(()),
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Ok(()),
             Err(_) => Err(SourceEnded),
         }
@@ -113,42 +103,6 @@ impl Output {
 }
 
 struct SourceEnded;
-
-/// Collects small writes into large messages. On a guest's only CPU, the first few bytes of a process that has much
-/// to write take the CPU from it; each message would carry no more than one of its writes. While output keeps coming, the
-/// process is given the CPU back before its output is taken.
-#[derive(Default)]
-struct Pace {
-    /// When something was last read, and whether that was little.
-    last: Option<(Instant, bool)>,
-    /// Not before this: the CPU has other work, and giving it away took long.
-    not_before: Option<Instant>,
-}
-
-impl Pace {
-    /// Output that comes after a longer silence is no flood.
-    const FLOOD: Duration = Duration::from_millis(2);
-    /// What is worth a message.
-    const ENOUGH: usize = CHUNK / 2;
-    /// How long giving way may take to be worth it, and how long it is left alone if it takes longer.
-    const PATIENCE: Duration = Duration::from_millis(5);
-    const REST: Duration = Duration::from_millis(500);
-
-    fn before_reading(&mut self) {
-        let Some((at, true)) = self.last else { return };
-        let now = Instant::now();
-        if now.duration_since(at) > Self::FLOOD || self.not_before.is_some_and(|until| now < until) {
-            return;
-        }
-        thread::yield_now();
-        let after = Instant::now();
-        self.not_before = (after - now > Self::PATIENCE).then(|| after + Self::REST);
-    }
-
-    fn has_read(&mut self, length: usize) {
-        self.last = Some((Instant::now(), length < Self::ENOUGH));
-    }
-}
 
 /// Waits until the reader has closed its side or its connection.
 async fn closed(stream: &mut ServerStream) {

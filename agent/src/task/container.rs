@@ -318,7 +318,10 @@ fn in_words(error: RuntimeError, directory: &Path) -> RuntimeError {
         Some(Some("EACCES")) => "permission denied",
         _ => return error,
     };
-    RuntimeError::Container(format!("chdir to cwd ({directory:?}) set in config.json failed: {problem}"))
+    RuntimeError::Container(format!(
+        "chdir to cwd (\"{}\") set in config.json failed: {problem}",
+        directory.display()
+    ))
 }
 
 fn prepare(streams: &Arc<Streams>, subject: &str, urls: &Urls) -> Result<Prepared, TaskError> {

@@ -130,18 +130,15 @@ impl Process {
 
     /// Sets the size of its terminal, if it has one; before it runs, the size is kept for when it does.
     pub fn resize(&self, width: u16, height: u16) -> Result<(), TaskError> {
-        match &*self.stdio() {
-            Some(stdio) => stdio.resize(width, height).map_err(|source| TaskError::System {
+        if let Some(stdio) = &*self.stdio() {
+            return stdio.resize(width, height).map_err(|source| TaskError::System {
                 subject: self.subject.clone(),
                 what: "resize its terminal",
                 source,
-            }),
-            None => {
-                let mut early = self.early_size.lock().unwrap_or_else(PoisonError::into_inner);
-                *early = Some((width, height));
-                Ok(())
-            }
+            });
         }
+        *self.early_size.lock().unwrap_or_else(PoisonError::into_inner) = Some((width, height));
+        Ok(())
     }
 
     /// Sends a signal.

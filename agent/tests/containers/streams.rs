@@ -192,7 +192,8 @@ async fn an_unprivileged_process_can_open_its_output_again() {
 
 /// What `seq LAST` prints.
 fn sequence(last: usize) -> String {
-    (1..=last).map(|n| format!("{n}\n")).collect()
+    let numbers: Vec<_> = (1..=last).map(|n| n.to_string()).collect();
+    numbers.join("\n") + "\n"
 }
 
 #[tokio::test]

@@ -114,7 +114,7 @@ mod tests {
 
     fn event(sequence: u64) -> Vec<u8> {
         let payload = Event { sequence, ..Event::default() }.write_to_bytes().unwrap();
-        frame(MessageHeader::new_data(STREAM, payload.len() as u32), &payload)
+        frame(MessageHeader::new_data(STREAM, payload.len().try_into().unwrap()), &payload)
     }
 
     #[tokio::test]

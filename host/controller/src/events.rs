@@ -145,8 +145,8 @@ impl Pod {
             return Handed::Over;
         }
         if event.sequence > last + 1 {
-            let lost = event.sequence - last - 1;
-            tracing::warn!(pod = self.id, lost, "the guest has had to drop events");
+            let missing = event.sequence - last - 1;
+            tracing::warn!(pod = self.id, missing, "the guest has had to drop events");
         }
         let mut ended = None;
         match &event.event {

@@ -70,7 +70,9 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         assert_eq!(Progress::read(directory.path()).unwrap(), Progress::default());
         let mut progress = Progress { last_event: 42, ..Progress::default() };
-        ["a", "b", "a"].iter().for_each(|container| progress.add(container));
+        for container in ["a", "b", "a"] {
+            progress.add(container);
+        }
         assert_eq!(progress.containers, ["a", "b"]);
         progress.write(directory.path()).unwrap();
         progress.forget("a");
@@ -84,7 +86,9 @@ mod tests {
     #[test]
     fn the_record_does_not_grow_for_ever() {
         let mut progress = Progress::default();
-        (0..2 * CONTAINERS_MAX).for_each(|n| progress.add(&n.to_string()));
+        for n in 0..2 * CONTAINERS_MAX {
+            progress.add(&n.to_string());
+        }
         assert_eq!(progress.containers.len(), CONTAINERS_MAX);
         assert!(progress.knows(&(2 * CONTAINERS_MAX - 1).to_string()) && !progress.knows("0"));
     }

@@ -162,7 +162,9 @@ async fn adopt(node: &Arc<Node>, record: Record, machine: Machine) -> io::Result
     let share = Share::at(pod.directory.join(file::SHARE));
     let mut progress = Progress::read(&pod.directory)?;
     // Those of a controller that did not keep such a record.
-    share.containers().iter().for_each(|container| progress.add(container));
+    for container in share.containers() {
+        progress.add(&container);
+    }
     running.push("remove the pod's share", move || {
         share.remove().map_err(|error| io::Error::other(chain(&error)))
     });
