@@ -75,16 +75,17 @@ pub struct Descriptors {
 /// The caller must hold what [`Exits::expect`] gives, so that no exit is missed.
 pub async fn launch(exits: &Exits, request: &Request, descriptors: Descriptors) -> Result<i32, RuntimeError> {
     static SERIAL: AtomicU64 = AtomicU64::new(0);
-    let name = format!("launch-{}", SERIAL.fetch_add(1, Ordering::Relaxed));
+    // Of this agent: tests run several on one machine.
+    let name = format!("launch-{}-{}", std::process::id(), SERIAL.fetch_add(1, Ordering::Relaxed));
     let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
     let pid = spawn(&name, &theirs.into(), descriptors)?;
-    let exit = exits.wait_for(pid);
+    let mut exit = exits.wait_for(pid);
     let request = serde_json::to_vec(request).map_err(io::Error::from)?;
     let mut answer = std::pin::pin!(tokio::time::timeout(LIMIT, converse(ours, &request)));
     let answer = tokio::select! {
         biased;
         answer = &mut answer => answer,
-        exit = exit => match exit.map_or(u32::MAX, |exit| exit.status) {
+        exit = &mut exit => match exit.map_or(u32::MAX, |exit| exit.status) {
             // It has answered, and its exit was only noticed first.
             0 => answer.await,
             status => {
@@ -97,6 +98,11 @@ pub async fn launch(exits: &Exits, request: &Request, descriptors: Descriptors) 
         Ok(Ok(answer)) => answer.map_err(RuntimeError::Container),
         Ok(Err(error)) => {
             leftover::end(&name);
+            // Its end is seen here before it is reaped; how it ended says more than that it did. If it has been
+            // awaited above, it ended well and said nothing.
+            if error.kind() == io::ErrorKind::UnexpectedEof && !exit.is_terminated() {
+                return Err(RuntimeError::Died(exit.await.map_or(u32::MAX, |exit| exit.status)));
+            }
             Err(error.into())
         }
         Err(_) => {
