@@ -18,8 +18,12 @@ use tokio::sync::watch;
 
 use crate::server::ServerStream;
 
-/// How many past events are kept for a controller that reconnects.
-const KEPT: usize = 1024;
+/// How many past events of containers are kept for a controller that reconnects: several hundred lives.
+const KEPT_OF_CONTAINERS: usize = 2048;
+
+/// How many past events of execs, and times, are kept. Apart from the others: a probe every second, or a client
+/// that executes without pause, must not push out the news that a container has ended.
+const KEPT_OTHERS: usize = 1024;
 
 /// The bounded, ordered log of events.
 pub struct Events {
@@ -33,7 +37,34 @@ pub struct Events {
 #[derive(Default)]
 struct Log {
     newest: u64,
-    events: VecDeque<Event>,
+    of_containers: Kept<KEPT_OF_CONTAINERS>,
+    others: Kept<KEPT_OTHERS>,
+}
+
+/// The last events of one kind, in order.
+#[derive(Default)]
+struct Kept<const LIMIT: usize>(VecDeque<Event>);
+
+impl<const LIMIT: usize> Kept<LIMIT> {
+    fn push(&mut self, event: Event) {
+        if self.0.len() == LIMIT {
+            self.0.pop_front();
+        }
+        self.0.push_back(event);
+    }
+
+    fn next_after(&self, after: u64) -> Option<&Event> {
+        self.0.get(self.0.partition_point(|event| event.sequence <= after))
+    }
+}
+
+/// What an event is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum About {
+    /// A container's own life.
+    Container,
+    /// An exec in it.
+    Exec,
 }
 
 impl Events {
@@ -45,7 +76,7 @@ impl Events {
     /// Records one of containerd's task events.
     ///
     /// `topic` and the type of `payload` are containerd's (`api/events/task.proto`).
-    pub fn publish<M: MessageFull>(&self, topic: &str, payload: &M) {
+    pub fn publish<M: MessageFull>(&self, about: About, topic: &str, payload: &M) {
         let mut any = Any::new();
         any.type_url = format!("containerd.events.{}", M::NAME);
         // Encoding into memory cannot fail for messages of this size.
@@ -53,7 +84,7 @@ impl Events {
         let mut task = TaskEvent::new();
         topic.clone_into(&mut task.topic);
         task.payload = MessageField::some(any);
-        self.record(event::Event::Task(task));
+        self.record(about == About::Container, event::Event::Task(task));
     }
 
     /// Records how long the agent took for one phase of a container's start.
@@ -62,20 +93,21 @@ impl Events {
         container_id.clone_into(&mut timing.container_id);
         timing.phase = phase.into();
         timing.duration_ns = u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX);
-        self.record(event::Event::Timing(timing));
+        self.record(false, event::Event::Timing(timing));
     }
 
-    fn record(&self, what: event::Event) {
+    fn record(&self, of_container: bool, what: event::Event) {
         let mut log = self.log();
         log.newest += 1;
         let mut event = Event::new();
         event.sequence = log.newest;
         event.timestamp = MessageField::some(timestamp(SystemTime::now()));
         event.event = Some(what);
-        if log.events.len() == KEPT {
-            log.events.pop_front();
+        if of_container {
+            log.of_containers.push(event);
+        } else {
+            log.others.push(event);
         }
-        log.events.push_back(event);
         let newest = log.newest;
         drop(log);
         self.newest.send_replace(newest);
@@ -119,9 +151,8 @@ impl Events {
 
     fn next_after(&self, after: u64) -> Option<Event> {
         let log = self.log();
-        let oldest = log.events.front()?.sequence;
-        let index = (after + 1).saturating_sub(oldest);
-        log.events.get(usize::try_from(index).ok()?).cloned()
+        let next = [log.of_containers.next_after(after), log.others.next_after(after)];
+        next.into_iter().flatten().min_by_key(|event| event.sequence).cloned()
     }
 
     fn log(&self) -> MutexGuard<'_, Log> {
@@ -137,4 +168,46 @@ pub fn timestamp(time: SystemTime) -> Timestamp {
     timestamp.seconds = i64::try_from(since.as_secs()).unwrap_or(i64::MAX);
     timestamp.nanos = since.subsec_nanos().cast_signed();
     timestamp
+}
+
+#[cfg(test)]
+mod tests {
+    use containerd_shim_protos::events::task::TaskExit;
+
+    use super::*;
+
+    fn told(events: &Events, mut after: u64) -> Vec<u64> {
+        let mut sequences = Vec::new();
+        while let Some(event) = events.next_after(after) {
+            after = event.sequence;
+            sequences.push(after);
+        }
+        sequences
+    }
+
+    #[test]
+    fn events_of_both_kinds_are_told_in_the_order_in_which_they_happened() {
+        let events = Events::new();
+        for n in 0..9 {
+            let about = if n % 3 == 0 { About::Container } else { About::Exec };
+            events.publish(about, "/tasks/exit", &TaskExit::new());
+        }
+        assert_eq!(told(&events, 0), (1..=9).collect::<Vec<_>>());
+        assert_eq!(told(&events, 4), (5..=9).collect::<Vec<_>>());
+        assert!(told(&events, 9).is_empty() && told(&events, u64::MAX).is_empty());
+    }
+
+    #[test]
+    fn a_flood_of_execs_does_not_push_out_the_end_of_a_container() {
+        let events = Events::new();
+        events.publish(About::Container, "/tasks/exit", &TaskExit::new());
+        for _ in 0..100_000 {
+            events.publish(About::Exec, "/tasks/exit", &TaskExit::new());
+        }
+        events.publish(About::Container, "/tasks/delete", &TaskExit::new());
+        let told = told(&events, 0);
+        assert_eq!((told[0], told.last()), (1, Some(&100_002)));
+        assert_eq!(told.len(), KEPT_OTHERS + 2, "the memory for the rest is bounded");
+        assert_eq!(told[1], 100_001 - KEPT_OTHERS as u64 + 1, "and the newest are kept");
+    }
 }

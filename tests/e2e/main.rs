@@ -7,6 +7,7 @@ mod controller;
 mod devices;
 mod disks;
 mod errors;
+mod events;
 mod exec;
 mod logs;
 mod machine;

@@ -23,7 +23,7 @@ use tonic::{
     transport::Channel,
 };
 
-use crate::{api, cri};
+use crate::{api, cri, machine};
 
 /// The socket of the node's own controller.
 pub const NODE_CONTROLLER: &str = "/run/pericarp/controller.sock";
@@ -183,6 +183,44 @@ impl Controller {
             bail!("pericarp serve ended with {status}: {}", fs::read_to_string(self.run_dir.join("log"))?);
         }
         fs::remove_dir_all(&self.run_dir).context("remove its directory")
+    }
+}
+
+/// The node's own controller while it is dead.
+pub struct NodeController(());
+
+impl NodeController {
+    /// Kills it. It is started again at the latest when the answer is dropped.
+    pub fn kill() -> Result<Self> {
+        let pid = Pid::from_raw(machine::controller_pid()?).context("the controller's pid")?;
+        kill_process(pid, Signal::KILL)?;
+        Ok(Self(()))
+    }
+
+    /// Starts it again and waits until it serves.
+    pub async fn restart(self) -> Result<()> {
+        let socket = Path::new(NODE_CONTROLLER);
+        std::mem::drop(self);
+        for _ in 0..600 {
+            if connect(socket).await.is_ok() {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+        bail!("the node's controller does not answer")
+    }
+}
+
+impl Drop for NodeController {
+    fn drop(&mut self) {
+        let log = fs::File::options().create(true).append(true).open("/results/pericarp.log");
+        let log = log.map_or_else(|_| Stdio::null(), Stdio::from);
+        // It outlives the tests, as the one before would have.
+        let started =
+            std::process::Command::new("pericarp").arg("serve").stdout(Stdio::null()).stderr(log).spawn();
+        if let Err(error) = started {
+            println!("the node's controller cannot be started again: {error}");
+        }
     }
 }
 

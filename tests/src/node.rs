@@ -6,7 +6,9 @@ use std::{
     io::Write,
     panic::{AssertUnwindSafe, resume_unwind},
     path::PathBuf,
-    process, thread,
+    process,
+    sync::{PoisonError, RwLock},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -27,6 +29,9 @@ const TEST_LABEL: &str = "pericarp.test";
 
 /// Parent of all pods' cgroups, as kubelet has one.
 const PODS_CGROUP: &str = "/sys/fs/cgroup/kubepods";
+
+/// Every test has it for reading, and one that wants the node for itself for writing.
+static NODE_IN_USE: RwLock<()> = RwLock::new(());
 
 /// The runtime handler that the tests use: `PERICARP_TEST_RUNTIME`, by default Pericarp.
 ///
@@ -119,7 +124,24 @@ pub fn on_pericarp(test: impl AsyncFnOnce(&Node) -> Result<()>) -> Result<()> {
     }
 }
 
+/// Like [`on_pericarp`], for a test that takes away what all others need: none runs at the same time.
+pub fn on_pericarp_alone(test: impl AsyncFnOnce(&Node) -> Result<()>) -> Result<()> {
+    let _alone = NODE_IN_USE.write().unwrap_or_else(PoisonError::into_inner);
+    match Runtime::under_test() {
+        Runtime::Pericarp => run_now(Runtime::Pericarp, test),
+        Runtime::Runc => {
+            println!("skipped: not for runc");
+            Ok(())
+        }
+    }
+}
+
 fn run(runtime: Runtime, test: impl AsyncFnOnce(&Node) -> Result<()>) -> Result<()> {
+    let _in_use = NODE_IN_USE.read().unwrap_or_else(PoisonError::into_inner);
+    run_now(runtime, test)
+}
+
+fn run_now(runtime: Runtime, test: impl AsyncFnOnce(&Node) -> Result<()>) -> Result<()> {
     let executor = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     executor.block_on(async {
         let start = Instant::now();

@@ -94,8 +94,8 @@ impl Session {
     }
 
     /// Writes to the command's standard input.
-    pub async fn write(&mut self, text: &str) -> Result<()> {
-        self.send(STDIN, text.as_bytes()).await
+    pub async fn write(&mut self, bytes: impl AsRef<[u8]>) -> Result<()> {
+        self.send(STDIN, bytes.as_ref()).await
     }
 
     /// Changes the size of the terminal.

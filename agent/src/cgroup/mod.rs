@@ -23,6 +23,11 @@ pub const ROOT: &str = "/sys/fs/cgroup";
 /// How long processes that were sent SIGKILL may take to be gone.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
 
+/// What the containers together leave to the agent and its helpers, so that a fork bomb, or one that takes all memory,
+/// does not keep it from ending them.
+const RESERVED_TASKS: u64 = 256;
+const RESERVED_MEMORY: u64 = 16 << 20;
+
 /// Something that cannot be done to a cgroup.
 #[derive(Debug, thiserror::Error)]
 pub enum CgroupError {
@@ -64,7 +69,32 @@ pub fn delegate(parent: &str) -> io::Result<()> {
     for cgroup in [root, &parent] {
         fs::write(cgroup.join("cgroup.subtree_control"), &enable)?;
     }
+    // A kernel without one of these controllers has no such file, and nothing can be done about that.
+    let limits = [("pids.max", tasks_for_containers()), ("memory.max", memory_for_containers())];
+    for (file, limit) in limits {
+        if let Some(limit) = limit.filter(|_| parent.join(file).exists()) {
+            fs::write(parent.join(file), limit.to_string())?;
+        }
+    }
     Ok(())
+}
+
+/// How many tasks all containers may have together.
+fn tasks_for_containers() -> Option<u64> {
+    let limit = |name: &str| fs::read_to_string(format!("/proc/sys/kernel/{name}")).ok()?.trim().parse().ok();
+    let all: u64 = limit("threads-max")?;
+    let pids: u64 = limit("pid_max")?;
+    Some(all.min(pids).saturating_sub(RESERVED_TASKS).max(RESERVED_TASKS))
+}
+
+/// How much memory all containers may have together, in bytes.
+fn memory_for_containers() -> Option<u64> {
+    let all = fs::read_to_string("/proc/meminfo").ok()?;
+    let kilobytes =
+        all.lines().find_map(|line| line.strip_prefix("MemTotal:"))?.trim().strip_suffix(" kB")?;
+    let all = kilobytes.parse::<u64>().ok()? << 10;
+    // Of a very small guest most is left to the containers all the same.
+    Some(all - RESERVED_MEMORY.min(all / 8))
 }
 
 /// One cgroup, made by [`Cgroup::create`] and removed by [`Cgroup::remove`].

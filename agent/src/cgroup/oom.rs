@@ -26,6 +26,13 @@ struct Watched {
     kills: u64,
 }
 
+impl Watched {
+    fn has_killed(&mut self) -> bool {
+        let now = kills(&self.file);
+        now > std::mem::replace(&mut self.kills, now)
+    }
+}
+
 impl OomWatcher {
     /// Watches nothing yet. Needs a tokio runtime.
     pub fn new() -> io::Result<Self> {
@@ -54,15 +61,20 @@ impl OomWatcher {
                 let mut all = self.watched();
                 if event.events().contains(inotify::ReadFlags::IGNORED) {
                     all.remove(&event.wd());
-                } else if let Some(watched) = all.get_mut(&event.wd()) {
-                    let now = kills(&watched.file);
-                    if now > std::mem::replace(&mut watched.kills, now) {
-                        report(&watched.container_id);
-                    }
+                } else if let Some(watched) = all.get_mut(&event.wd())
+                    && watched.has_killed()
+                {
+                    report(&watched.container_id);
                 }
             }
             ready.clear_ready();
         }
+    }
+
+    /// Whether processes of the container were killed that have not been reported; they are now.
+    pub fn has_killed(&self, container_id: &str) -> bool {
+        let mut all = self.watched();
+        all.values_mut().find(|watched| watched.container_id == container_id).is_some_and(Watched::has_killed)
     }
 
     fn watched(&self) -> MutexGuard<'_, HashMap<i32, Watched>> {

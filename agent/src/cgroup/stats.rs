@@ -4,7 +4,8 @@ use std::{collections::HashMap, fs, path::Path};
 
 use containerd_shim_protos::{
     cgroups_v2::metrics::{
-        CPUStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PSIData, PSIStats, PidsStat,
+        CPUStat, HugeTlbStat, IOEntry, IOStat, MemoryEvents, MemoryStat, Metrics, PSIData, PSIStats,
+        PidsStat, RdmaEntry, RdmaStat,
     },
     protobuf::MessageField,
 };
@@ -22,6 +23,8 @@ impl Cgroup {
         metrics.memory_events = memory_events(directory).into();
         metrics.pids = pids(directory).into();
         metrics.io = io(directory).into();
+        metrics.rdma = rdma(directory).into();
+        metrics.hugetlb = huge_pages(directory);
         metrics
     }
 }
@@ -130,6 +133,56 @@ fn io_entry(line: &str) -> Option<IOEntry> {
     Some(entry)
 }
 
+/// `rdma.current` and `rdma.max`: one `<device> hca_handle=<number> hca_object=<number>` per line.
+fn rdma(directory: &Path) -> Option<RdmaStat> {
+    let entries = |file: &str| -> Option<Vec<RdmaEntry>> {
+        let content = fs::read_to_string(directory.join(file)).ok()?;
+        Some(content.lines().filter_map(rdma_entry).collect())
+    };
+    let mut rdma = RdmaStat::new();
+    rdma.current = entries("rdma.current")?;
+    rdma.limit = entries("rdma.max").unwrap_or_default();
+    Some(rdma)
+}
+
+fn rdma_entry(line: &str) -> Option<RdmaEntry> {
+    let (device, values) = line.split_once(' ')?;
+    let value = |key: &str| {
+        let value = values.split_whitespace().find_map(|pair| pair.strip_prefix(key)?.strip_prefix('='));
+        // "max" stands for no limit.
+        value.map_or(0, |value| value.parse().unwrap_or(u32::MAX))
+    };
+    let mut entry = RdmaEntry::new();
+    device.clone_into(&mut entry.device);
+    entry.hca_handles = value("hca_handle");
+    entry.hca_objects = value("hca_object");
+    Some(entry)
+}
+
+/// One entry for each size of huge pages that the kernel has, in the order of their names.
+fn huge_pages(directory: &Path) -> Vec<HugeTlbStat> {
+    let files = fs::read_dir(directory).into_iter().flatten().flatten();
+    let names = files.filter_map(|file| file.file_name().into_string().ok());
+    let size = |name: String| {
+        let size = name.strip_prefix("hugetlb.")?.strip_suffix(".current")?;
+        // "2MB.rsvd" counts reservations.
+        (!size.contains('.')).then(|| size.to_owned())
+    };
+    let mut sizes: Vec<_> = names.filter_map(size).collect();
+    sizes.sort();
+    sizes.into_iter().map(|size| huge_pages_of(directory, size)).collect()
+}
+
+fn huge_pages_of(directory: &Path, size: String) -> HugeTlbStat {
+    let file = |name: &str| directory.join(format!("hugetlb.{size}.{name}"));
+    let mut pages = HugeTlbStat::new();
+    pages.current = single(&file("current")).unwrap_or_default();
+    pages.max = single(&file("max")).unwrap_or_default();
+    pages.failcnt = flat(&file("events")).value("max");
+    pages.pagesize = size;
+    pages
+}
+
 /// A pressure file: `some avg10=0.00 avg60=0.00 avg300=0.00 total=0`, and the same with `full`.
 fn pressure(file: &Path) -> Option<PSIStats> {
     let content = fs::read_to_string(file).ok()?;
@@ -205,6 +258,12 @@ mod tests {
             ("pids.current", "3\n"),
             ("pids.max", "max\n"),
             ("io.stat", "253:16 rbytes=1 wbytes=2 rios=3 wios=4 dbytes=0 dios=0\n7:0 \n"),
+            ("hugetlb.2MB.current", "4194304\n"),
+            ("hugetlb.2MB.max", "max\n"),
+            ("hugetlb.2MB.events", "max 5\n"),
+            ("hugetlb.2MB.rsvd.current", "1\n"),
+            ("rdma.current", "mlx4_0 hca_handle=2 hca_object=2000\n"),
+            ("rdma.max", "mlx4_0 hca_handle=max hca_object=3000\n"),
             ("cpu.pressure", "some avg10=1.50 avg60=0.00 avg300=0.00 total=42\n"),
         ] {
             fs::write(directory.path().join(name), content).unwrap();
@@ -221,6 +280,13 @@ mod tests {
         assert_eq!((pids.current, pids.limit), (3, 0));
         let io = io(path).unwrap();
         assert_eq!((io.usage[0].major, io.usage[0].minor, io.usage[0].wios), (253, 16, 4));
+        let pages = huge_pages(path);
+        assert_eq!(pages.len(), 1, "{pages:?}");
+        assert_eq!((pages[0].pagesize.as_str(), pages[0].current, pages[0].max), ("2MB", 4 << 20, u64::MAX));
+        assert_eq!(pages[0].failcnt, 5);
+        let rdma = rdma(path).unwrap();
+        assert_eq!((rdma.current[0].device.as_str(), rdma.current[0].hca_objects), ("mlx4_0", 2000));
+        assert_eq!((rdma.limit[0].hca_handles, rdma.limit[0].hca_objects), (u32::MAX, 3000));
     }
 
     #[test]
@@ -230,5 +296,7 @@ mod tests {
         assert!(pids(directory.path()).is_none());
         assert!(io(directory.path()).is_none());
         assert!(memory_events(directory.path()).is_none());
+        assert!(rdma(directory.path()).is_none());
+        assert!(huge_pages(directory.path()).is_empty());
     }
 }

@@ -46,9 +46,10 @@ const ERROR_LIMIT: u64 = 4096;
 
 type BoxError = Box<dyn Error>;
 
-/// `arguments`: the number of the socket to the agent, and of the console's socket or `-`.
+/// `arguments`: the number of the socket to the agent, and of the console's socket or `-`. One more is there to
+/// be seen from outside (see [`super::leftover`]).
 pub fn main(arguments: &[String]) -> ExitCode {
-    let [channel, console] = arguments else { return ExitCode::FAILURE };
+    let [channel, console, _] = arguments else { return ExitCode::FAILURE };
     let Some(channel) = descriptor(channel) else { return ExitCode::FAILURE };
     let console = if console == NO_CONSOLE { None } else { descriptor(console) };
     let mut channel = UnixStream::from(channel);

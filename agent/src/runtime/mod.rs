@@ -8,6 +8,7 @@
 mod directory;
 mod executor;
 pub mod helper;
+mod leftover;
 pub mod pause;
 mod protocol;
 
@@ -15,6 +16,7 @@ use std::{
     io,
     os::fd::{AsRawFd, OwnedFd},
     process::{Command, Stdio},
+    sync::atomic::{AtomicU64, Ordering},
     time::Duration,
 };
 
@@ -31,7 +33,7 @@ use crate::task::Exits;
 /// Where the guest's boot puts the agent's binary.
 pub const AGENT_PATH: &str = "/pericarp-agent";
 
-/// First argument of a helper; the numbers of its descriptors follow.
+/// First argument of a helper; the numbers of its descriptors and the name of its work follow.
 pub const HELPER_ARGUMENT: &str = "container";
 
 /// First argument of a PID namespace's first process.
@@ -53,9 +55,9 @@ pub enum RuntimeError {
     /// The helper died.
     #[error("the process that makes containers ended with status {0}")]
     Died(u32),
-    /// The helper hung.
-    #[error("no container process after {} s", LIMIT.as_secs())]
-    Timeout,
+    /// The helper hung; the text says where.
+    #[error("no container process after {limit} s; {0}", limit = LIMIT.as_secs())]
+    Timeout(String),
     /// libcontainer refused or failed; the text is its own.
     #[error("{0}")]
     Container(String),
@@ -73,32 +75,46 @@ pub struct Descriptors {
 ///
 /// The caller must hold what [`Exits::expect`] gives, so that no exit is missed.
 pub async fn launch(exits: &Exits, request: &Request, descriptors: Descriptors) -> Result<i32, RuntimeError> {
+    static SERIAL: AtomicU64 = AtomicU64::new(0);
+    // Of this agent: tests run several on one machine.
+    let name = format!("launch-{}-{}", std::process::id(), SERIAL.fetch_add(1, Ordering::Relaxed));
     let (ours, theirs) = std::os::unix::net::UnixStream::pair()?;
-    let pid = spawn(&theirs.into(), descriptors)?;
-    let exit = exits.wait_for(pid);
+    let pid = spawn(&name, &theirs.into(), descriptors)?;
+    let mut exit = exits.wait_for(pid);
     let request = serde_json::to_vec(request).map_err(io::Error::from)?;
     let mut answer = std::pin::pin!(tokio::time::timeout(LIMIT, converse(ours, &request)));
     let answer = tokio::select! {
         biased;
         answer = &mut answer => answer,
-        exit = exit => match exit.map_or(u32::MAX, |exit| exit.status) {
+        exit = &mut exit => match exit.map_or(u32::MAX, |exit| exit.status) {
             // It has answered, and its exit was only noticed first.
             0 => answer.await,
-            status => return Err(RuntimeError::Died(status)),
+            status => {
+                leftover::end(&name);
+                return Err(RuntimeError::Died(status));
+            }
         },
     };
     match answer {
         Ok(Ok(answer)) => answer.map_err(RuntimeError::Container),
-        Ok(Err(error)) => Err(error.into()),
+        Ok(Err(error)) => {
+            leftover::end(&name);
+            // Its end is seen here before it is reaped; how it ended says more than that it did. If it has been
+            // awaited above, it ended well and said nothing.
+            if error.kind() == io::ErrorKind::UnexpectedEof && !exit.is_terminated() {
+                return Err(RuntimeError::Died(exit.await.map_or(u32::MAX, |exit| exit.status)));
+            }
+            Err(error.into())
+        }
         Err(_) => {
-            // It has been reaped if this fails.
-            let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::SIGKILL);
-            Err(RuntimeError::Timeout)
+            let hanging = leftover::end(&name);
+            tracing::error!(name, hanging, "no container process in time");
+            Err(RuntimeError::Timeout(hanging))
         }
     }
 }
 
-fn spawn(channel: &OwnedFd, descriptors: Descriptors) -> io::Result<i32> {
+fn spawn(name: &str, channel: &OwnedFd, descriptors: Descriptors) -> io::Result<i32> {
     let Descriptors { stdio: [stdin, stdout, stderr], console } = descriptors;
     // The agent has one thread: nothing else can start a process, and so inherit these, before
     // they are closed at the end of this function.
@@ -115,6 +131,7 @@ fn spawn(channel: &OwnedFd, descriptors: Descriptors) -> io::Result<i32> {
         .arg(HELPER_ARGUMENT)
         .arg(channel.as_raw_fd().to_string())
         .arg(console_argument)
+        .arg(name)
         .env_clear()
         .stdin(Stdio::from(stdin))
         .stdout(Stdio::from(stdout))

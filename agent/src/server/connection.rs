@@ -6,8 +6,8 @@ use pericarp_protos::ttrpc::{
     self, Code, Response, Status,
     r#async::TtrpcContext,
     proto::{
-        Codec, FLAG_NO_DATA, FLAG_REMOTE_CLOSED, GenMessage, GenMessageError, MESSAGE_TYPE_DATA,
-        MESSAGE_TYPE_REQUEST, MessageHeader, Request,
+        Codec, FLAG_NO_DATA, FLAG_REMOTE_CLOSED, GenMessage, GenMessageError, MESSAGE_HEADER_LENGTH,
+        MESSAGE_TYPE_DATA, MESSAGE_TYPE_REQUEST, MESSAGE_TYPE_RESPONSE, MessageHeader, Request,
     },
 };
 use tokio::{
@@ -25,6 +25,37 @@ const QUEUE: usize = 16;
 #[error("the connection is closed")]
 pub struct Disconnected;
 
+/// One message on its way to the client, encoded: ttrpc's header and the payload in one piece.
+pub struct Frame(Vec<u8>);
+
+impl Frame {
+    /// A data message without payload, with room for so many bytes of it.
+    pub fn with_capacity(payload: usize) -> Self {
+        let mut bytes = Vec::with_capacity(MESSAGE_HEADER_LENGTH + payload);
+        bytes.resize(MESSAGE_HEADER_LENGTH, 0);
+        Self(bytes)
+    }
+
+    /// Adds to the payload.
+    pub fn extend(&mut self, bytes: &[u8]) {
+        self.0.extend_from_slice(bytes);
+    }
+
+    /// What has been added so far.
+    pub fn payload(&self) -> &[u8] {
+        &self.0[MESSAGE_HEADER_LENGTH..]
+    }
+
+    /// Writes the header, when the payload is complete.
+    fn finish(mut self, stream_id: u32, kind: u8, flags: u8) -> Vec<u8> {
+        let length = u32::try_from(self.payload().len()).unwrap_or(u32::MAX);
+        self.0[..4].copy_from_slice(&length.to_be_bytes());
+        self.0[4..8].copy_from_slice(&stream_id.to_be_bytes());
+        self.0[8..MESSAGE_HEADER_LENGTH].copy_from_slice(&[kind, flags]);
+        self.0
+    }
+}
+
 /// What comes in on a stream.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Incoming {
@@ -37,7 +68,7 @@ pub enum Incoming {
 /// The agent's side of one stream. Dropping it ends the stream for the client.
 pub struct ServerStream {
     incoming: mpsc::Receiver<Incoming>,
-    outgoing: mpsc::Sender<GenMessage>,
+    outgoing: mpsc::Sender<Vec<u8>>,
     disconnected: watch::Receiver<bool>,
     id: u32,
     open: bool,
@@ -51,9 +82,13 @@ impl ServerStream {
 
     /// Sends one message to the client; waits while the connection is congested.
     pub async fn send(&self, message: &impl protobuf::Message) -> Result<(), Disconnected> {
-        let payload = message.encode().map_err(|_| Disconnected)?;
-        let header = MessageHeader::new_data(self.id, length(&payload));
-        self.outgoing.send(GenMessage { header, payload }).await.map_err(|_| Disconnected)
+        self.send_frame(encoded(message)).await
+    }
+
+    /// The same for a message that is encoded already.
+    pub async fn send_frame(&self, frame: Frame) -> Result<(), Disconnected> {
+        let bytes = frame.finish(self.id, MESSAGE_TYPE_DATA, 0);
+        self.outgoing.send(bytes).await.map_err(|_| Disconnected)
     }
 
     /// Ends the stream: the client reads EOF after everything that was sent before.
@@ -111,7 +146,7 @@ pub async fn serve(socket: impl AsyncRead + AsyncWrite + Send + 'static, service
 
 struct Connection {
     services: Arc<Services>,
-    outgoing: mpsc::Sender<GenMessage>,
+    outgoing: mpsc::Sender<Vec<u8>>,
     disconnected: watch::Receiver<bool>,
     streams: HashMap<u32, mpsc::Sender<Incoming>>,
 }
@@ -194,7 +229,7 @@ async fn call(
     services: Arc<Services>,
     header: MessageHeader,
     request: Request,
-    outgoing: mpsc::Sender<GenMessage>,
+    outgoing: mpsc::Sender<Vec<u8>>,
     mut disconnected: watch::Receiver<bool>,
 ) {
     let Some(method) =
@@ -224,15 +259,9 @@ async fn call(
 }
 
 /// Writes what is queued, each message in one piece, until nobody can queue any more.
-async fn write<S: AsyncWrite>(mut socket: WriteHalf<S>, mut queue: mpsc::Receiver<GenMessage>) {
-    let mut buffer = Vec::new();
+async fn write<S: AsyncWrite>(mut socket: WriteHalf<S>, mut queue: mpsc::Receiver<Vec<u8>>) {
     while let Some(message) = queue.recv().await {
-        buffer.clear();
-        buffer.extend_from_slice(&message.header.length.to_be_bytes());
-        buffer.extend_from_slice(&message.header.stream_id.to_be_bytes());
-        buffer.extend_from_slice(&[message.header.type_, message.header.flags]);
-        buffer.extend_from_slice(&message.payload);
-        if socket.write_all(&buffer).await.is_err() {
+        if socket.write_all(&message).await.is_err() {
             return;
         }
     }
@@ -245,24 +274,24 @@ fn response(status: Status) -> Response {
     response
 }
 
-fn response_message(stream_id: u32, response: &Response) -> GenMessage {
-    // Encoding into memory fails only for messages beyond 2 GiB, which no answer comes near.
-    let payload = response.encode().unwrap_or_default();
-    GenMessage { header: MessageHeader::new_response(stream_id, length(&payload)), payload }
+fn encoded(message: &impl protobuf::Message) -> Frame {
+    let size = usize::try_from(message.compute_size()).unwrap_or_default();
+    let mut frame = Frame::with_capacity(size);
+    // Encoding into memory fails only for messages beyond 2 GiB, which none of ours comes near.
+    let _ = message.write_to_vec(&mut frame.0);
+    frame
 }
 
-fn failure(stream_id: u32, status: Status) -> GenMessage {
+fn response_message(stream_id: u32, response: &Response) -> Vec<u8> {
+    encoded(response).finish(stream_id, MESSAGE_TYPE_RESPONSE, 0)
+}
+
+fn failure(stream_id: u32, status: Status) -> Vec<u8> {
     response_message(stream_id, &response(status))
 }
 
-fn end_of_stream(stream_id: u32) -> GenMessage {
-    let mut header = MessageHeader::new_data(stream_id, 0);
-    header.set_flags(FLAG_REMOTE_CLOSED | FLAG_NO_DATA);
-    GenMessage { header, payload: Vec::new() }
-}
-
-fn length(payload: &[u8]) -> u32 {
-    u32::try_from(payload.len()).unwrap_or(u32::MAX)
+fn end_of_stream(stream_id: u32) -> Vec<u8> {
+    Frame::with_capacity(0).finish(stream_id, MESSAGE_TYPE_DATA, FLAG_REMOTE_CLOSED | FLAG_NO_DATA)
 }
 
 use pericarp_protos::protobuf;

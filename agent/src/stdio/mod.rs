@@ -54,6 +54,9 @@ pub enum StdioError {
     Io(#[from] io::Error),
 }
 
+/// Bytes that a process may write before any of it is read. Their memory is the container's, not the agent's.
+const OUTPUT_PIPE: usize = 256 << 10;
+
 /// How long [`Stdio::drained`] waits for a reader that does not read.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
 
@@ -112,6 +115,8 @@ impl Prepared {
             let mut ours = None;
             if !urls.terminal {
                 let (receiver, theirs) = pipe_with(PipeFlags::CLOEXEC).map_err(io::Error::from)?;
+                // A smaller pipe does as well, only slower.
+                let _ = rustix::pipe::fcntl_setpipe_size(&receiver, OUTPUT_PIPE);
                 ours = Some(nonblocking(receiver).and_then(pipe::Receiver::from_owned_fd)?);
                 prepared.descriptors[number] = theirs;
             }

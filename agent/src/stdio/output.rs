@@ -1,6 +1,6 @@
 //! Copies what a process writes to whoever reads its stream.
 
-use tokio::{io::AsyncRead, io::AsyncReadExt, sync::watch};
+use tokio::{net::unix::pipe, sync::watch};
 
 use super::{
     message::{self, CHUNK, FromClient},
@@ -18,12 +18,13 @@ const CREDIT_LIMIT: usize = 1 << 30;
 ///
 /// After the end, `drained` becomes true when the reader has closed its side, which containerd's
 /// does once it has read everything. Runs until it is aborted.
-pub async fn copy(mut source: impl AsyncRead + Unpin, mut claim: Claim, drained: watch::Sender<bool>) {
-    let mut pending = Pending::default();
+pub async fn copy(source: pipe::Receiver, mut claim: Claim, drained: watch::Sender<bool>) {
+    let mut output = Output { source, pending: Vec::new() };
     let mut stream = claim.next().await;
-    while let Ended::Disconnected = send(&mut source, &mut pending, &mut claim, &mut stream).await {
+    while let Ended::Disconnected = output.send(&mut claim, &mut stream).await {
         stream = claim.next().await;
     }
+    drop(output);
     loop {
         stream.close().await;
         tokio::select! {
@@ -37,12 +38,6 @@ pub async fn copy(mut source: impl AsyncRead + Unpin, mut claim: Claim, drained:
     }
 }
 
-/// Bytes that were read but not yet sent.
-#[derive(Default)]
-struct Pending {
-    buffer: Vec<u8>,
-}
-
 enum Ended {
     /// The source has ended.
     Source,
@@ -50,48 +45,64 @@ enum Ended {
     Disconnected,
 }
 
-async fn send(
-    source: &mut (impl AsyncRead + Unpin),
-    pending: &mut Pending,
-    claim: &mut Claim,
-    stream: &mut ServerStream,
-) -> Ended {
-    let mut credit = 0;
-    loop {
-        if !pending.buffer.is_empty() && credit > 0 {
-            let length = pending.buffer.len().min(credit);
-            if stream.send(&message::data(&pending.buffer[..length])).await.is_err() {
-                return Ended::Disconnected;
-            }
-            pending.buffer.drain(..length);
-            credit -= length;
-        }
-        pending.buffer.reserve(CHUNK);
-        let room = if pending.buffer.is_empty() { credit.min(CHUNK) } else { 0 };
-        let mut limited = (&mut *source).take(room as u64);
-        tokio::select! {
-            biased;
-            newer = claim.next() => {
-                *stream = newer;
-                credit = 0;
-            }
-            incoming = stream.receive() => match incoming {
-                Some(Incoming::Message(message)) => {
-                    if let FromClient::Credit(more) = FromClient::decode(&message) {
-                        credit = (credit + more).min(CREDIT_LIMIT);
-                    }
+struct Output {
+    source: pipe::Receiver,
+    /// Bytes that were read but not yet sent.
+    pending: Vec<u8>,
+}
+
+impl Output {
+    async fn send(&mut self, claim: &mut Claim, stream: &mut ServerStream) -> Ended {
+        let mut credit = 0;
+        loop {
+            if !self.pending.is_empty() && credit > 0 {
+                let length = self.pending.len().min(credit);
+                if stream.send_frame(message::data(&self.pending[..length])).await.is_err() {
+                    return Ended::Disconnected;
                 }
-                Some(Incoming::End) | None => return Ended::Disconnected,
-            },
-            // A console without a process fails with EIO: its end.
-            read = limited.read_buf(&mut pending.buffer), if room > 0 => {
-                if matches!(read, Ok(0) | Err(_)) {
-                    return Ended::Source;
+                self.pending.drain(..length);
+                credit -= length;
+            }
+            let may_read = self.pending.is_empty() && credit > 0;
+            tokio::select! {
+                biased;
+                newer = claim.next() => {
+                    *stream = newer;
+                    credit = 0;
+                }
+                incoming = stream.receive() => match incoming {
+                    Some(Incoming::Message(message)) => {
+                        if let FromClient::Credit(more) = FromClient::decode(&message) {
+                            credit = (credit + more).min(CREDIT_LIMIT);
+                        }
+                    }
+                    Some(Incoming::End) | None => return Ended::Disconnected,
+                },
+                ready = self.source.readable(), if may_read => {
+                    if ready.is_err() || self.read(credit.min(CHUNK)).is_err() {
+                        return Ended::Source;
+                    }
                 }
             }
         }
     }
+
+    /// Reads what is there, if anything. An error is the source's end.
+    fn read(&mut self, limit: usize) -> Result<(), SourceEnded> {
+        self.pending.resize(limit, 0);
+        let read = self.source.try_read(&mut self.pending);
+        self.pending.truncate(read.as_ref().copied().unwrap_or(0));
+        match read {
+            // A console without a process fails with EIO: its end.
+            Ok(0) => Err(SourceEnded),
+            Ok(_) => Ok(()),
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Ok(()),
+            Err(_) => Err(SourceEnded),
+        }
+    }
 }
+
+struct SourceEnded;
 
 /// Waits until the reader has closed its side or its connection.
 async fn closed(stream: &mut ServerStream) {

@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     fs, io,
     os::unix::net::UnixStream,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc, Mutex, MutexGuard, OnceLock, PoisonError,
         atomic::{AtomicBool, AtomicU64, Ordering},
@@ -27,6 +27,9 @@ use crate::{
 
 /// Where each container has a directory for its sockets, in the guest's memory.
 const DIRECTORIES: &str = "/run/pericarp/containers";
+
+/// How long the end of a container waits for the ends of its execs, all of which have been killed.
+const EXECS_LIMIT: std::time::Duration = std::time::Duration::from_secs(10);
 
 /// One container, from `Create` to `Delete`.
 pub struct Container {
@@ -107,7 +110,7 @@ impl Container {
             }
         };
         let init = Process::new(id, "", urls, State::Created { pid });
-        *init.stdio() = Some(stdio);
+        init.set_stdio(stdio);
         Ok(Self {
             id: id.to_owned(),
             bundle: bundle.to_owned(),
@@ -171,7 +174,7 @@ impl Container {
         spec.set_terminal(Some(process.urls.terminal));
         match self.run_exec(exits, streams, &process, spec).await {
             Ok((pid, stdio)) => {
-                *process.stdio() = Some(stdio);
+                process.set_stdio(stdio);
                 process.set_state(State::Running { pid });
                 Ok(process)
             }
@@ -192,6 +195,7 @@ impl Container {
         spec: ProcessSpec,
     ) -> Result<(i32, Stdio), TaskError> {
         let prepared = prepare(streams, &process.subject, &process.urls)?;
+        let directory = spec.cwd().clone();
         let request = Request {
             id: self.id.clone(),
             directory: self.directory.0.clone(),
@@ -202,7 +206,7 @@ impl Container {
         };
         launch(exits, &request, prepared, process.urls.terminal)
             .await
-            .map_err(|source| TaskError::Exec { id: self.id.clone(), source })
+            .map_err(|source| TaskError::Exec { id: self.id.clone(), source: in_words(source, &directory) })
     }
 
     /// The container's spec for one more process in it: the same seccomp filter and cgroup, and the
@@ -224,6 +228,18 @@ impl Container {
     /// Whether the end of the first process ends all others: it is the first of a PID namespace.
     pub fn has_private_pid_namespace(&self) -> bool {
         pid_namespace(&self.spec).is_some_and(|namespace| namespace.path().is_none())
+    }
+
+    /// Waits until every exec that runs has ended, and its end has been told; but not for one that SIGKILL does not end.
+    pub async fn execs_ended(&self) {
+        let running: Vec<_> = {
+            let execs = self.execs();
+            let runs =
+                |process: &&Arc<Process>| matches!(process.state(), State::Starting | State::Running { .. });
+            execs.values().map(|exec| &exec.process).filter(runs).map(Arc::clone).collect()
+        };
+        let all = futures::future::join_all(running.iter().map(|process| process.wait()));
+        let _ = tokio::time::timeout(EXECS_LIMIT, all).await;
     }
 
     /// The process with that exec id, or the first one for an empty id.
@@ -297,6 +313,22 @@ impl Container {
     fn execs(&self) -> MutexGuard<'_, HashMap<String, Exec>> {
         self.execs.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A process's directory that cannot be entered, with runc's text: libcontainer does not name it.
+fn in_words(error: RuntimeError, directory: &Path) -> RuntimeError {
+    let RuntimeError::Container(text) = &error else { return error };
+    let errno = text.split_once("failed to chdir e=").map(|(_, errno)| errno);
+    let problem = match errno.map(|errno| errno.split(|c: char| !c.is_ascii_alphanumeric()).next()) {
+        Some(Some("ENOENT")) => "no such file or directory",
+        Some(Some("ENOTDIR")) => "not a directory",
+        Some(Some("EACCES")) => "permission denied",
+        _ => return error,
+    };
+    RuntimeError::Container(format!(
+        "chdir to cwd (\"{}\") set in config.json failed: {problem}",
+        directory.display()
+    ))
 }
 
 fn prepare(streams: &Arc<Streams>, subject: &str, urls: &Urls) -> Result<Prepared, TaskError> {

@@ -38,12 +38,19 @@ pub struct Exits(Mutex<Book>);
 #[derive(Default)]
 struct Book {
     waiting: HashMap<i32, oneshot::Sender<Exit>>,
-    early: VecDeque<(i32, Exit)>,
+    /// Exits that nobody has asked for yet, numbered, the oldest first.
+    early: VecDeque<(u64, i32, Exit)>,
+    /// The number of the next one.
+    next: u64,
     expecting: usize,
 }
 
 /// While this is held, exits of processes that nobody waits for yet are kept.
-pub struct Expectation(Arc<Exits>);
+pub struct Expectation {
+    exits: Arc<Exits>,
+    /// Exits before this one are those of earlier processes, whose pids may have been given out again.
+    since: u64,
+}
 
 impl Exits {
     /// Nothing known yet.
@@ -53,24 +60,16 @@ impl Exits {
 
     /// To be held while a process is made whose pid is not yet known: it may exit before.
     pub fn expect(self: &Arc<Self>) -> Expectation {
-        self.book().expecting += 1;
-        Expectation(Arc::clone(self))
+        let mut book = self.book();
+        book.expecting += 1;
+        Expectation { exits: Arc::clone(self), since: book.next }
     }
 
-    /// Resolves when the process has exited. For a process that may be gone already, an
-    /// [`Expectation`] must have been held since before it was made.
+    /// Resolves when the process has exited. It has just been made by the caller, who has not let go of
+    /// the thread since: it cannot have been reaped.
     pub fn wait_for(&self, pid: i32) -> oneshot::Receiver<Exit> {
         let (sender, receiver) = oneshot::channel();
-        let mut book = self.book();
-        match book.early.iter().position(|(early, _)| *early == pid).and_then(|at| book.early.remove(at)) {
-            Some((_, exit)) => {
-                // The receiver is right here.
-                let _ = sender.send(exit);
-            }
-            None => {
-                book.waiting.insert(pid, sender);
-            }
-        }
+        self.book().waiting.insert(pid, sender);
         receiver
     }
 
@@ -99,7 +98,9 @@ impl Exits {
             if book.early.len() == EARLY_LIMIT {
                 book.early.pop_front();
             }
-            book.early.push_back((pid, exit));
+            let number = book.next;
+            book.next += 1;
+            book.early.push_back((number, pid, exit));
         }
     }
 
@@ -108,9 +109,26 @@ impl Exits {
     }
 }
 
+impl Expectation {
+    /// Resolves when a process has exited that was made while this was held; it may be gone already.
+    pub fn wait_for(&self, pid: i32) -> oneshot::Receiver<Exit> {
+        let mut book = self.exits.book();
+        let ended = |&(number, early, _): &(u64, i32, Exit)| early == pid && number >= self.since;
+        let Some((_, _, exit)) = book.early.iter().rposition(ended).and_then(|at| book.early.remove(at))
+        else {
+            drop(book);
+            return self.exits.wait_for(pid);
+        };
+        let (sender, receiver) = oneshot::channel();
+        // The receiver is right here.
+        let _ = sender.send(exit);
+        receiver
+    }
+}
+
 impl Drop for Expectation {
     fn drop(&mut self) {
-        let mut book = self.0.book();
+        let mut book = self.exits.book();
         book.expecting -= 1;
         if book.expecting == 0 {
             book.early.clear();
@@ -137,20 +155,33 @@ mod tests {
         let exits = Exits::new();
         let expectation = exits.expect();
         exits.exited(7, 3);
-        assert_eq!(exits.wait_for(7).try_recv().unwrap().status, 3);
+        assert_eq!(expectation.wait_for(7).try_recv().unwrap().status, 3);
         exits.exited(9, 1);
         drop(expectation);
-        assert!(exits.wait_for(9).try_recv().is_err(), "an orphan's exit is no later process's");
+        let later = exits.expect();
+        assert!(later.wait_for(9).try_recv().is_err(), "an orphan's exit is no later process's");
+    }
+
+    #[test]
+    fn an_exit_is_not_taken_for_that_of_a_later_process_with_the_same_pid() {
+        let exits = Exits::new();
+        // Calls overlap, so somebody expects something all the time.
+        let _always = exits.expect();
+        exits.exited(7, 1);
+        let mut later = exits.expect().wait_for(7);
+        assert!(later.try_recv().is_err(), "it has just been made");
+        exits.exited(7, 2);
+        assert_eq!(later.try_recv().unwrap().status, 2);
     }
 
     #[test]
     fn orphans_do_not_fill_the_memory() {
         let exits = Exits::new();
-        let _expectation = exits.expect();
+        let expectation = exits.expect();
         for pid in 0..10_000 {
             exits.exited(pid, 0);
         }
         assert_eq!(exits.book().early.len(), EARLY_LIMIT);
-        assert!(exits.wait_for(9_999).try_recv().is_ok(), "the newest are kept");
+        assert!(expectation.wait_for(9_999).try_recv().is_ok(), "the newest are kept");
     }
 }

@@ -54,6 +54,8 @@ pub struct Process {
     pub urls: Urls,
     state: Mutex<State>,
     stdio: Mutex<Option<Stdio>>,
+    /// Columns and rows that were asked for before there was a terminal.
+    early_size: Mutex<Option<(u16, u16)>>,
     /// Set when callers of `Wait` may be told.
     finished: watch::Sender<Option<Exit>>,
 }
@@ -71,6 +73,7 @@ impl Process {
             urls,
             state: Mutex::new(state),
             stdio: Mutex::new(None),
+            early_size: Mutex::new(None),
             finished: watch::channel(None).0,
         })
     }
@@ -112,6 +115,30 @@ impl Process {
     /// The agent's side of its streams.
     pub fn stdio(&self) -> MutexGuard<'_, Option<Stdio>> {
         self.stdio.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes its streams over, when it has been made.
+    pub fn set_stdio(&self, stdio: Stdio) {
+        let size = self.early_size.lock().unwrap_or_else(PoisonError::into_inner).take();
+        *self.stdio() = Some(stdio);
+        if let Some((width, height)) = size
+            && let Err(error) = self.resize(width, height)
+        {
+            tracing::warn!(process = self.subject, %error, "its terminal has the default size");
+        }
+    }
+
+    /// Sets the size of its terminal, if it has one; before it runs, the size is kept for when it does.
+    pub fn resize(&self, width: u16, height: u16) -> Result<(), TaskError> {
+        if let Some(stdio) = &*self.stdio() {
+            return stdio.resize(width, height).map_err(|source| TaskError::System {
+                subject: self.subject.clone(),
+                what: "resize its terminal",
+                source,
+            });
+        }
+        *self.early_size.lock().unwrap_or_else(PoisonError::into_inner) = Some((width, height));
+        Ok(())
     }
 
     /// Sends a signal.

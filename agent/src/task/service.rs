@@ -35,7 +35,7 @@ use super::{
 use crate::{
     cgroup::{CgroupError, OomWatcher},
     devices::Attached,
-    events::{Events, timestamp},
+    events::{About, Events, timestamp},
     host::Host,
     pod::Pod,
     stdio::{Streams, Urls},
@@ -76,14 +76,7 @@ impl Tasks {
         };
         if let Some(oom) = oom.clone() {
             let events = Arc::clone(&events);
-            tokio::spawn(async move {
-                oom.run(|container_id| {
-                    let mut event = TaskOOM::new();
-                    container_id.clone_into(&mut event.container_id);
-                    events.publish("/tasks/oom", &event);
-                })
-                .await;
-            });
+            tokio::spawn(async move { oom.run(|container_id| publish_oom(&events, container_id)).await });
         }
         Arc::new(Self { pod, host, exits, streams, events, oom, containers: Mutex::default() })
     }
@@ -157,7 +150,7 @@ impl Tasks {
         let expectation = self.exits.expect();
         let wanted = Wanted { id, bundle: &request.bundle, spec, urls };
         let container = Arc::new(Container::create(&self.exits, &self.streams, wanted).await?);
-        let exit = self.exits.wait_for(container.init.pid());
+        let exit = expectation.wait_for(container.init.pid());
         drop(expectation);
         self.publish_create(request, &container);
         self.watch_exit(&container, &container.init, exit);
@@ -175,7 +168,7 @@ impl Tasks {
         event.bundle.clone_from(&request.bundle);
         event.io = MessageField::some(io);
         event.pid = container.init.pid().cast_unsigned();
-        self.events.publish("/tasks/create", &event);
+        self.events.publish(About::Container, "/tasks/create", &event);
     }
 
     async fn release(&self, id: &str) {
@@ -187,32 +180,27 @@ impl Tasks {
     /// Waits for the end of a process, in a task of its own.
     fn watch_exit(&self, container: &Arc<Container>, process: &Arc<Process>, exit: oneshot::Receiver<Exit>) {
         let (container, process) = (Arc::clone(container), Arc::clone(process));
-        let events = Arc::clone(&self.events);
+        let (events, oom) = (Arc::clone(&self.events), self.oom.clone());
         tokio::spawn(async move {
             let Ok(exit) = exit.await else { return };
             let pid = process.pid();
             process.set_state(State::Stopped { pid, exit });
-            if process.exec_id.is_empty() {
-                // Without a PID namespace of its own, its other processes outlive the first.
-                if !container.has_private_pid_namespace()
-                    && let Err(error) = container.cgroup.kill()
-                {
-                    tracing::warn!(%error, "processes of an ended container may be left");
+            let is_init = process.exec_id.is_empty();
+            if is_init {
+                // Whoever hears of the end wants to know why.
+                if oom.is_some_and(|oom| oom.has_killed(&container.id)) {
+                    publish_oom(&events, &container.id);
                 }
-                // containerd stops reading the moment it learns of the end. For an exec it does not.
-                let drained = process.stdio().as_ref().map(crate::stdio::Stdio::drained);
-                if let Some(drained) = drained {
-                    drained.await;
-                }
+                end_of_init(&container).await;
             }
             let mut event = TaskExit::new();
             event.container_id.clone_from(&container.id);
-            event.id =
-                if process.exec_id.is_empty() { container.id.clone() } else { process.exec_id.clone() };
+            event.id = if is_init { container.id.clone() } else { process.exec_id.clone() };
             event.pid = pid.cast_unsigned();
             event.exit_status = exit.status;
             event.exited_at = MessageField::some(timestamp(exit.at));
-            events.publish("/tasks/exit", &event);
+            let about = if is_init { About::Container } else { About::Exec };
+            events.publish(about, "/tasks/exit", &event);
             process.finish(exit);
         });
     }
@@ -228,7 +216,7 @@ impl Tasks {
         let mut event = TaskStart::new();
         event.container_id.clone_from(&container.id);
         event.pid = pid.cast_unsigned();
-        self.events.publish("/tasks/start", &event);
+        self.events.publish(About::Container, "/tasks/start", &event);
         self.events.timing(&container.id, Phase::PHASE_START, began.elapsed());
         Ok(pid)
     }
@@ -237,13 +225,13 @@ impl Tasks {
         let expectation = self.exits.expect();
         let process = container.start_exec(&self.exits, &self.streams, exec_id).await?;
         let pid = process.pid();
-        let exit = self.exits.wait_for(pid);
+        let exit = expectation.wait_for(pid);
         drop(expectation);
         let mut event = TaskExecStarted::new();
         event.container_id.clone_from(&container.id);
         exec_id.clone_into(&mut event.exec_id);
         event.pid = pid.cast_unsigned();
-        self.events.publish("/tasks/exec-started", &event);
+        self.events.publish(About::Exec, "/tasks/exec-started", &event);
         self.watch_exit(container, &process, exit);
         Ok(pid)
     }
@@ -327,7 +315,7 @@ impl shim_async::Task for Tasks {
             event.pid = response.pid;
             event.exit_status = response.exit_status;
             event.exited_at = response.exited_at.clone();
-            self.events.publish("/tasks/delete", &event);
+            self.events.publish(About::Container, "/tasks/delete", &event);
         }
         Ok(response)
     }
@@ -345,7 +333,7 @@ impl shim_async::Task for Tasks {
         let mut event = TaskExecAdded::new();
         event.container_id = request.id;
         event.exec_id = request.exec_id;
-        self.events.publish("/tasks/exec-added", &event);
+        self.events.publish(About::Exec, "/tasks/exec-added", &event);
         Ok(Empty::new())
     }
 
@@ -421,11 +409,14 @@ impl shim_async::Task for Tasks {
         if !matches!(container.init.state(), State::Running { .. }) {
             return Err(container.wrong_state("only a running container can be paused").into());
         }
+        if container.paused.load(Ordering::Relaxed) {
+            return Err(container.wrong_state("cannot pause a paused container").into());
+        }
         container.cgroup.freeze(true).await.map_err(cgroup_error(&request.id))?;
         container.paused.store(true, Ordering::Relaxed);
         let mut event = TaskPaused::new();
         event.container_id = request.id;
-        self.events.publish("/tasks/paused", &event);
+        self.events.publish(About::Container, "/tasks/paused", &event);
         Ok(Empty::new())
     }
 
@@ -438,12 +429,15 @@ impl shim_async::Task for Tasks {
         container.paused.store(false, Ordering::Relaxed);
         let mut event = TaskResumed::new();
         event.container_id = request.id;
-        self.events.publish("/tasks/resumed", &event);
+        self.events.publish(About::Container, "/tasks/resumed", &event);
         Ok(Empty::new())
     }
 
     async fn update(&self, _: &TtrpcContext, request: api::UpdateTaskRequest) -> ttrpc::Result<Empty> {
         let container = self.container(&request.id)?;
+        if matches!(container.init.state(), State::Stopped { .. }) {
+            return Err(container.wrong_state("cannot update a stopped container").into());
+        }
         let resources = parse(&request.id, "resources", request.resources.as_ref(), spec::resources)?;
         // First, so that there is what the limits promise.
         self.host
@@ -455,7 +449,11 @@ impl shim_async::Task for Tasks {
     }
 
     async fn stats(&self, _: &TtrpcContext, request: api::StatsRequest) -> ttrpc::Result<api::StatsResponse> {
-        let metrics = self.container(&request.id)?.cgroup.metrics();
+        let container = self.container(&request.id)?;
+        if !container.cgroup.directory().exists() {
+            return Err(TaskError::NotFound(format!("container {}: cgroup", request.id)).into());
+        }
+        let metrics = container.cgroup.metrics();
         let mut response = api::StatsResponse::new();
         response.stats = MessageField::some(any("io.containerd.cgroups.v2.Metrics", &metrics));
         Ok(response)
@@ -463,12 +461,12 @@ impl shim_async::Task for Tasks {
 
     async fn resize_pty(&self, _: &TtrpcContext, request: api::ResizePtyRequest) -> ttrpc::Result<Empty> {
         let process = self.container(&request.id)?.process(&request.exec_id)?;
-        let cells = |number: u32| u16::try_from(number).unwrap_or(u16::MAX);
-        if let Some(stdio) = &*process.stdio() {
-            stdio.resize(cells(request.width), cells(request.height)).map_err(|source| {
-                TaskError::System { subject: process.subject.clone(), what: "resize its terminal", source }
-            })?;
+        if matches!(process.state(), State::Stopped { .. }) {
+            let problem = "cannot resize a stopped process";
+            return Err(TaskError::State { subject: process.subject.clone(), problem }.into());
         }
+        let cells = |number: u32| u16::try_from(number).unwrap_or(u16::MAX);
+        process.resize(cells(request.width), cells(request.height))?;
         Ok(Empty::new())
     }
 
@@ -508,6 +506,28 @@ impl shim_async::Task for Tasks {
     ) -> ttrpc::Result<Empty> {
         Err(TaskError::Checkpoint(request.id).into())
     }
+}
+
+/// What must have happened before anybody is told that a container's first process has ended.
+async fn end_of_init(container: &Container) {
+    // Without a PID namespace of its own, its other processes outlive the first.
+    if !container.has_private_pid_namespace()
+        && let Err(error) = container.cgroup.kill()
+    {
+        tracing::warn!(%error, "processes of an ended container may be left");
+    }
+    // containerd stops reading the moment it learns of the end. For an exec it does not.
+    let drained = container.init.stdio().as_ref().map(crate::stdio::Stdio::drained);
+    if let Some(drained) = drained {
+        drained.await;
+    }
+    container.execs_ended().await;
+}
+
+fn publish_oom(events: &Events, container_id: &str) {
+    let mut event = TaskOOM::new();
+    container_id.clone_into(&mut event.container_id);
+    events.publish(About::Container, "/tasks/oom", &event);
 }
 
 fn cgroup_error(id: &str) -> impl FnOnce(CgroupError) -> TaskError {

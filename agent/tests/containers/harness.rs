@@ -13,7 +13,7 @@ use std::{
 use async_trait::async_trait;
 use containerd_shim_protos::{api, shim_async::TaskClient};
 use pericarp_protos::{
-    agent::{AgentClient, ConfigureRequest, Event, EventsRequest, event},
+    agent::{AgentClient, ConfigureRequest, Event, EventsRequest, TaskEvent, event},
     host::{
         Host, PrepareContainerRequest, PrepareContainerResponse, ReadyRequest, ReadyResponse,
         ReleaseContainerRequest, ReleaseContainerResponse, create_host,
@@ -31,7 +31,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 /// No call of a test takes longer.
-pub const LIMIT: Duration = Duration::from_secs(20);
+pub const LIMIT: Duration = Duration::from_secs(60);
 
 /// The agent to be tested: the one of the guest's image, where the tests run on a node.
 fn agent() -> PathBuf {
@@ -151,6 +151,11 @@ impl Agent {
         }
     }
 
+    /// The agent's process.
+    pub fn pid(&self) -> u32 {
+        self.process.id()
+    }
+
     pub fn path(&self) -> &Path {
         self.directory.path()
     }
@@ -246,6 +251,18 @@ impl Agent {
 
     /// Announces and starts an exec.
     pub async fn exec(&self, id: &str, exec_id: &str, process: Value, streams: &[&str]) -> ttrpc::Result<()> {
+        self.add_exec(id, exec_id, process, streams).await?;
+        self.start_exec(id, exec_id).await
+    }
+
+    /// Announces an exec.
+    pub async fn add_exec(
+        &self,
+        id: &str,
+        exec_id: &str,
+        process: Value,
+        streams: &[&str],
+    ) -> ttrpc::Result<()> {
         let urls = Self::create_request(exec_id, streams);
         let mut spec = Any::new();
         spec.type_url = "types.containerd.io/opencontainers/runtime-spec/1/Process".into();
@@ -258,7 +275,11 @@ impl Agent {
         request.stdout = urls.stdout;
         request.stderr = urls.stderr;
         request.spec = MessageField::some(spec);
-        self.task.exec(context(), &request).await?;
+        self.task.exec(context(), &request).await.map(drop)
+    }
+
+    /// Starts an exec that was announced.
+    pub async fn start_exec(&self, id: &str, exec_id: &str) -> ttrpc::Result<()> {
         let mut request = api::StartRequest::new();
         request.id = id.to_owned();
         request.exec_id = exec_id.to_owned();
@@ -277,6 +298,21 @@ impl Agent {
         Stream { stream, _client: client }
     }
 
+    /// What has been told of containers, up to the first event with this topic.
+    pub async fn task_events(&self, last: &str) -> Vec<TaskEvent> {
+        let mut stream = self.own.events(context(), &EventsRequest::new()).await.unwrap();
+        let mut events = Vec::new();
+        loop {
+            let event = tokio::time::timeout(LIMIT, stream.recv()).await.expect("an event").unwrap();
+            let Some(event::Event::Task(task)) = event.expect("no end of events").event else { continue };
+            let is_last = task.topic == last;
+            events.push(task);
+            if is_last {
+                return events;
+            }
+        }
+    }
+
     /// The topics of the events so far, with the decoded container ids left out.
     pub async fn events(&self, count: usize) -> Vec<Event> {
         let mut stream = self.own.events(context(), &EventsRequest::new()).await.unwrap();
@@ -286,6 +322,14 @@ impl Agent {
             events.push(event.unwrap().expect("no end of events"));
         }
         events
+    }
+}
+
+/// An error's code and text.
+pub fn status(error: &ttrpc::Error) -> (Code, String) {
+    match error {
+        ttrpc::Error::RpcStatus(status) => (status.code(), status.message.clone()),
+        other => panic!("not a status: {other}"),
     }
 }
 
@@ -413,7 +457,7 @@ fn make_rootfs(root: &Path) {
     fs::copy(busybox().unwrap(), root.join("bin/busybox")).unwrap();
     for applet in [
         "sh", "cat", "echo", "sleep", "hostname", "id", "kill", "ls", "true", "false", "head", "yes",
-        "md5sum", "tr", "env", "stty", "readlink", "dd", "wc", "grep", "ps", "stat",
+        "md5sum", "seq", "tr", "env", "stty", "readlink", "dd", "wc", "grep", "ps", "stat",
     ] {
         symlink("busybox", root.join("bin").join(applet)).unwrap();
     }

@@ -1,16 +1,9 @@
 //! Containers and execs, from their making to their end.
 
 use containerd_shim_protos::{api, types::task::Status};
-use pericarp_protos::ttrpc::{self, Code};
+use pericarp_protos::ttrpc::Code;
 
-use crate::harness::{Agent, context, process, topic};
-
-fn status(error: &ttrpc::Error) -> (Code, String) {
-    match error {
-        ttrpc::Error::RpcStatus(status) => (status.code(), status.message.clone()),
-        other => panic!("not a status: {other}"),
-    }
-}
+use crate::harness::{Agent, context, process, status, topic};
 
 #[tokio::test]
 async fn a_container_lives_and_dies() {

@@ -5,6 +5,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 #![allow(clippy::assigning_clones, reason = "the fields of generated messages")]
 
+mod calls;
+mod execs;
 mod harness;
 mod lifecycle;
 mod streams;

@@ -189,3 +189,65 @@ async fn an_unprivileged_process_can_open_its_output_again() {
     agent.start_task("c1").await;
     assert_eq!(stdout.read_to_end().await, b"1000\n");
 }
+
+/// What `seq LAST` prints.
+fn sequence(last: usize) -> String {
+    let numbers: Vec<_> = (1..=last).map(|n| n.to_string()).collect();
+    numbers.join("\n") + "\n"
+}
+
+#[tokio::test]
+async fn fifty_containers_that_write_at_once_lose_nothing() {
+    const LAST: usize = 100_000;
+    let agent = Agent::start().await;
+    let mut outputs = Vec::new();
+    for n in 0..50 {
+        let id = format!("c{n}");
+        agent.add_container(&id, &["seq", &LAST.to_string()]);
+        outputs.push(agent.stream(&format!("{id}-stdout")).await);
+        agent.create(&id, &["stdout"]).await;
+        // Its pipe fills up, and it waits for the reader.
+        agent.start_task(&id).await;
+    }
+    let expected = sequence(LAST);
+    let read = outputs.into_iter().enumerate().map(|(n, output)| {
+        let (agent, expected) = (&agent, &expected);
+        async move {
+            let id = format!("c{n}");
+            let (output, exit) = tokio::join!(output.read_to_end(), agent.wait(&id, ""));
+            assert!(output == expected.as_bytes(), "container {n}: {} bytes or their order", output.len());
+            assert_eq!(exit, 0);
+        }
+    });
+    futures::future::join_all(read).await;
+}
+
+#[tokio::test]
+async fn a_reader_that_never_reads_holds_up_its_own_container_only() {
+    let agent = Agent::start().await;
+    agent.add_container("stuck", &["sh", "-c", "yes & yes >&2 & wait"]);
+    agent.add_container("absent", &["yes"]);
+    agent.add_container("other", &["seq", "50000"]);
+    // One grants nothing, one a little, and for one stream nobody comes at all.
+    let silent = agent.stream("stuck-stdout").await;
+    let mut stingy = agent.stream("stuck-stderr").await;
+    stingy.grant(100).await;
+    agent.create("stuck", &["stdout", "stderr"]).await;
+    agent.create("absent", &["stdout"]).await;
+    for id in ["stuck", "absent"] {
+        agent.start_task(id).await;
+    }
+    let output = agent.stream("other-stdout").await;
+    agent.create("other", &["stdout"]).await;
+    agent.start_task("other").await;
+    assert!(output.read_to_end().await == sequence(50_000).as_bytes());
+    assert_eq!(agent.wait("other", "").await, 0);
+    // Even in the same container.
+    let output = agent.stream("e1-stdout").await;
+    agent.exec("stuck", "e1", process(&["echo", "lively"]), &["stdout"]).await.unwrap();
+    assert_eq!(output.read_to_end().await, b"lively\n");
+    // It is stopped all the same, if after a while.
+    agent.kill("stuck", 9).await.unwrap();
+    assert_eq!(agent.wait("stuck", "").await, 137);
+    drop(silent);
+}

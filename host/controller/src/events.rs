@@ -1,6 +1,6 @@
 //! The agent's events: task events go on to containerd, timings are kept and logged.
 
-use std::sync::Arc;
+use std::{io, sync::Arc, time::Duration};
 
 use pericarp_protos::{
     agent::{ContainerTiming, Event, TaskEvent, container_timing::Phase, event},
@@ -10,12 +10,31 @@ use pericarp_protos::{
     },
 };
 use prost::Message as _;
-use tonic::transport::Channel;
+use tonic::{Code, transport::Channel};
 
-use crate::{guest::Agent, pod::Pod, source::in_namespace};
+use crate::{errors::chain, event_stream::EventStream, pod::Pod, source::in_namespace};
 
 /// Characters of a topic that are logged.
 const TOPIC_MAX: usize = 64;
+/// How long containerd may take for one event.
+const FORWARD_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long after a failure it is tried again. Neither containerd's socket nor the guest's tells when it is worth it.
+const PAUSE_MIN: Duration = Duration::from_millis(100);
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+
+/// Whether containerd would say the same the next time.
+fn is_refusal(code: Code) -> bool {
+    matches!(
+        code,
+        Code::InvalidArgument
+            | Code::NotFound
+            | Code::AlreadyExists
+            | Code::PermissionDenied
+            | Code::FailedPrecondition
+            | Code::OutOfRange
+            | Code::Unimplemented
+    )
+}
 
 /// Hands events on to containerd's event service.
 pub struct Forwarder {
@@ -76,40 +95,121 @@ fn container_of(task: &TaskEvent) -> Option<String> {
     (named == Some(expected)).then_some(decoded.container_id)
 }
 
+/// What became of an event that was to be handed on.
+enum Handed {
+    /// containerd has it, or will never take it.
+    Over,
+    /// containerd does not answer: to be tried again.
+    NotYet,
+}
+
 impl Pod {
-    /// Takes the agent's events for as long as the guest lives.
-    pub(crate) fn follow_events(self: &Arc<Self>, agent: Agent) {
+    /// Takes the agent's events for as long as the guest lives, from where the last controller stopped.
+    pub(crate) fn follow_events(self: &Arc<Self>) {
         let pod = self.clone();
         tokio::spawn(async move {
-            let mut events = match agent.events(pod.last_event()).await {
-                Ok(events) => events,
-                Err(error) => {
-                    tracing::warn!(pod = pod.id, %error, "the guest's agent gives no events");
-                    return;
+            let mut pause = PAUSE_MIN;
+            while pod.end().is_none() {
+                let before = pod.last_event();
+                if let Err(error) = pod.take_events().await
+                    && pod.end().is_none()
+                {
+                    tracing::warn!(pod = pod.id, %error, "the guest's events are interrupted");
                 }
-            };
-            // Ends with the connection, which ends with the machine.
-            while let Ok(Some(event)) = events.recv().await {
-                pod.take_event(&event).await;
+                // What has not been taken waits in the guest, not here.
+                pause = if pod.last_event() > before { PAUSE_MIN } else { PAUSE_MAX.min(2 * pause) };
+                tokio::select! {
+                    () = tokio::time::sleep(pause) => {}
+                    _ended = pod.wait() => {}
+                }
             }
         });
     }
 
-    async fn take_event(&self, event: &Event) {
-        self.set_last_event(event.sequence);
+    /// Takes events until there are no more on this connection, or containerd does not take one.
+    async fn take_events(&self) -> io::Result<()> {
+        let mut events = EventStream::open(&self.vsock(), self.last_event()).await?;
+        while let Some(event) = events.next().await? {
+            match self.take_event(&event).await {
+                Handed::Over => {}
+                Handed::NotYet => return Ok(()),
+            }
+        }
+        Ok(())
+    }
+
+    async fn take_event(&self, event: &Event) -> Handed {
+        let last = self.last_event();
+        if event.sequence <= last {
+            // Only an agent that is broken or hostile says something twice.
+            return Handed::Over;
+        }
+        if event.sequence > last + 1 {
+            let missing = event.sequence - last - 1;
+            tracing::warn!(pod = self.id, missing, "the guest has had to drop events");
+        }
+        let mut ended = None;
         match &event.event {
             Some(event::Event::Task(task)) => {
-                if !container_of(task).is_some_and(|container| self.knows_container(&container)) {
+                let container = container_of(task).filter(|container| self.knows_container(container));
+                let Some(container) = container else {
                     let topic: String = task.topic.chars().take(TOPIC_MAX).collect();
                     tracing::warn!(pod = self.id, topic, "guest tells of what is not its own; dropped");
-                    return;
+                    self.progress(|progress| progress.last_event = event.sequence);
+                    return Handed::Over;
+                };
+                if let Handed::NotYet = self.hand_on(event, task).await {
+                    return Handed::NotYet;
                 }
-                if let Err(status) = self.node().forwarder.forward(&self.namespace, event, task).await {
-                    tracing::warn!(pod = self.id, topic = task.topic, %status, "containerd does not take an event");
-                }
+                ended = (task.topic == "/tasks/delete").then_some(container);
             }
             Some(event::Event::Timing(timing)) => self.take_timing(timing),
             _ => {}
+        }
+        self.progress(|progress| {
+            progress.last_event = event.sequence;
+            if let Some(container) = &ended {
+                progress.forget(container);
+            }
+        });
+        if let Some(container) = ended {
+            self.release_deleted(&container).await;
+        }
+        Handed::Over
+    }
+
+    /// The agent has asked for this before, but maybe while there was no controller.
+    async fn release_deleted(&self, container: &str) {
+        if let Err(error) = self.release_container(container).await {
+            tracing::warn!(
+                pod = self.id,
+                container,
+                error = chain(&error),
+                "cannot release a deleted container"
+            );
+        }
+    }
+
+    async fn hand_on(&self, event: &Event, task: &TaskEvent) -> Handed {
+        let forwarding = self.node().forwarder.forward(&self.namespace, event, task);
+        match tokio::time::timeout(FORWARD_TIMEOUT, forwarding).await {
+            Ok(Ok(())) => Handed::Over,
+            Ok(Err(status)) if is_refusal(status.code()) => {
+                tracing::warn!(pod = self.id, topic = task.topic, %status, "containerd does not take an event");
+                Handed::Over
+            }
+            Ok(Err(status)) => {
+                tracing::warn!(pod = self.id, topic = task.topic, %status, "containerd takes no events now");
+                Handed::NotYet
+            }
+            Err(_) => {
+                tracing::warn!(
+                    pod = self.id,
+                    topic = task.topic,
+                    "containerd does not take an event in time"
+                );
+                Handed::NotYet
+            }
         }
     }
 

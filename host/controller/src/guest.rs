@@ -14,7 +14,7 @@ use std::{
 
 use async_trait::async_trait;
 use pericarp_protos::{
-    agent::{AgentClient, ConfigureRequest, Event, EventsRequest, ResizeRequest},
+    agent::{AgentClient, ConfigureRequest, ResizeRequest},
     guest,
     host::{
         Disk, FitResourcesRequest, FitResourcesResponse, Host, PrepareContainerRequest,
@@ -24,7 +24,7 @@ use pericarp_protos::{
     ttrpc::{
         self,
         asynchronous::{
-            Client, ClientStreamReceiver, Server, TtrpcContext,
+            Client, Server, TtrpcContext,
             transport::{Listener, Socket},
         },
         context,
@@ -193,16 +193,10 @@ impl Agent {
         let request = ResizeRequest { vcpus: u32::from(vcpus), memory_device, ..ResizeRequest::default() };
         Ok(self.client.resize(context::with_duration(CALL_TIMEOUT), &request).await?.vcpus)
     }
-
-    /// What happens in the guest, as long as it lives.
-    pub async fn events(&self, after_sequence: u64) -> ttrpc::Result<ClientStreamReceiver<Event>> {
-        let request = EventsRequest { after_sequence, ..EventsRequest::default() };
-        self.client.events(context::with_timeout(0), &request).await
-    }
 }
 
 /// Connects to a port of the guest: `CONNECT <port>\n`, then `OK …\n`, then the stream.
-async fn dial(socket: &Path, port: u32) -> io::Result<UnixStream> {
+pub async fn dial(socket: &Path, port: u32) -> io::Result<UnixStream> {
     let mut stream = UnixStream::connect(socket).await?;
     stream.write_all(format!("CONNECT {port}\n").as_bytes()).await?;
     let mut answer = Vec::with_capacity(ANSWER_MAX);

@@ -39,6 +39,7 @@ pub mod file {
     pub const LOG: &str = "vmm.log";
     pub const SHARE: &str = "share";
     pub const STATE: &str = "state.json";
+    pub const PROGRESS: &str = "progress.json";
 }
 
 /// Limit of every call to a machine's control socket.

@@ -118,7 +118,7 @@ impl Pod {
             state.marks.since_init = u64::try_from(ready.since_init.as_nanos()).unwrap_or(0);
             state.marks.configured = monotonic_ns();
         }
-        self.follow_events(agent);
+        self.follow_events();
         self.watch_network();
         record::write(self, pid, record::Stage::Running).map_err(make("state file"))?;
         Ok(pid)

@@ -76,7 +76,9 @@ impl Pod {
         let share = self.share.lock().await;
         let Phase::Running { pid } = self.phase() else { return Err(ContainerError::Ended) };
         let translated = spec::translate(&record.spec, id, pid)?;
-        self.state().known_containers.insert(id.to_owned());
+        if !self.knows_container(id) {
+            self.progress(|progress| progress.add(id));
+        }
         // An earlier attempt of the same container: containerd tries again only after it has given up.
         self.take_away(id, &share).await?;
         self.fit(id, Limits::of_spec(&record.spec), &share.containers()).await?;
@@ -103,7 +105,7 @@ impl Pod {
     }
 
     /// Undoes what was prepared. A container that was not is no error.
-    pub(super) async fn release_container(&self, id: &str) -> Result<(), ContainerError> {
+    pub(crate) async fn release_container(&self, id: &str) -> Result<(), ContainerError> {
         if !is_id(id) {
             return Err(self.not_of_this_pod(id));
         }

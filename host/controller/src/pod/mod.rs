@@ -8,13 +8,14 @@ mod configuration;
 mod containers;
 mod disks;
 mod network;
+mod progress;
 pub mod record;
 mod refusals;
 mod resize;
 mod teardown;
 
 use std::{
-    collections::{HashMap, HashSet},
+    collections::HashMap,
     path::PathBuf,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
@@ -26,7 +27,7 @@ use thiserror::Error;
 use tokio::sync::{Mutex as AsyncMutex, oneshot, watch};
 
 pub use self::boot::BootError;
-use self::refusals::Refusal;
+use self::{progress::Progress, refusals::Refusal};
 use crate::{
     config::Config,
     events::Forwarder,
@@ -139,10 +140,8 @@ struct State {
     limits: HashMap<String, Limits>,
     /// The machine's size now, as far as this controller has set it.
     size_now: Option<Size>,
-    /// Every container that was ever prepared: the only ones of which the guest may tell events.
-    known_containers: HashSet<String>,
-    /// The last event that was taken from the agent.
-    last_event: u64,
+    /// What has been taken of the agent's events.
+    progress: Progress,
     guest_kernel: String,
     /// Why the machine ended, where it was not asked to.
     reason: Option<String>,
@@ -196,8 +195,7 @@ impl Pod {
                 containers: HashMap::new(),
                 limits: HashMap::new(),
                 size_now: Some(size),
-                known_containers: HashSet::new(),
-                last_event: 0,
+                progress: Progress::default(),
                 guest_kernel: String::new(),
                 reason: None,
             }),
@@ -257,17 +255,28 @@ impl Pod {
         &self.node
     }
 
-    pub(crate) fn last_event(&self) -> u64 {
-        self.state().last_event
+    /// The machine's vsock socket.
+    pub(crate) fn vsock(&self) -> PathBuf {
+        self.directory.join(file::VSOCK)
     }
 
-    pub(crate) fn set_last_event(&self, sequence: u64) {
-        self.state().last_event = sequence;
+    pub(crate) fn last_event(&self) -> u64 {
+        self.state().progress.last_event
     }
 
     /// Whether a container is, or was, this pod's.
     pub(crate) fn knows_container(&self, id: &str) -> bool {
-        self.state().known_containers.contains(id)
+        self.state().progress.knows(id)
+    }
+
+    /// Changes what is on record about the pod's events.
+    pub(crate) fn progress(&self, change: impl FnOnce(&mut Progress)) {
+        // Written under the lock, so that an older record never replaces a newer one.
+        let mut state = self.state();
+        change(&mut state.progress);
+        if let Err(error) = state.progress.write(&self.directory) {
+            tracing::warn!(pod = self.id, %error, "events may be told twice after a restart of the controller");
+        }
     }
 
     /// Changes a prepared container's timeline; `None` if the guest speaks of one that is not.

@@ -14,11 +14,12 @@ use serde::{Deserialize, Serialize};
 use super::{
     Node, Phase, Pod,
     boot::{GuestRequests, host_service_path},
+    progress::Progress,
 };
 use crate::{
     cgroup,
     errors::chain,
-    guest::{self, Agent},
+    guest,
     machine::{self, Machine, file},
     mounts,
     network::{self, InterfaceStatus},
@@ -159,7 +160,11 @@ async fn adopt(node: &Arc<Node>, record: Record, machine: Machine) -> io::Result
     let mut running = Undo::default();
     network::push_removal(Path::new(&pod.netns), &mut running);
     let share = Share::at(pod.directory.join(file::SHARE));
-    let known_containers = share.containers().into_iter().collect();
+    let mut progress = Progress::read(&pod.directory)?;
+    // Those of a controller that did not keep such a record.
+    for container in share.containers() {
+        progress.add(&container);
+    }
     running.push("remove the pod's share", move || {
         share.remove().map_err(|error| io::Error::other(chain(&error)))
     });
@@ -181,9 +186,9 @@ async fn adopt(node: &Arc<Node>, record: Record, machine: Machine) -> io::Result
         let mut state = pod.state();
         state.phase = Phase::Running { pid: machine.pid() };
         state.running = running;
-        state.known_containers = known_containers;
         // It may have been resized.
         state.size_now = None;
+        state.progress = progress;
         state.cgroup = cgroup;
         state.interfaces = record.interfaces;
         state.port_forward = record.port_forward;
@@ -192,11 +197,7 @@ async fn adopt(node: &Arc<Node>, record: Record, machine: Machine) -> io::Result
     }
     pod.watch(machine);
     pod.watch_network();
-    // A guest that does not answer now is still a pod: it can be stopped.
-    match Agent::connect(&pod.directory.join(file::VSOCK)).await {
-        Ok(agent) => pod.follow_events(agent),
-        Err(error) => tracing::warn!(pod = pod.id, %error, "the guest's agent does not answer"),
-    }
+    pod.follow_events();
     Ok(pod)
 }
 

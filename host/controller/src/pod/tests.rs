@@ -28,7 +28,11 @@ impl ContainerSource for OneContainer {
 }
 
 fn node(run_dir: &std::path::Path) -> Arc<Node> {
-    let channel = Endpoint::from_static("unix:///no/such/socket").connect_lazy();
+    node_with_containerd(run_dir, "/no/such/socket")
+}
+
+fn node_with_containerd(run_dir: &std::path::Path, socket: &str) -> Arc<Node> {
+    let channel = Endpoint::from_shared(format!("unix://{socket}")).unwrap().connect_lazy();
     Arc::new(Node {
         config: Config { run_dir: run_dir.into(), ..Config::default() },
         source: Arc::new(OneContainer),
@@ -136,4 +140,116 @@ async fn a_pod_that_was_never_started_can_be_stopped_and_removed_twice() {
     }
     assert_eq!(pod.wait().await.exit, Exit::Code(0));
     assert!(matches!(pod.start().await, Err(PodError::Phase { .. })));
+}
+
+/// A guest with five events, of which it tells whoever asks those that are asked for. The answer counts the requests.
+fn guest_with_five_events(directory: &std::path::Path) -> tokio::sync::watch::Receiver<Vec<u64>> {
+    use pericarp_protos::{
+        agent::{Event, EventsRequest, TaskEvent, event},
+        protobuf::{Message as _, well_known_types::any::Any},
+        ttrpc::proto::{Codec as _, GenMessage, MessageHeader, Request},
+    };
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let listener = tokio::net::UnixListener::bind(directory.join(file::VSOCK)).unwrap();
+    let (sender, asked) = tokio::sync::watch::channel(Vec::new());
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut line = [0; 13];
+            stream.read_exact(&mut line).await.unwrap();
+            stream.write_all(b"OK 7\n").await.unwrap();
+            let message = GenMessage::read_from(&mut stream).await.unwrap();
+            let request = Request::decode(&message.payload).unwrap();
+            let after = EventsRequest::parse_from_bytes(&request.payload).unwrap().after_sequence;
+            sender.send_modify(|asked| asked.push(after));
+            for sequence in after + 1..=5 {
+                let topic = if sequence == 5 { "delete" } else { "paused" };
+                // Field 1 of every task event: the container, which is `c1`, but for one that tries its luck.
+                let container = if sequence == 2 { "c2" } else { "c1" };
+                let value = [&[0x0a, 2], container.as_bytes()].concat();
+                let name = if sequence == 5 { "TaskDelete" } else { "TaskPaused" };
+                let payload = Any { type_url: format!("containerd.events.{name}"), value, ..Any::default() };
+                let topic = format!("/tasks/{topic}");
+                let task = TaskEvent { topic, payload: Some(payload).into(), ..TaskEvent::default() };
+                let event = Event { sequence, event: Some(event::Event::Task(task)), ..Event::default() };
+                let payload = event.write_to_bytes().unwrap();
+                let header = MessageHeader::new_data(1, payload.len().try_into().unwrap());
+                GenMessage { header, payload }.write_to(&mut stream).await.unwrap();
+            }
+        }
+    });
+    asked
+}
+
+/// containerd's event service, as far as it takes events.
+struct FakeContainerd(tokio::sync::mpsc::UnboundedSender<String>);
+
+#[tonic::async_trait]
+impl pericarp_protos::containerd::events::events_server::Events for FakeContainerd {
+    type SubscribeStream =
+        tokio_stream::Empty<Result<pericarp_protos::containerd::types::Envelope, tonic::Status>>;
+
+    async fn publish(
+        &self,
+        _: tonic::Request<pericarp_protos::containerd::events::PublishRequest>,
+    ) -> Result<tonic::Response<()>, tonic::Status> {
+        Err(tonic::Status::unimplemented("not here"))
+    }
+
+    async fn forward(
+        &self,
+        request: tonic::Request<pericarp_protos::containerd::events::ForwardRequest>,
+    ) -> Result<tonic::Response<()>, tonic::Status> {
+        self.0.send(request.into_inner().envelope.unwrap().topic).unwrap();
+        Ok(tonic::Response::new(()))
+    }
+
+    async fn subscribe(
+        &self,
+        _: tonic::Request<pericarp_protos::containerd::events::SubscribeRequest>,
+    ) -> Result<tonic::Response<Self::SubscribeStream>, tonic::Status> {
+        Err(tonic::Status::unimplemented("not here"))
+    }
+}
+
+#[tokio::test]
+async fn events_wait_for_containerd_and_go_on_where_they_stopped() {
+    use pericarp_protos::containerd::events::events_server::EventsServer;
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("containerd.sock");
+    let of_pod = directory.path().join("abc");
+    std::fs::create_dir(&of_pod).unwrap();
+    let mut asked = guest_with_five_events(&of_pod);
+    let node = node_with_containerd(directory.path(), socket.to_str().unwrap());
+    let new = || {
+        let config = config(cri::NamespaceMode::Pod);
+        Arc::new(Pod::new("abc".into(), "k8s.io".into(), config, String::new(), node.clone()).unwrap())
+    };
+    let pod = new();
+    pod.progress(|progress| progress.add("c1"));
+    pod.follow_events();
+    // It asks again, and for the same, as long as containerd is not there.
+    asked.wait_for(|asked| asked.len() >= 2).await.unwrap();
+    assert!(asked.borrow().iter().all(|after| *after == 0), "{:?}", *asked.borrow());
+
+    let (sender, mut forwarded) = tokio::sync::mpsc::unbounded_channel();
+    let listener = tokio::net::UnixListener::bind(&socket).unwrap();
+    let server = tonic::transport::Server::builder()
+        .add_service(EventsServer::new(FakeContainerd(sender)))
+        .serve_with_incoming(tokio_stream::wrappers::UnixListenerStream::new(listener));
+    tokio::spawn(server);
+    for expected in ["/tasks/paused", "/tasks/paused", "/tasks/paused", "/tasks/delete"] {
+        assert_eq!(forwarded.recv().await.unwrap(), expected);
+    }
+
+    // The next controller has nothing left to forward: not even after it has asked again.
+    while Progress::read(&of_pod).unwrap().last_event < 5 {
+        tokio::task::yield_now().await;
+    }
+    let next = new();
+    next.state().progress = Progress::read(&of_pod).unwrap();
+    assert!(!next.knows_container("c1"), "its end has been told");
+    next.follow_events();
+    asked.wait_for(|asked| asked.last() == Some(&5)).await.unwrap();
+    assert!(forwarded.try_recv().is_err());
 }

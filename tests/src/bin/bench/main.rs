@@ -1,10 +1,12 @@
-//! Pericarp's pods beside runc's on the same node, run by `scripts/bench`: `bench PODS JSON_FILE`.
+//! Pericarp's pods beside runc's on the same node, run by `scripts/bench`: `bench PODS JSON_FILE`, or
+//! `bench streams JSON_FILE` for standard input and output alone.
 //!
 //! Prints tables; the file has every figure.
 
 mod calls;
 mod figures;
 mod network;
+mod streams;
 
 use std::{env, fs};
 
@@ -14,13 +16,18 @@ use serde_json::json;
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {
     let arguments: Vec<String> = env::args().skip(1).collect();
-    let [pods, file] = &arguments[..] else { bail!("usage: bench PODS JSON_FILE") };
+    let [pods, file] = &arguments[..] else { bail!("usage: bench PODS|streams JSON_FILE") };
+    if pods == "streams" {
+        return streams_only(file).await;
+    }
     let pods: usize = pods.parse().with_context(|| format!("number of pods {pods:?}"))?;
+    let streams = Box::pin(streams::measure()).await?;
     let network = Box::pin(network::measure(pods)).await?;
     let calls = Box::pin(calls::measure(pods)).await?;
     calls.times.print("call, ms");
     calls.timeline.print("timeline of a start, ms");
     calls.memory.print("memory per pod with one idle container, MiB");
+    streams.print("standard input and output");
     network.traffic.print("between node and pod");
     network.cpu.print("CPU of the machine's threads, ms per MiB");
     network.exits.print("exits of the guest per answer of a byte");
@@ -30,10 +37,17 @@ async fn main() -> Result<()> {
         "calls_ms": calls.times.json(),
         "timeline_ms": calls.timeline.json(),
         "memory_mib": calls.memory.json(),
+        "streams": streams.json(),
         "traffic": network.traffic.json(),
         "machine_cpu_ms_per_mib": network.cpu.json(),
         "exits_per_answer": network.exits.json(),
         "start_without_cni_ms": network.start.json(),
     });
     fs::write(file, serde_json::to_vec_pretty(&report)?).with_context(|| format!("write {file}"))
+}
+
+async fn streams_only(file: &str) -> Result<()> {
+    let streams = Box::pin(streams::measure()).await?;
+    streams.print("standard input and output");
+    fs::write(file, serde_json::to_vec_pretty(&streams.json())?).with_context(|| format!("write {file}"))
 }
