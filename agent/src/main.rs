@@ -17,6 +17,7 @@ mod server;
 mod service;
 mod stdio;
 mod task;
+mod volumes;
 
 use std::{env, process::ExitCode};
 

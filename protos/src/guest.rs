@@ -15,8 +15,11 @@ pub const FORWARD_PORT: u32 = 1026;
 pub const SHARE_TAG: &str = "share";
 
 /// Where the guest mounts the share. A container's root filesystem is
-/// `<SHARE_DIR>/<container id>/rootfs`, a volume `<SHARE_DIR>/.volumes/<name>`.
+/// `<SHARE_DIR>/<container id>/rootfs`, a volume `<SHARE_DIR>/<VOLUMES>/<name>`.
 pub const SHARE_DIR: &str = "/run/pericarp/share";
+
+/// The share's directory of the pod's volumes.
+pub const VOLUMES: &str = ".volumes";
 
 /// Where the agent writes the pod's `hosts`, `resolv.conf` and `hostname`.
 pub const ETC_DIR: &str = "/run/pericarp/etc";

@@ -81,14 +81,14 @@ fn with_device(path: &'static str) -> impl FnOnce(&mut Value) {
 
 /// The layers of a small image: the top one and the one below it.
 fn make_layers(bare: &Bare) -> Result<(PathBuf, PathBuf)> {
-    let (base, top) = (bare.file("base"), bare.file("top"));
-    make_rootfs(&base)?;
-    fs::write(base.join("name"), "base\n")?;
-    fs::write(base.join("base-only"), "from the base\n")?;
+    let (lower, top) = (bare.file("base"), bare.file("top"));
+    make_rootfs(&lower)?;
+    fs::write(lower.join("name"), "base\n")?;
+    fs::write(lower.join("base-only"), "from the base\n")?;
     fs::create_dir(&top)?;
     fs::write(top.join("name"), "top\n")?;
     let (base_image, top_image) = (bare.file("base.erofs"), bare.file("top.erofs"));
-    image(&base, &base_image, "-zlz4")?;
+    image(&lower, &base_image, "-zlz4")?;
     image(&top, &top_image, "-T0")?;
     Ok((top_image, base_image))
 }
@@ -97,10 +97,10 @@ fn make_layers(bare: &Bare) -> Result<(PathBuf, PathBuf)> {
 fn a_container_runs_from_layers_on_a_disk_and_its_slot_is_used_again() -> Result<()> {
     alone(async || {
         let bare = Bare::start(json!({})).await?;
-        let (top, base) = make_layers(&bare)?;
+        let (top, lower) = make_layers(&bare)?;
         let mut first = None;
         for round in 0..3 {
-            let inserted = insert(&bare, &[&top, &base], true, "image").await?;
+            let inserted = insert(&bare, &[&top, &lower], true, "image").await?;
             ensure!(first.is_none_or(|first| first == inserted.device), "another slot: {inserted:?}");
             first = Some(inserted.device);
             let id = format!("round{round}");
@@ -116,7 +116,7 @@ fn a_container_runs_from_layers_on_a_disk_and_its_slot_is_used_again() -> Result
             remove(&bare, inserted.device).await?;
         }
         // Without a place to write to.
-        let inserted = insert(&bare, &[&base], true, "image").await?;
+        let inserted = insert(&bare, &[&lower], true, "image").await?;
         let disk = layers(&inserted, String::new(), String::new());
         bare.run("read-only", "cat /name; ! echo x 2>/dev/null > /name", vec![disk], |_| {}).await?;
         assert_eq!(fs::read_to_string(bare.out("read-only"))?, "base\n");
@@ -185,11 +185,11 @@ fn a_disk_is_taken_from_a_guest_that_still_uses_it() -> Result<()> {
 fn a_container_whose_layers_are_no_image_fails_and_leaves_its_slots_usable() -> Result<()> {
     alone(async || {
         let bare = Bare::start(json!({})).await?;
-        let (top, base) = make_layers(&bare)?;
+        let (top, lower) = make_layers(&bare)?;
         let nonsense = bare.file("nonsense");
         fs::write(&nonsense, vec![b'x'; 1 << 20])?;
         // Everything before the last layer has been done when it fails.
-        let inserted = insert(&bare, &[&top, &base, &nonsense], true, "bad").await?;
+        let inserted = insert(&bare, &[&top, &lower, &nonsense], true, "bad").await?;
         let error = bare
             .begin("bad", "true", vec![layers(&inserted, String::new(), String::new())], |_| {})
             .await
@@ -197,14 +197,14 @@ fn a_container_whose_layers_are_no_image_fails_and_leaves_its_slots_usable() -> 
         ensure!(error.to_string().contains("image layer"), "{error:#}");
         // A disk is bound once.
         remove(&bare, inserted.device).await?;
-        let inserted = insert(&bare, &[&top, &base], true, "good").await?;
+        let inserted = insert(&bare, &[&top, &lower], true, "good").await?;
         let disk = layers(&inserted, String::new(), String::new());
         let error =
             bare.begin("missing", "true", vec![disk, node(9999, "/dev/x")], |_| {}).await.unwrap_err();
         ensure!(error.to_string().contains("9999"), "{error:#}");
         remove(&bare, inserted.device).await?;
 
-        let good = insert(&bare, &[&top, &base], true, "good").await?;
+        let good = insert(&bare, &[&top, &lower], true, "good").await?;
         assert_eq!(good.device, inserted.device);
         let disk = layers(&good, String::new(), String::new());
         bare.run("good", "cat /name", vec![disk], |_| {}).await.with_context(|| bare.console())?;

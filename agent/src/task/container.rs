@@ -23,6 +23,7 @@ use crate::{
     devices::Attached,
     runtime::{self, Action, Descriptors, Request, RuntimeError},
     stdio::{self, Prepared, Stdio, Streams, Urls},
+    volumes::Held,
 };
 
 /// Where each container has a directory for its sockets, in the guest's memory.
@@ -45,6 +46,7 @@ pub struct Container {
     pub paused: AtomicBool,
     /// Its disks.
     pub disks: OnceLock<Attached>,
+    volumes: Mutex<Option<Held>>,
     spec: Spec,
     directory: Directory,
     execs: Mutex<HashMap<String, Exec>>,
@@ -118,12 +120,18 @@ impl Container {
             init,
             paused: AtomicBool::new(false),
             disks: OnceLock::new(),
+            volumes: Mutex::default(),
             spec,
             directory,
             execs: Mutex::default(),
             serial: AtomicU64::new(0),
             deleting: AtomicBool::new(false),
         })
+    }
+
+    /// Keeps the volumes mounted until the container is deleted.
+    pub fn keep(&self, volumes: Held) {
+        *self.volumes.lock().unwrap_or_else(PoisonError::into_inner) = Some(volumes);
     }
 
     /// Lets the first process run its program.
@@ -292,6 +300,7 @@ impl Container {
         self.init.wait().await;
         self.init.stdio().take();
         self.execs().clear();
+        self.volumes.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(disks) = self.disks.get() {
             disks.detach().await;
         }

@@ -39,6 +39,7 @@ use crate::{
     host::Host,
     pod::Pod,
     stdio::{Streams, Urls},
+    volumes::Volumes,
 };
 
 /// Every container of the pod.
@@ -50,6 +51,7 @@ pub struct Tasks {
     events: Arc<Events>,
     oom: Option<Arc<OomWatcher>>,
     containers: Mutex<HashMap<String, Slot>>,
+    volumes: Arc<Volumes>,
 }
 
 enum Slot {
@@ -78,7 +80,16 @@ impl Tasks {
             let events = Arc::clone(&events);
             tokio::spawn(async move { oom.run(|container_id| publish_oom(&events, container_id)).await });
         }
-        Arc::new(Self { pod, host, exits, streams, events, oom, containers: Mutex::default() })
+        Arc::new(Self {
+            pod,
+            host,
+            exits,
+            streams,
+            events,
+            oom,
+            containers: Mutex::default(),
+            volumes: Arc::default(),
+        })
     }
 
     fn container(&self, id: &str) -> Result<Arc<Container>, TaskError> {
@@ -122,10 +133,12 @@ impl Tasks {
         let (disks, spec) = Attached::new(spec, prepared.disks)
             .await
             .map_err(|source| TaskError::Disks { id: id.clone(), source })?;
+        let volumes = self.volumes.hold(&spec).await;
         match self.make_container(request, spec).await {
             // A new container has none yet.
             Ok(container) => {
                 let _ = container.disks.set(disks);
+                container.keep(volumes);
                 Ok(container)
             }
             Err(error) => {

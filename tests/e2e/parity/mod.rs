@@ -29,6 +29,15 @@ struct Case {
     container: Change,
     /// Runs after the portrait.
     script: String,
+    /// Whether the container cannot be made or started.
+    refused: bool,
+}
+
+impl Case {
+    /// The same, of a container that is to be refused: that is not to go unnoticed.
+    fn refused(self) -> Self {
+        Self { refused: true, ..self }
+    }
 }
 
 type Change = Box<dyn Fn(ContainerBuilder, &Place) -> ContainerBuilder>;
@@ -38,7 +47,7 @@ fn case(
     script: impl Into<String>,
     container: impl Fn(ContainerBuilder, &Place) -> ContainerBuilder + 'static,
 ) -> Case {
-    Case { name, container: Box::new(container), script: script.into() }
+    Case { name, container: Box::new(container), script: script.into(), refused: false }
 }
 
 /// A directory on the node for the volumes of one case under one runtime. Nothing else writes there, so a failure of it
@@ -119,7 +128,10 @@ fn compare(pod: impl Fn(PodBuilder) -> PodBuilder, cases: &[Case]) -> Result<()>
         }
         let mut differences = String::new();
         for ((case, runc), pericarp) in cases.iter().zip(&outcomes[0]).zip(&outcomes[1]) {
-            let difference = difference(case.name, runc, pericarp);
+            let mut difference = difference(case.name, runc, pericarp);
+            if matches!(runc, Outcome::Refused(..)) != case.refused {
+                let _ = writeln!(difference, "--- {}: not what was expected of runc\n{runc}", case.name);
+            }
             print!("{difference}");
             differences += &difference;
         }

@@ -45,7 +45,8 @@ fn users_and_groups_are_those_of_runc() -> Result<()> {
                 security.supplemental_groups = vec![4242, 5, 100_000];
             }),
             secured("user-by-name", "", |security| security.run_as_username = "alice".to_owned()),
-            secured("missing-user", "", |security| security.run_as_username = "nobody-knows".to_owned()),
+            secured("missing-user", "", |security| security.run_as_username = "nobody-knows".to_owned())
+                .refused(),
             secured("strict-groups", "", |security| {
                 security.run_as_user = Some(id(1000));
                 security.run_as_group = Some(id(1000));
@@ -156,7 +157,8 @@ fn seccomp_profiles_stop_the_same_calls_as_under_runc() -> Result<()> {
             local("trapped", r#"{"names":["mkdir","mkdirat"],"action":"SCMP_ACT_TRAP"}"#)?,
             secured("missing-profile", "", |security| {
                 security.seccomp = Some(profile(ProfileType::Localhost, "/no/such/profile.json"));
-            }),
+            })
+            .refused(),
         ],
     )
 }
@@ -209,10 +211,10 @@ fn commands_and_environments_mean_the_same_as_under_runc() -> Result<()> {
                     .with(|config| config.working_dir = "/made/for/alice".into())
                     .with_security(|security| security.run_as_user = Some(id(1000)))
             }),
-            case("missing-command", "", |container, _| container.command(["no-such-command"])),
-            case("missing-path", "", |container, _| container.command(["/no/such/command"])),
-            case("not-executable", "", |container, _| container.command(["/etc/passwd"])),
-            case("a-directory", "", |container, _| container.command(["/etc"])),
+            case("missing-command", "", |container, _| container.command(["no-such-command"])).refused(),
+            case("missing-path", "", |container, _| container.command(["/no/such/command"])).refused(),
+            case("not-executable", "", |container, _| container.command(["/etc/passwd"])).refused(),
+            case("a-directory", "", |container, _| container.command(["/etc"])).refused(),
             case("no-interpreter", "", |container, _| {
                 container.command(["sh", "-c", "printf '#!/no/such\n' > /x; chmod +x /x; /x"])
             }),

@@ -53,13 +53,16 @@ fn limits_are_those_of_runc() -> Result<()> {
             ),
             limited("unknown-unified", "", |resources| {
                 resources.unified = [("no.such".to_owned(), "1".to_owned())].into();
-            }),
+            })
+            .refused(),
             limited("bad-unified", "", |resources| {
                 resources.unified = [("memory.high".to_owned(), "plenty".to_owned())].into();
-            }),
+            })
+            .refused(),
             limited("escaping-unified", "", |resources| {
                 resources.unified = [("../memory.high".to_owned(), "1".to_owned())].into();
-            }),
+            })
+            .refused(),
         ],
     )
 }

@@ -25,7 +25,7 @@ fn file(place: &Place, path: &str) -> api::Mount {
 #[test]
 fn volumes_look_as_under_runc() -> Result<()> {
     let script = "
-        for place in /writable /read-only /from-host /a/b/c /tmp /odd; do
+        for place in /writable /read-only /second /a/b/c /tmp /odd; do
           echo [$place]; ls -A $place; cat $place/key; echo more >> $place/key; rm $place/below/deep; touch $place/new; cat $place/key
         done
         for file in /etc/one /etc/two /etc/passwd /etc/hosts; do
@@ -38,11 +38,10 @@ fn volumes_look_as_under_runc() -> Result<()> {
         &[
             case("volumes", script, |container: ContainerBuilder, place| {
                 let mut mounts: Vec<_> =
-                    ["/writable", "/read-only", "/from-host", "/a/b/c", "/tmp", "/odd", "/dev/shm"]
+                    ["/writable", "/read-only", "/second", "/a/b/c", "/tmp", "/odd", "/dev/shm"]
                         .map(|path| volume(place, path))
                         .into();
                 mounts[1].readonly = true;
-                mounts[2].propagation = api::MountPropagation::PropagationHostToContainer.into();
                 mounts.extend(
                     ["/etc/one", "/etc/two", "/etc/passwd", "/etc/hosts"].map(|path| file(place, path)),
                 );

@@ -14,6 +14,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use pericarp_protos::guest::VOLUMES;
 use rustix::{
     fs::{FileType, Mode, OFlags, fstat, mkdirat, openat},
     io::Errno,
@@ -30,8 +31,6 @@ use crate::{
 };
 
 const ROOT: &str = "rootfs";
-/// In the share, where the pod's volumes are; no container's id begins with a dot.
-const VOLUMES: &str = ".volumes";
 /// Beside the share: who uses them.
 const USERS: &str = "volumes.json";
 /// Where a container writes whose layers are disks.

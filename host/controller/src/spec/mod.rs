@@ -172,7 +172,9 @@ fn linux(
     if linux.remove("intelRdt").is_some_and(|rdt| !rdt.is_null()) {
         return unsupported("an RDT class", "the guest has no resctrl; remove the RDT annotations");
     }
-    if linux.get("rootfsPropagation").and_then(Value::as_str).is_some_and(|kind| kind.ends_with("shared")) {
+    // For slaves, containerd sets the root's too. Mounts that the host makes later come through the share anyway.
+    let propagation = linux.remove("rootfsPropagation");
+    if propagation.as_ref().and_then(Value::as_str).is_some_and(|kind| kind.ends_with("shared")) {
         return mounts::refuse_shared("the root file system");
     }
     if let Some(resources) = object(linux, "resources", "linux.resources is not an object")?

@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use pericarp_protos::guest::{ETC_DIR, SHARE_DIR, SHM_DIR};
+use pericarp_protos::guest::{ETC_DIR, SHARE_DIR, SHM_DIR, VOLUMES};
 use serde_json::{Map, Value, json};
 
 use super::{Error, text, unsupported};
@@ -77,7 +77,7 @@ pub(super) fn translate(root: &mut Map<String, Value>, read_only_root: bool) -> 
             || options.iter().any(|option| option == "bind" || option == "rbind")
         {
             let volume = volume(mount, destination.clone(), &options)?;
-            let path = format!("{SHARE_DIR}/.volumes/{}", volume.name);
+            let path = format!("{SHARE_DIR}/{VOLUMES}/{}", volume.name);
             mount.insert("source".into(), path.into());
             volumes.push(volume);
         } else if !GUEST_TYPES.contains(&kind) {

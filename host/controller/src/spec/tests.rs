@@ -331,3 +331,9 @@ fn a_volume_that_shares_its_mounts_is_refused_by_its_place() {
         "/csi",
     );
 }
+
+#[test]
+fn the_roots_propagation_means_nothing_in_a_guest() {
+    let (spec, _) = changed(|spec| spec["linux"]["rootfsPropagation"] = json!("rslave")).unwrap();
+    assert!(spec["linux"].get("rootfsPropagation").is_none());
+}
