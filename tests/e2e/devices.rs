@@ -33,7 +33,7 @@ async fn insert(bare: &Bare, paths: &[&Path], read_only: bool, serial: &str) -> 
     let mut request = InsertDiskRequest::new();
     for path in paths {
         let mut segment = Segment::new();
-        segment.path = path.to_str().context("a path")?.to_owned();
+        path.to_str().context("a path")?.clone_into(&mut segment.path);
         request.segments.push(segment);
     }
     request.read_only = read_only;
@@ -237,7 +237,7 @@ fn processors_come_and_go() -> Result<()> {
     })
 }
 
-/// MemTotal in KiB.
+/// `MemTotal` in KiB.
 async fn total(bare: &Bare, id: &str) -> Result<u64> {
     let total = bare.shell(id, "awk '/MemTotal/ { print $2 }' /proc/meminfo").await?;
     total.parse().with_context(|| format!("MemTotal {total:?}"))

@@ -36,6 +36,16 @@ fn a_pod_on_the_hosts_network_is_refused_with_the_reason() -> Result<()> {
 }
 
 #[test]
+fn a_pod_for_windows_is_refused() -> Result<()> {
+    on_pericarp(async |node| {
+        let pod =
+            node.pod("windows").with(|config| config.windows = Some(api::WindowsPodSandboxConfig::default()));
+        says(&refused(node, pod, "windows").await?, &["Windows", "windows"]);
+        Ok(())
+    })
+}
+
+#[test]
 fn a_pod_on_the_hosts_processes_or_ipc_is_refused() -> Result<()> {
     on_pericarp(async |node| {
         let pod =

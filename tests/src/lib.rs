@@ -4,6 +4,8 @@
 //! containers with [`Pod::container`]; whatever it made is removed when it ends, however it ends.
 
 pub mod bare;
+#[cfg(test)]
+mod compatibility;
 mod container;
 pub mod controller;
 mod cri;

@@ -163,7 +163,7 @@ fn a_bind_mount_becomes_a_volume_in_the_share() {
 }
 
 #[test]
-fn volumes_are_numbered_in_the_order_of_their_mounts() {
+fn volumes_come_in_the_order_of_their_mounts() {
     let (spec, volumes) = changed(|spec| {
         add_mount(spec, json!({ "destination": "/b", "source": "/hb", "options": ["bind"] }));
     })

@@ -1,0 +1,131 @@
+//! `docs/compatibility.md` speaks of every field and call, and names tests that exist.
+
+use std::{collections::BTreeSet, fs, path::Path};
+
+use anyhow::{Context, Result, ensure};
+
+/// Messages of CRI's `runtime.proto` every field of which is in the page.
+const MESSAGES: [&str; 10] = [
+    "PodSandboxConfig",
+    "LinuxPodSandboxConfig",
+    "LinuxSandboxSecurityContext",
+    "NamespaceOption",
+    "ContainerConfig",
+    "LinuxContainerConfig",
+    "LinuxContainerSecurityContext",
+    "LinuxContainerResources",
+    "Capability",
+    "Mount",
+];
+
+/// containerd's `api/runtime/task/v3/shim.proto`.
+const CALLS: [&str; 17] = [
+    "State",
+    "Create",
+    "Start",
+    "Delete",
+    "Pids",
+    "Pause",
+    "Resume",
+    "Checkpoint",
+    "Kill",
+    "Exec",
+    "ResizePty",
+    "CloseIO",
+    "Update",
+    "Wait",
+    "Stats",
+    "Connect",
+    "Shutdown",
+];
+
+fn root() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+}
+
+/// Subject and test of each row.
+fn rows() -> Result<Vec<(String, String)>> {
+    let page = fs::read_to_string(root().join("docs/compatibility.md"))?;
+    let mut rows = Vec::new();
+    for line in page.lines().filter(|line| line.starts_with("| `")) {
+        let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
+        let [subject, answer, test] = cells[..] else { anyhow::bail!("not three cells: {line}") };
+        ensure!(!answer.is_empty(), "no answer: {line}");
+        rows.push((subject.trim_matches('`').to_owned(), test.trim_matches('`').to_owned()));
+    }
+    Ok(rows)
+}
+
+/// The fields of one message, as `Message.field`.
+fn fields(proto: &str, message: &str) -> Result<BTreeSet<String>> {
+    let start =
+        proto.find(&format!("\nmessage {message} {{")).with_context(|| format!("no message {message}"))?;
+    let body = proto[start..].split("\n}").next().unwrap_or_default();
+    let field = |line: &str| {
+        let line = line.trim();
+        let (declaration, number) = line.split_once('=')?;
+        number.trim().starts_with(|first: char| first.is_ascii_digit()).then_some(())?;
+        Some(format!("{message}.{}", declaration.split_whitespace().last()?))
+    };
+    Ok(body.lines().filter(|line| !line.trim().starts_with("//")).filter_map(field).collect())
+}
+
+fn functions(directory: &Path, found: &mut BTreeSet<String>) -> Result<()> {
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        if path.is_dir() {
+            functions(&path, found)?;
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            let text = fs::read_to_string(&path)?;
+            let mut is_test = false;
+            for line in text.lines().map(str::trim) {
+                let name = line
+                    .trim_start_matches("async ")
+                    .strip_prefix("fn ")
+                    .and_then(|rest| rest.split('(').next());
+                match name {
+                    Some(name) if is_test => {
+                        found.insert(name.to_owned());
+                        is_test = false;
+                    }
+                    _ => {
+                        is_test = line.contains("#[test]")
+                            || line.contains("#[tokio::test")
+                            || is_test && line.starts_with("#[")
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn every_field_and_call_has_its_row_and_no_row_is_about_anything_else() -> Result<()> {
+    let proto = fs::read_to_string(root().join("protos/proto/cri/runtime.proto"))?;
+    let mut expected: BTreeSet<String> = CALLS.iter().map(|call| format!("Task.{call}")).collect();
+    for message in MESSAGES {
+        let fields = fields(&proto, message)?;
+        ensure!(!fields.is_empty(), "no fields in {message}");
+        expected.extend(fields);
+    }
+    let rows: Vec<String> = rows()?.into_iter().map(|(subject, _)| subject).collect();
+    let listed: BTreeSet<String> = rows.iter().cloned().collect();
+    assert_eq!(rows.len(), listed.len(), "a row is there twice");
+    let missing: Vec<_> = expected.difference(&listed).collect();
+    let unknown: Vec<_> = listed.difference(&expected).collect();
+    assert!(missing.is_empty() && unknown.is_empty(), "missing: {missing:?}; unknown: {unknown:?}");
+    Ok(())
+}
+
+#[test]
+fn every_test_that_a_row_names_exists() -> Result<()> {
+    let mut found = BTreeSet::new();
+    for directory in ["tests/e2e", "tests/src", "agent", "host"] {
+        functions(&root().join(directory), &mut found)?;
+    }
+    let rows = rows()?;
+    let missing: Vec<_> = rows.iter().filter(|(_, test)| !found.contains(test)).collect();
+    assert!(missing.is_empty(), "{missing:?}");
+    Ok(())
+}
