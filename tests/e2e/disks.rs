@@ -97,14 +97,14 @@ fn image_layers_of_the_erofs_snapshotter_are_disks_of_the_machine() -> Result<()
         );
         let info = pod.info().await?;
         let devices = info["pericarp"]["devices"].as_object().context("no devices")?;
-        let disks = devices.keys().filter(|name| name.starts_with("blk")).count();
+        let disks = devices.keys().filter(|name| name.starts_with("disk")).count();
         assert_eq!(disks, 2, "{devices:?}");
 
         container.stop(0).await?;
         container.remove().await?;
         let info = pod.info().await?;
         let devices = info["pericarp"]["devices"].as_object().context("no devices")?;
-        assert_eq!(devices.keys().filter(|name| name.starts_with("blk")).count(), 1, "{devices:?}");
+        assert_eq!(devices.keys().filter(|name| name.starts_with("disk")).count(), 1, "{devices:?}");
         Ok(())
     })
 }
