@@ -70,34 +70,31 @@ fn fields(proto: &str, message: &str) -> Result<BTreeSet<String>> {
     Ok(body.lines().filter(|line| !line.trim().starts_with("//")).filter_map(field).collect())
 }
 
-fn functions(directory: &Path, found: &mut BTreeSet<String>) -> Result<()> {
+/// The tests in all files of a directory.
+fn tests_in(directory: &Path, found: &mut BTreeSet<String>) -> Result<()> {
     for entry in fs::read_dir(directory)? {
         let path = entry?.path();
         if path.is_dir() {
-            functions(&path, found)?;
+            tests_in(&path, found)?;
         } else if path.extension().is_some_and(|extension| extension == "rs") {
-            let text = fs::read_to_string(&path)?;
-            let mut is_test = false;
-            for line in text.lines().map(str::trim) {
-                let name = line
-                    .trim_start_matches("async ")
-                    .strip_prefix("fn ")
-                    .and_then(|rest| rest.split('(').next());
-                match name {
-                    Some(name) if is_test => {
-                        found.insert(name.to_owned());
-                        is_test = false;
-                    }
-                    _ => {
-                        is_test = line.contains("#[test]")
-                            || line.contains("#[tokio::test")
-                            || is_test && line.starts_with("#[")
-                    }
-                }
-            }
+            found.extend(tests_of(&fs::read_to_string(&path)?));
         }
     }
     Ok(())
+}
+
+/// The functions that follow a test's attribute.
+fn tests_of(source: &str) -> Vec<String> {
+    let lines: Vec<&str> = source.lines().map(str::trim).collect();
+    let attributes = lines
+        .iter()
+        .enumerate()
+        .filter(|(_, line)| line.starts_with("#[test]") || line.starts_with("#[tokio::test"));
+    let name = |line: &&str| {
+        let rest = line.strip_prefix("async ").unwrap_or(line).strip_prefix("fn ")?;
+        rest.split('(').next().map(str::to_owned)
+    };
+    attributes.filter_map(|(number, _)| lines[number..].iter().find_map(name)).collect()
 }
 
 #[test]
@@ -122,7 +119,7 @@ fn every_field_and_call_has_its_row_and_no_row_is_about_anything_else() -> Resul
 fn every_test_that_a_row_names_exists() -> Result<()> {
     let mut found = BTreeSet::new();
     for directory in ["tests/e2e", "tests/src", "agent", "host"] {
-        functions(&root().join(directory), &mut found)?;
+        tests_in(&root().join(directory), &mut found)?;
     }
     let rows = rows()?;
     let missing: Vec<_> = rows.iter().filter(|(_, test)| !found.contains(test)).collect();
