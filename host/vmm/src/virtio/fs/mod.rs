@@ -93,15 +93,23 @@ fn files_for_guest(limit: u64) -> u64 {
     limit - RESERVED_FILES.min(limit / 2)
 }
 
-/// Sets the soft limit of open files to the hard one; answers with the limit in force.
+/// Open files that the machine asks for. Each file that the guest knows of is an open one here, and a directory that is
+/// listed is one for each of its entries: beyond the limit, listings end early. The kernel's default of `fs.nr_open`.
+const FILES: u64 = 1 << 20;
+
+/// Raises the limit of open files as far as is allowed; answers with the limit in force.
 fn raise_file_limit() -> u64 {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
-    let raised = Rlimit { current: limit.maximum, maximum: limit.maximum };
-    match setrlimit(Resource::Nofile, raised) {
-        Ok(()) => limit.maximum.unwrap_or(u64::MAX),
-        Err(_) => limit.current.unwrap_or(u64::MAX),
+    let hard = limit.maximum.unwrap_or(u64::MAX);
+    // More than the hard limit is for the privileged, which a machine need not be.
+    for wanted in [hard.max(FILES), hard] {
+        let raised = Rlimit { current: Some(wanted), maximum: Some(wanted) };
+        if setrlimit(Resource::Nofile, raised).is_ok() {
+            return wanted;
+        }
     }
+    limit.current.unwrap_or(u64::MAX)
 }
 
 impl Device for Fs {
