@@ -146,7 +146,8 @@ impl From<TaskError> for ttrpc::Error {
     fn from(error: TaskError) -> Self {
         // The status's own text, without ttrpc's wrapping of it.
         let message = match &error {
-            TaskError::Prepare { id, source: ttrpc::Error::RpcStatus(status) } => {
+            TaskError::Prepare { id, source: ttrpc::Error::RpcStatus(status) }
+            | TaskError::Fit { id, source: ttrpc::Error::RpcStatus(status) } => {
                 format!("container {id}: {}", status.message)
             }
             other => other.to_string(),

@@ -15,8 +15,8 @@ use containerd_shim_protos::{api, shim_async::TaskClient};
 use pericarp_protos::{
     agent::{AgentClient, ConfigureRequest, Event, EventsRequest, TaskEvent, event},
     host::{
-        Host, PrepareContainerRequest, PrepareContainerResponse, ReadyRequest, ReadyResponse,
-        ReleaseContainerRequest, ReleaseContainerResponse, create_host,
+        FitResourcesRequest, FitResourcesResponse, Host, PrepareContainerRequest, PrepareContainerResponse,
+        ReadyRequest, ReadyResponse, ReleaseContainerRequest, ReleaseContainerResponse, create_host,
     },
     protobuf::{Message, MessageField, well_known_types::any::Any},
     streaming::{StreamInit, StreamingClient},
@@ -91,6 +91,14 @@ impl Host for FakeHost {
     ) -> ttrpc::Result<ReleaseContainerResponse> {
         self.released.lock().unwrap().push(request.container_id);
         Ok(ReleaseContainerResponse::new())
+    }
+
+    async fn fit_resources(
+        &self,
+        _: &TtrpcContext,
+        _: FitResourcesRequest,
+    ) -> ttrpc::Result<FitResourcesResponse> {
+        Ok(FitResourcesResponse::new())
     }
 }
 
