@@ -57,18 +57,24 @@ pub enum CgroupError {
     Busy(PathBuf),
 }
 
-/// Makes `parent` (a path below the root of the hierarchy) able to hold containers' cgroups with
+/// Makes the cgroup `name` (a path below the root of the hierarchy) able to hold containers' cgroups with
 /// every controller that the kernel has.
-pub fn delegate(parent: &str) -> io::Result<()> {
+pub fn delegate(name: &str) -> io::Result<()> {
     let root = Path::new(ROOT);
     let controllers = fs::read_to_string(root.join("cgroup.controllers"))?;
     let enable: Vec<_> = controllers.split_whitespace().map(|controller| format!("+{controller}")).collect();
     let enable = enable.join(" ");
-    let parent = root.join(parent.trim_start_matches('/'));
+    let parent = root.join(name.trim_start_matches('/'));
     fs::create_dir_all(&parent)?;
     for cgroup in [root, &parent] {
         fs::write(cgroup.join("cgroup.subtree_control"), &enable)?;
     }
+    leave_room_for_agent(name)
+}
+
+/// Limits what all containers may have together, by what the guest has now: its memory may have changed.
+pub fn leave_room_for_agent(parent: &str) -> io::Result<()> {
+    let parent = Path::new(ROOT).join(parent.trim_start_matches('/'));
     // A kernel without one of these controllers has no such file, and nothing can be done about that.
     let limits = [("pids.max", tasks_for_containers()), ("memory.max", memory_for_containers())];
     for (file, limit) in limits {

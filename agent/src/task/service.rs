@@ -23,7 +23,7 @@ use containerd_shim_protos::{
     types::task::{ProcessInfo, Status},
 };
 use oci_spec::runtime::Spec;
-use pericarp_protos::{agent::container_timing::Phase, host::PrepareContainerResponse};
+use pericarp_protos::{agent::container_timing::Phase, guest::CGROUP_PARENT, host::PrepareContainerResponse};
 use tokio::sync::oneshot;
 
 use super::{
@@ -33,7 +33,7 @@ use super::{
     spec::{self, SpecError},
 };
 use crate::{
-    cgroup::{CgroupError, OomWatcher},
+    cgroup::{self, CgroupError, OomWatcher},
     devices::Attached,
     events::{About, Events, timestamp},
     host::Host,
@@ -128,6 +128,7 @@ impl Tasks {
         let id = &request.id;
         let invalid = |problem| TaskError::Invalid { subject: format!("container {id}"), problem };
         self.pod.mount_share().map_err(invalid)?;
+        leave_room_for_agent();
         let spec = spec::container(&prepared.spec)
             .map_err(|error| invalid(format!("its OCI spec cannot be read: {error}")))?;
         let (disks, spec) = Attached::new(spec, prepared.disks)
@@ -457,6 +458,7 @@ impl shim_async::Task for Tasks {
             .fit_resources(&request.id)
             .await
             .map_err(|source| TaskError::Fit { id: request.id.clone(), source })?;
+        leave_room_for_agent();
         container.cgroup.update(&resources).map_err(cgroup_error(&request.id))?;
         Ok(Empty::new())
     }
@@ -541,6 +543,13 @@ fn publish_oom(events: &Events, container_id: &str) {
     let mut event = TaskOOM::new();
     container_id.clone_into(&mut event.container_id);
     events.publish(About::Container, "/tasks/oom", &event);
+}
+
+/// The guest's memory may have changed since the last time.
+fn leave_room_for_agent() {
+    if let Err(error) = cgroup::leave_room_for_agent(CGROUP_PARENT) {
+        tracing::warn!(%error, "the containers' common limits are not those of the guest's size");
+    }
 }
 
 fn cgroup_error(id: &str) -> impl FnOnce(CgroupError) -> TaskError {
