@@ -167,7 +167,7 @@ async fn run_case(pod: &Pod, case: &Case, place: &Place) -> Result<Outcome> {
     if let Err(status) = container.try_start().await {
         return Ok(Outcome::Refused("StartContainer", status.code(), status.message().into()));
     }
-    let status = tokio::time::timeout(Duration::from_secs(120), container.exited())
+    let status = tokio::time::timeout(Duration::from_secs(240), container.exited())
         .await
         .context("it does not end")??;
     let log = container.log()?;
