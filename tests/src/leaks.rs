@@ -59,6 +59,9 @@ pub fn new_since(before: &BTreeSet<String>, after: &BTreeSet<String>) -> Vec<Str
     after.difference(before).filter(|line| !is_shared(line)).cloned().collect()
 }
 
+/// Layers of the erofs snapshotter.
+const EROFS_LAYERS: &str = "mount erofs on /var/lib/containerd/io.containerd.snapshotter.v1.erofs/snapshots/";
+
 fn is_shared(line: &str) -> bool {
     // A network's bridge, and what IPAM remembers of a network; an address is a pod's.
     let of_ipam = |path: &str| match path.split('/').collect::<Vec<_>>()[..] {
@@ -68,6 +71,8 @@ fn is_shared(line: &str) -> bool {
     };
     SHARED.contains(&line)
         || line.starts_with("link cni-")
+        // containerd keeps an image's layers mounted for as long as it has the image.
+        || line.starts_with(EROFS_LAYERS)
         || line.strip_prefix("path /run/cni/ipam/").is_some_and(of_ipam)
 }
 
