@@ -242,8 +242,22 @@ pub fn read_config_bytes(config: &[u8], offset: u64, data: &mut [u8]) {
     }
 }
 
+/// A device's thread, and the event that tells it to stop.
+pub type RunningWorker = (std::thread::JoinHandle<()>, EventFd);
+
+/// Starts the thread that does what `prepare` answers, until the event that it is given tells it to stop.
+pub fn start_worker<Work: FnOnce() + Send + 'static>(
+    name: &str,
+    prepare: impl FnOnce(&EventFd) -> std::io::Result<Work>,
+) -> std::io::Result<RunningWorker> {
+    let stop = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+    let work = prepare(&stop)?;
+    let thread = std::thread::Builder::new().name(name.to_owned()).spawn(work)?;
+    Ok((thread, stop))
+}
+
 /// Tells a device's worker to stop and waits until it has: afterwards nothing touches the queues.
-pub fn stop_worker(worker: Option<(std::thread::JoinHandle<()>, EventFd)>) {
+pub fn stop_worker(worker: Option<RunningWorker>) {
     if let Some((thread, stop)) = worker {
         // An eventfd that has been written once cannot overflow.
         let _ = stop.write(1);

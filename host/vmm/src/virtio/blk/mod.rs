@@ -5,9 +5,7 @@ mod pieces;
 mod request;
 mod worker;
 
-use std::{path::PathBuf, sync::Arc, thread::JoinHandle};
-
-use vmm_sys_util::eventfd::EventFd;
+use std::{path::PathBuf, sync::Arc};
 
 pub use self::disk::{DiskError, Extent};
 use self::{
@@ -15,7 +13,8 @@ use self::{
     worker::Worker,
 };
 use super::{
-    ActivateError, Active, Counter, Device, F_EVENT_IDX, all_queues, device_type, read_config_bytes,
+    ActivateError, Active, Counter, Device, F_EVENT_IDX, RunningWorker, all_queues, device_type,
+    read_config_bytes,
 };
 
 const F_SIZE_MAX: u64 = 1 << 1;
@@ -52,7 +51,7 @@ pub struct Blk {
     name: String,
     disk: Arc<Disk>,
     serial: [u8; SERIAL_SIZE],
-    worker: Option<(JoinHandle<()>, EventFd)>,
+    worker: Option<RunningWorker>,
     counters: Counters,
 }
 
@@ -107,16 +106,14 @@ impl Device for Blk {
     }
 
     fn activate(&mut self, active: Active) -> Result<(), ActivateError> {
-        let stop = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(ActivateError::Worker)?;
         let [queue] = all_queues(active.queues)?;
         let (name, disk) = (self.name.clone(), self.disk.clone());
-        let worker = Worker::new(name, active.memory, queue, disk, self.serial, self.counters.clone(), &stop)
-            .map_err(ActivateError::Worker)?;
-        let thread = std::thread::Builder::new()
-            .name(self.name.clone())
-            .spawn(move || worker.run())
-            .map_err(ActivateError::Worker)?;
-        self.worker = Some((thread, stop));
+        let (serial, counters) = (self.serial, self.counters.clone());
+        let worker = super::start_worker(&self.name, |stop| {
+            let worker = Worker::new(name, active.memory, queue, disk, serial, counters, stop)?;
+            Ok(move || worker.run())
+        });
+        self.worker = Some(worker.map_err(ActivateError::Worker)?);
         Ok(())
     }
 

@@ -3,17 +3,17 @@
 
 mod worker;
 
-use std::{io, path::PathBuf, sync::Arc, thread::JoinHandle, time::Duration};
+use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
 use thiserror::Error;
 use virtiofsd::{
     passthrough::{CachePolicy, Config, NegotiationMode, PassthroughFs},
     server::Server,
 };
-use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    ActivateError, Active, Counter, Device, F_EVENT_IDX, all_queues, device_type, read_config_bytes,
+    ActivateError, Active, Counter, Device, F_EVENT_IDX, RunningWorker, all_queues, device_type,
+    read_config_bytes,
 };
 use crate::config::ShareConfig;
 
@@ -46,7 +46,7 @@ pub enum FsError {
 pub struct Fs {
     config: [u8; TAG_SIZE + 4],
     server: Arc<Server<PassthroughFs>>,
-    worker: Option<(JoinHandle<()>, EventFd)>,
+    worker: Option<RunningWorker>,
     requests: Counter,
 }
 
@@ -134,16 +134,13 @@ impl Device for Fs {
     }
 
     fn activate(&mut self, active: Active) -> Result<(), ActivateError> {
-        let stop = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(ActivateError::Worker)?;
         let queues = all_queues(active.queues)?;
         let (server, requests) = (self.server.clone(), self.requests.clone());
-        let worker = worker::Worker::new(active.memory, queues, server, requests, &stop)
-            .map_err(ActivateError::Worker)?;
-        let thread = std::thread::Builder::new()
-            .name("fs".into())
-            .spawn(move || worker.run())
-            .map_err(ActivateError::Worker)?;
-        self.worker = Some((thread, stop));
+        let worker = super::start_worker("fs", |stop| {
+            let worker = worker::Worker::new(active.memory, queues, server, requests, stop)?;
+            Ok(move || worker.run())
+        });
+        self.worker = Some(worker.map_err(ActivateError::Worker)?);
         Ok(())
     }
 

@@ -30,10 +30,9 @@ mod multi_queue_tests;
 #[cfg(test)]
 mod testing;
 
-use std::{io, sync::Arc, thread::JoinHandle};
+use std::{io, sync::Arc};
 
 use thiserror::Error;
-use vmm_sys_util::eventfd::EventFd;
 
 pub use self::tap::TapError;
 use self::{
@@ -45,7 +44,9 @@ use self::{
     transmit::Transmitter,
     worker::Worker,
 };
-use super::{ActivateError, Active, Counter, Device, F_EVENT_IDX, device_type, read_config_bytes};
+use super::{
+    ActivateError, Active, Counter, Device, F_EVENT_IDX, RunningWorker, device_type, read_config_bytes,
+};
 use crate::{config::NetConfig, memory::GuestMemory};
 
 /// Feature bits (virtio 1.2, section 5.1.3).
@@ -126,7 +127,7 @@ pub struct Net {
     taps: Vec<Tap>,
     counters: Counters,
     /// Those of the pairs and of the control queue.
-    workers: Vec<(JoinHandle<()>, EventFd)>,
+    workers: Vec<RunningWorker>,
 }
 
 impl Net {
@@ -165,23 +166,23 @@ impl Net {
                 further.push(Arc::downgrade(&tap));
                 format!("{}.{index}", self.name)
             };
-            self.start_pair(name, memory, features, pair, tap)?;
+            self.start_pair(&name, memory, features, pair, tap)?;
         }
         if let Some(queue) = queues.control {
             let steering = (features & feature::MQ != 0).then(|| Steering::new(further));
             let name = format!("{}.control", self.name);
             let memory = memory.clone();
-            self.spawn(name, |name, stop| {
-                let control = Control::new(name, memory, queue, steering, stop)?;
+            self.workers.push(super::start_worker(&name, |stop| {
+                let control = Control::new(name.clone(), memory, queue, steering, stop)?;
                 Ok(move || control.run())
-            })?;
+            })?);
         }
         Ok(())
     }
 
     fn start_pair(
         &mut self,
-        name: String,
+        name: &str,
         memory: &GuestMemory,
         features: u64,
         pair: Pair,
@@ -189,22 +190,10 @@ impl Net {
     ) -> io::Result<()> {
         let receiver = Receiver::new(pair.receive, memory, features, self.counters.clone());
         let transmitter = Transmitter::new(pair.transmit, memory, self.counters.clone());
-        self.spawn(name, |name, stop| {
-            let worker = Worker::new(name, receiver, transmitter, tap, stop)?;
+        self.workers.push(super::start_worker(name, |stop| {
+            let worker = Worker::new(name.to_owned(), receiver, transmitter, tap, stop)?;
             Ok(move || worker.run())
-        })
-    }
-
-    /// Starts the thread that does what `prepare` answers, until an event tells it to stop.
-    fn spawn<Work: FnOnce() + Send + 'static>(
-        &mut self,
-        name: String,
-        prepare: impl FnOnce(String, &EventFd) -> io::Result<Work>,
-    ) -> io::Result<()> {
-        let stop = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        let work = prepare(name.clone(), &stop)?;
-        let thread = std::thread::Builder::new().name(name).spawn(work)?;
-        self.workers.push((thread, stop));
+        })?);
         Ok(())
     }
 }

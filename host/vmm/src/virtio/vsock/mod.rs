@@ -22,16 +22,14 @@ use std::{
     io,
     os::unix::{fs::PermissionsExt as _, net::UnixListener},
     path::PathBuf,
-    thread::JoinHandle,
 };
 
 use thiserror::Error;
-use vmm_sys_util::eventfd::EventFd;
 
 pub use self::forward::Forward;
 use self::{mux::Mux, packet::GUEST_CID, worker::Worker};
 use super::{
-    ActivateError, Active, ActiveQueue, Counter, Device, F_EVENT_IDX, all_queues, device_type,
+    ActivateError, Active, ActiveQueue, Counter, Device, F_EVENT_IDX, RunningWorker, all_queues, device_type,
     read_config_bytes,
 };
 use crate::{config::VsockConfig, memory::GuestMemory};
@@ -71,7 +69,7 @@ pub struct Vsock {
     /// Taken by the worker.
     forward: Option<Forward>,
     counters: Counters,
-    worker: Option<(JoinHandle<()>, EventFd)>,
+    worker: Option<RunningWorker>,
 }
 
 impl Vsock {
@@ -98,10 +96,11 @@ impl Vsock {
         let listener = self.listener.take().ok_or(io::ErrorKind::NotConnected)?;
         let forward = self.forward.take();
         let mux = Mux::new(self.config.clone(), listener, forward, self.counters.clone())?;
-        let stop = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
-        let worker = Worker::new(memory, queues, mux, &stop)?;
-        let thread = std::thread::Builder::new().name("vsock".into()).spawn(move || worker.run())?;
-        self.worker = Some((thread, stop));
+        let worker = super::start_worker("vsock", |stop| {
+            let worker = Worker::new(memory, queues, mux, stop)?;
+            Ok(move || worker.run())
+        })?;
+        self.worker = Some(worker);
         Ok(())
     }
 }
