@@ -57,20 +57,15 @@ impl Pod {
         container: &str,
         layers: &ImageLayers,
     ) -> Result<Option<Disk>, DiskError> {
-        let machine = Control::connect(&self.directory).await.map_err(DiskError::Machine)?;
-        let inserted = machine.insert_disk(&layers.images, true, serial(container, 0)).await;
-        let InsertDiskResponse { device, extents, .. } = match inserted {
-            Err(error) if is_full(&error) => {
-                tracing::info!(
-                    pod = self.id,
-                    container,
-                    "no free slot for the layers; they go through the share"
-                );
-                return Ok(None);
-            }
-            other => other.map_err(|source| DiskError::Insert { what: "its image layers".into(), source })?,
+        let inserted = self.insert(container, 0, &layers.images, true, "its image layers").await?;
+        let Some(InsertDiskResponse { device, extents, .. }) = inserted else {
+            tracing::info!(
+                pod = self.id,
+                container,
+                "no free slot for the layers; they go through the share"
+            );
+            return Ok(None);
         };
-        self.record_disk(container, device)?;
         let place = |name| format!("{SHARE_DIR}/{container}/{WRITABLE}/{name}");
         let (upper, work) = match &layers.writable {
             Some(_) => (place("fs"), place("work")),
@@ -98,18 +93,31 @@ impl Pod {
             minor: volume.minor,
             source,
         })?;
-        let machine = Control::connect(&self.directory).await.map_err(DiskError::Machine)?;
-        let inserted = machine.insert_disk(&[node], volume.read_only, serial(container, number)).await;
-        let device = match inserted {
-            Ok(inserted) => inserted.device,
-            Err(error) if is_full(&error) => return Err(DiskError::NoSlot { path: volume.path.clone() }),
-            Err(source) => {
-                return Err(DiskError::Insert { what: format!("the volume at {}", volume.path), source });
-            }
-        };
-        self.record_disk(container, device)?;
+        let what = format!("the volume at {}", volume.path);
+        let inserted = self.insert(container, number, &[node], volume.read_only, &what).await?;
+        let device = inserted.ok_or_else(|| DiskError::NoSlot { path: volume.path.clone() })?.device;
         let node = Node { path: volume.path.clone(), ..Node::default() };
         Ok(Disk { device, use_: Some(Use::Node(node)), ..Disk::default() })
+    }
+
+    /// Puts files into the machine as one disk, on record as the container's. `None`: there is no free slot.
+    async fn insert(
+        &self,
+        container: &str,
+        number: usize,
+        files: &[PathBuf],
+        read_only: bool,
+        what: &str,
+    ) -> Result<Option<InsertDiskResponse>, DiskError> {
+        let machine = Control::connect(&self.directory).await.map_err(DiskError::Machine)?;
+        match machine.insert_disk(files, read_only, serial(container, number)).await {
+            Ok(inserted) => {
+                self.record_disk(container, inserted.device)?;
+                Ok(Some(inserted))
+            }
+            Err(error) if is_full(&error) => Ok(None),
+            Err(source) => Err(DiskError::Insert { what: what.to_owned(), source }),
+        }
     }
 
     /// Takes a container's disks out of the machine. A container without any is no error.

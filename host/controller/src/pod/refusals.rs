@@ -5,7 +5,7 @@ use pericarp_protos::cri::{
     LinuxSandboxSecurityContext, NamespaceMode, PodSandboxConfig, security_profile::ProfileType,
 };
 
-use crate::spec::SELINUX_DEFAULT_TYPES;
+use crate::spec::{APPARMOR_REMEDY, SELINUX_DEFAULT_TYPES, SELINUX_REMEDY};
 
 /// What cannot be had, and what to do instead.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,16 +64,13 @@ fn labels(security: &LinuxSandboxSecurityContext) -> Option<Refusal> {
         && !options.r#type.is_empty()
         && !SELINUX_DEFAULT_TYPES.contains(&options.r#type.as_str())
     {
-        return Some(Refusal::of(
-            format!("the SELinux type {:?}", options.r#type),
-            "the guest has no SELinux policy; remove seLinuxOptions from the pod",
-        ));
+        return Some(Refusal::of(format!("the SELinux type {:?}", options.r#type), SELINUX_REMEDY));
     }
     let profile = security.apparmor.as_ref()?;
     if profile.profile_type == ProfileType::Localhost as i32 {
         return Some(Refusal::of(
             format!("the AppArmor profile {:?}", profile.localhost_ref),
-            "the host's profiles do not exist in the guest; use RuntimeDefault or Unconfined",
+            APPARMOR_REMEDY,
         ));
     }
     None

@@ -122,23 +122,19 @@ impl Share {
         // Made first: what fails from here on is taken away again.
         let undo = Undo { share: self, container, armed: true };
         let made = mounts::below_mounts(&self.directory)?;
-        let place = |name: &Path| {
-            let share = mounts::open_place(&self.directory)?;
-            mounts::open_place_below(share, name)
-        };
         let directory = Path::new(container);
         self.make_directory(&made, directory)?;
         let name = if matches!(root, Root::Mounts { .. }) { ROOT } else { WRITABLE };
         let target = directory.join(name);
         self.make_directory(&made, &target)?;
-        let at = place(&target).map_err(MountError::new("open", &self.directory.join(&target)))?;
+        let at = self.place(&target).map_err(MountError::new("open", &self.directory.join(&target)))?;
         match root {
             Root::Mounts { snapshotter, mounts } => rootfs::mount(&at, snapshotter, mounts)?,
             Root::Disks(Some(path)) => mount_writable(path, &at).map_err(MountError::new("mount", path))?,
             Root::Disks(None) => {}
         }
-        for volume in volumes {
-            self.add_volume(&made, container, volume)?;
+        for (volume, needed) in self.add_user(container, volumes)? {
+            self.add_volume(&made, volume, needed)?;
         }
         undo.disarm();
         Ok(())
@@ -170,28 +166,36 @@ impl Share {
         names.filter(|name| name != VOLUMES).collect()
     }
 
+    /// Takes a container for a user of its volumes; answers with what each of them needs.
+    fn add_user<'a>(
+        &self,
+        container: &str,
+        volumes: &'a [Volume],
+    ) -> Result<Vec<(&'a Volume, Needed)>, ShareError> {
+        if volumes.is_empty() {
+            return Ok(Vec::new());
+        }
+        let file = self.users();
+        let mut users = Users::load(&file).map_err(MountError::new("read", &file))?;
+        let mut needed = Vec::with_capacity(volumes.len());
+        for volume in volumes {
+            let writable = volume.read_only == ReadOnly::No;
+            let add = users.add(&volume.name, &volume.source, container, writable);
+            needed.push((volume, add.map_err(failed(volume))?));
+        }
+        // Before anything is mounted, so that it is undone with its user.
+        users.store(&file).map_err(MountError::new("write", &file))?;
+        Ok(needed)
+    }
+
     /// Mounts a volume, unless another container has it already.
-    fn add_volume(&self, made: &OwnedFd, container: &str, volume: &Volume) -> Result<(), ShareError> {
-        let failed = |source: io::Error| ShareError::Volume {
-            path: volume.source.clone(),
-            destination: volume.destination.clone(),
-            source,
-        };
+    fn add_volume(&self, made: &OwnedFd, volume: &Volume, needed: Needed) -> Result<(), ShareError> {
         let target = Path::new(VOLUMES).join(&volume.name);
-        let mut users = Users::load(&self.users()).map_err(failed)?;
-        let writable = volume.read_only == ReadOnly::No;
-        let needed = users.add(&volume.name, &volume.source, container, writable).map_err(failed)?;
-        // Before the mount, so that it is undone with its user.
-        users.store(&self.users()).map_err(failed)?;
-        let place = |target: &Path| {
-            let share = mounts::open_place(&self.directory)?;
-            mounts::open_place_below(share, target)
-        };
         match needed {
             Needed::Nothing => Ok(()),
             Needed::Writable => {
-                let mounted = place(&target).map_err(|errno| failed(errno.into()))?;
-                mounts::set_writable(mounted).map_err(failed)
+                let mounted = self.place(&target).map_err(failed(volume))?;
+                mounts::set_writable(mounted).map_err(failed(volume))
             }
             Needed::Mount => {
                 let source = open_source(volume)?;
@@ -204,8 +208,8 @@ impl Share {
                 } else {
                     self.make_file(made, &target)?;
                 }
-                let at = place(&target).map_err(|errno| failed(errno.into()))?;
-                mount_volume(&source.place, &at, volume).map_err(failed)
+                let at = self.place(&target).map_err(failed(volume))?;
+                mount_volume(&source.place, &at, volume).map_err(failed(volume))
             }
         }
     }
@@ -213,11 +217,10 @@ impl Share {
     /// Unmounts the volumes that only this container has used.
     fn remove_volumes(&self, made: &OwnedFd, container: &str) -> Result<(), ShareError> {
         let file = self.users();
-        let fail = |action| {
-            let path = file.clone();
-            move |source| MountError { action, path, source }
-        };
-        let mut users = Users::load(&file).map_err(fail("read"))?;
+        let mut users = Users::load(&file).map_err(MountError::new("read", &file))?;
+        if !users.has(container) {
+            return Ok(());
+        }
         for name in users.remove(container) {
             let target = Path::new(VOLUMES).join(name);
             mounts::detach(&self.directory.join(&target))?;
@@ -234,7 +237,12 @@ impl Share {
                 _ => {}
             }
         }
-        Ok(users.store(&file).map_err(fail("write"))?)
+        Ok(users.store(&file).map_err(MountError::new("write", &file))?)
+    }
+
+    /// Opens a place in the share, which the name cannot leave.
+    fn place(&self, name: &Path) -> rustix::io::Result<OwnedFd> {
+        mounts::open_place_below(mounts::open_place(&self.directory)?, name)
     }
 
     fn users(&self) -> PathBuf {
@@ -290,19 +298,22 @@ struct Source {
     is_directory: bool,
 }
 
-fn open_source(volume: &Volume) -> Result<Source, ShareError> {
-    let fail = |source: Errno| ShareError::Volume {
+fn failed<E: Into<io::Error>>(volume: &Volume) -> impl Fn(E) -> ShareError {
+    move |source| ShareError::Volume {
         path: volume.source.clone(),
         destination: volume.destination.clone(),
         source: source.into(),
-    };
+    }
+}
+
+fn open_source(volume: &Volume) -> Result<Source, ShareError> {
     let place = mounts::open_place(&volume.source).map_err(|error| match error {
         Errno::NOENT | Errno::NOTDIR => {
             ShareError::VolumeMissing { path: volume.source.clone(), destination: volume.destination.clone() }
         }
-        error => fail(error),
+        error => failed(volume)(error),
     })?;
-    let kind = match FileType::from_raw_mode(fstat(&place).map_err(fail)?.st_mode) {
+    let kind = match FileType::from_raw_mode(fstat(&place).map_err(failed(volume))?.st_mode) {
         FileType::Directory => return Ok(Source { place, is_directory: true }),
         FileType::RegularFile => return Ok(Source { place, is_directory: false }),
         FileType::Socket => "socket",

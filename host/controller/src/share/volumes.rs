@@ -72,6 +72,11 @@ impl Users {
         Ok(needed)
     }
 
+    /// Whether a container uses any.
+    pub fn has(&self, container: &str) -> bool {
+        self.volumes.values().any(|entry| entry.users.contains(container))
+    }
+
     /// Removes a user from every volume; answers with the names of those that nobody uses any more.
     pub fn remove(&mut self, container: &str) -> Vec<String> {
         for entry in self.volumes.values_mut() {

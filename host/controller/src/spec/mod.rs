@@ -19,6 +19,13 @@ const DEFAULT_APPARMOR_PROFILE: &str = "cri-containerd.apparmor.d";
 /// `SELinux` process types that a container engine assigns by itself.
 pub const SELINUX_DEFAULT_TYPES: [&str; 4] = ["container_t", "container_init_t", "container_kvm_t", "spc_t"];
 
+/// What to do about a profile of the host's.
+pub const APPARMOR_REMEDY: &str =
+    "the host's profiles do not exist in the guest; use RuntimeDefault or Unconfined";
+
+/// What to do about a label that somebody chose.
+pub const SELINUX_REMEDY: &str = "the guest has no SELinux policy; remove seLinuxOptions from the pod";
+
 /// Why a spec cannot be run in a guest.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -133,10 +140,7 @@ fn security_labels(root: &mut Map<String, Value>) -> Result<(), Error> {
         match profile.as_ref().and_then(Value::as_str) {
             None | Some("" | "unconfined" | DEFAULT_APPARMOR_PROFILE) => {}
             Some(profile) => {
-                return unsupported(
-                    format!("the AppArmor profile {profile:?}"),
-                    "the host's profiles do not exist in the guest; use RuntimeDefault or Unconfined",
-                );
+                return unsupported(format!("the AppArmor profile {profile:?}"), APPARMOR_REMEDY);
             }
         }
         check_selinux(process.remove("selinuxLabel").as_ref())?;
@@ -153,10 +157,7 @@ fn check_selinux(label: Option<&Value>) -> Result<(), Error> {
     if label.is_empty() || kind.is_some_and(|kind| SELINUX_DEFAULT_TYPES.contains(&kind)) {
         return Ok(());
     }
-    unsupported(
-        format!("the SELinux label {label:?}"),
-        "the guest has no SELinux policy; remove seLinuxOptions from the pod",
-    )
+    unsupported(format!("the SELinux label {label:?}"), SELINUX_REMEDY)
 }
 
 fn linux(

@@ -3,9 +3,10 @@
 use std::os::fd::{AsRawFd as _, OwnedFd};
 
 use vm_memory::{Bytes as _, GuestAddress};
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
-
-use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::{
+    epoll::{ControlOperation, Epoll, EpollEvent, EventSet},
+    eventfd::EventFd,
+};
 
 use super::{
     testing::{OWN_NETNS, in_new_namespace, make_tap, packet_socket, switch_on},
