@@ -10,6 +10,7 @@ mod devices;
 mod events;
 mod forward;
 mod host;
+mod huge_pages;
 mod network;
 mod pod;
 mod runtime;

@@ -1,7 +1,14 @@
 //! A machine follows what its containers may use.
 
+use std::{
+    ffi::CStr,
+    fs,
+    path::{Path, PathBuf},
+};
+
 use anyhow::Result;
-use pericarp_tests::{Container, api, on_pericarp};
+use pericarp_tests::{Container, Pod, api, on_pericarp};
+use rustix::mount::{MountFlags, UnmountFlags};
 
 fn resources(cpus: i64, mib: i64) -> api::LinuxContainerResources {
     api::LinuxContainerResources {
@@ -62,6 +69,107 @@ fn a_machine_grows_and_shrinks_with_the_limits_of_its_containers() -> Result<()>
         assert!(error.contains("8 vCPUs") && error.contains("4 are the most"), "{error}");
         assert_eq!(seen(&second).await?, shrunk);
         first.shell("true").await?;
+        Ok(())
+    })
+}
+
+/// The cgroup of a pod's machine on the node.
+async fn cgroup(pod: &Pod) -> Result<PathBuf> {
+    let pid = pod.info().await?["pid"].clone();
+    let groups = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    let path = groups.trim().strip_prefix("0::/").unwrap_or_default();
+    Ok(Path::new("/sys/fs/cgroup").join(path))
+}
+
+#[test]
+fn a_machine_stays_on_the_cpus_of_its_containers() -> Result<()> {
+    on_pericarp(async |node| {
+        let pod = node.pod("pinned").run().await?;
+        let pinned = async || -> Result<_> {
+            let cgroup = cgroup(&pod).await?;
+            let read = |file| fs::read_to_string(cgroup.join(file));
+            Ok((read("cpuset.cpus")?.trim().to_owned(), read("cpuset.mems")?.trim().to_owned()))
+        };
+        let on_cpu = |cpus: &str| api::LinuxContainerResources {
+            cpuset_cpus: cpus.to_owned(),
+            cpuset_mems: "0".to_owned(),
+            ..Default::default()
+        };
+        let first = pod.container("first").resources(on_cpu("0")).start().await?;
+        assert_eq!(pinned().await?, ("0".into(), "0".into()));
+        // A container that may run anywhere may do so.
+        let anywhere = pod.idle_container("anywhere").await?;
+        assert_eq!(pinned().await?, (String::new(), String::new()));
+        anywhere.update(on_cpu("0")).await?;
+        assert_eq!(pinned().await?, ("0".into(), "0".into()));
+        assert_eq!(first.shell("nproc").await?.trim(), "1");
+        Ok(())
+    })
+}
+
+/// A file system of huge pages on the node, as kubelet makes one for an emptyDir.
+struct HugeDirectory(String);
+
+impl HugeDirectory {
+    fn new(at: String) -> Result<Self> {
+        const OPTIONS: &CStr = c"pagesize=2M,mode=0750,gid=1000";
+        fs::create_dir_all(&at)?;
+        rustix::mount::mount("none", at.as_str(), "hugetlbfs", MountFlags::empty(), OPTIONS)?;
+        Ok(Self(at))
+    }
+}
+
+impl Drop for HugeDirectory {
+    fn drop(&mut self) {
+        if let Err(error) = rustix::mount::unmount(self.0.as_str(), UnmountFlags::DETACH) {
+            println!("cannot unmount {}: {error}", self.0);
+        }
+    }
+}
+
+#[test]
+fn huge_pages_are_the_guests_own_and_shared_by_its_containers() -> Result<()> {
+    on_pericarp(async |node| {
+        let directory = HugeDirectory::new(node.directory_for("huge")?)?;
+        let huge = |size: &str, mib: u64| api::LinuxContainerResources {
+            hugepage_limits: vec![
+                api::HugepageLimit { page_size: size.to_owned(), limit: mib << 20 },
+                api::HugepageLimit { page_size: "1GB".to_owned(), limit: 0 },
+            ],
+            ..Default::default()
+        };
+        let pod = node.pod("huge").run().await?;
+        let plain = pod.idle_container("plain").await?;
+        let pages = "awk '/HugePages_Total/ { print $2 }' /proc/meminfo";
+        assert_eq!(plain.shell(pages).await?.trim(), "0");
+        let memory = seen(&plain).await?.1;
+
+        let volume = |name: &str| pod.container(name).mount(&directory.0, "/huge", false);
+        let first = volume("first").resources(huge("2MB", 4)).start().await?;
+        let second = volume("second").resources(huge("2MB", 2)).start().await?;
+        assert_eq!(plain.shell(pages).await?.trim(), "3");
+        // They cost nobody's memory.
+        let with_pages = seen(&plain).await?.1;
+        assert!(with_pages >= memory + 6, "{memory} MiB before, {with_pages} MiB now");
+        assert_eq!(first.shell("cat /sys/fs/cgroup/hugetlb.2MB.max").await?.trim(), (4 << 20).to_string());
+        assert_eq!(first.shell("stat -c '%a %u %g' /huge").await?.trim(), "750 0 1000");
+        assert_eq!(first.shell("peer map /huge/page text").await?.trim(), "");
+        assert_eq!(second.shell("peer map /huge/page other").await?.trim(), "text");
+        // More than its own limit it cannot have.
+        let error = second.exec(["sh", "-c", "peer map /huge/one a && peer map /huge/two b"]).await?;
+        assert_ne!(error.exit_code, 0, "{error:?}");
+
+        for container in [&first, &second] {
+            container.stop(0).await?;
+            container.remove().await?;
+        }
+        // The volume's pages stay as long as the pod does.
+        let left: u32 = plain.shell(pages).await?.trim().parse()?;
+        assert!(left <= 2, "{left} pages");
+
+        let refused = pod.container("refused").resources(huge("1GB", 1024)).create().await?;
+        let error = format!("{:#}", refused.try_start().await.unwrap_err());
+        assert!(error.contains("1GB") && error.contains("2Mi"), "{error}");
         Ok(())
     })
 }

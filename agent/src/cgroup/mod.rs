@@ -93,12 +93,15 @@ fn tasks_for_containers() -> Option<u64> {
     Some(all.min(pids).saturating_sub(RESERVED_TASKS).max(RESERVED_TASKS))
 }
 
-/// How much memory all containers may have together, in bytes.
+/// How much memory all containers may have together, in bytes. Huge pages that are set aside are not counted as memory.
 fn memory_for_containers() -> Option<u64> {
-    let all = fs::read_to_string("/proc/meminfo").ok()?;
-    let kilobytes =
-        all.lines().find_map(|line| line.strip_prefix("MemTotal:"))?.trim().strip_suffix(" kB")?;
-    let all = kilobytes.parse::<u64>().ok()? << 10;
+    let meminfo = fs::read_to_string("/proc/meminfo").ok()?;
+    let bytes = |name: &str| {
+        let kilobytes =
+            meminfo.lines().find_map(|line| line.strip_prefix(name))?.trim().strip_suffix(" kB")?;
+        Some(kilobytes.parse::<u64>().ok()? << 10)
+    };
+    let all = bytes("MemTotal:")?.saturating_sub(bytes("Hugetlb:").unwrap_or(0));
     // Of a very small guest most is left to the containers all the same.
     Some(all - RESERVED_MEMORY.min(all / 8))
 }

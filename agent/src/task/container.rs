@@ -11,7 +11,7 @@ use std::{
     },
 };
 
-use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Process as ProcessSpec, Spec};
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, LinuxResources, Process as ProcessSpec, Spec};
 use pericarp_protos::guest::PID_NAMESPACE;
 
 use super::{
@@ -21,6 +21,7 @@ use super::{
 use crate::{
     cgroup::Cgroup,
     devices::Attached,
+    huge_pages::Reserved,
     runtime::{self, Action, Descriptors, Request, RuntimeError},
     stdio::{self, Prepared, Stdio, Streams, Urls},
     volumes::Held,
@@ -47,6 +48,8 @@ pub struct Container {
     /// Its disks.
     pub disks: OnceLock<Attached>,
     volumes: Mutex<Option<Held>>,
+    /// What it may use of the guest's huge pages, until it is deleted.
+    huge_pages: tokio::sync::Mutex<Option<Reserved>>,
     spec: Spec,
     directory: Directory,
     execs: Mutex<HashMap<String, Exec>>,
@@ -121,6 +124,7 @@ impl Container {
             paused: AtomicBool::new(false),
             disks: OnceLock::new(),
             volumes: Mutex::default(),
+            huge_pages: tokio::sync::Mutex::default(),
             spec,
             directory,
             execs: Mutex::default(),
@@ -129,9 +133,19 @@ impl Container {
         })
     }
 
-    /// Keeps the volumes mounted until the container is deleted.
-    pub fn keep(&self, volumes: Held) {
+    /// Keeps the volumes mounted and the huge pages set aside until the container is deleted.
+    pub async fn keep(&self, volumes: Held, huge_pages: Reserved) {
         *self.volumes.lock().unwrap_or_else(PoisonError::into_inner) = Some(volumes);
+        *self.huge_pages.lock().await = Some(huge_pages);
+    }
+
+    /// Gives the container other limits; those that `resources` does not name stay.
+    pub async fn update(&self, resources: &LinuxResources) -> Result<(), TaskError> {
+        if let Some(huge_pages) = self.huge_pages.lock().await.as_ref() {
+            let set = huge_pages.set(resources).await;
+            set.map_err(|source| TaskError::HugePages { id: self.id.clone(), source })?;
+        }
+        self.cgroup.update(resources).map_err(|source| TaskError::Cgroup { id: self.id.clone(), source })
     }
 
     /// Lets the first process run its program.
@@ -301,6 +315,7 @@ impl Container {
         self.init.stdio().take();
         self.execs().clear();
         self.volumes.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.huge_pages.lock().await.take();
         if let Some(disks) = self.disks.get() {
             disks.detach().await;
         }

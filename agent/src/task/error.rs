@@ -3,7 +3,10 @@
 
 use pericarp_protos::ttrpc::{self, Code};
 
-use crate::{cgroup::CgroupError, devices::DeviceError, runtime::RuntimeError, server, stdio::StdioError};
+use crate::{
+    cgroup::CgroupError, devices::DeviceError, huge_pages::HugePagesError, runtime::RuntimeError, server,
+    stdio::StdioError,
+};
 
 /// Why a task call failed. Every text names the container.
 #[derive(Debug, thiserror::Error)]
@@ -56,6 +59,14 @@ pub enum TaskError {
         id: String,
         /// What went wrong.
         source: DeviceError,
+    },
+    /// The container cannot have its huge pages.
+    #[error("container {id}: {source}")]
+    HugePages {
+        /// The container.
+        id: String,
+        /// What went wrong.
+        source: HugePagesError,
     },
     /// The container could not be made.
     #[error(
@@ -131,12 +142,14 @@ impl TaskError {
             Self::Prepare { source: ttrpc::Error::RpcStatus(status), .. }
             | Self::Fit { source: ttrpc::Error::RpcStatus(status), .. } => status.code(),
             Self::Prepare { .. } | Self::Fit { .. } => Code::UNAVAILABLE,
+            Self::HugePages { source: HugePagesError::TooFew { .. }, .. } => Code::RESOURCE_EXHAUSTED,
             Self::Create { .. }
             | Self::Exec { .. }
             | Self::Start { .. }
             | Self::Stdio { .. }
             | Self::Cgroup { .. }
             | Self::Disks { .. }
+            | Self::HugePages { .. }
             | Self::System { .. } => Code::UNKNOWN,
         }
     }

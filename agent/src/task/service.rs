@@ -37,6 +37,7 @@ use crate::{
     devices::Attached,
     events::{About, Events, timestamp},
     host::Host,
+    huge_pages::{self, HugePages, HugePagesError, Reserved},
     pod::Pod,
     stdio::{Streams, Urls},
     volumes::Volumes,
@@ -52,6 +53,7 @@ pub struct Tasks {
     oom: Option<Arc<OomWatcher>>,
     containers: Mutex<HashMap<String, Slot>>,
     volumes: Arc<Volumes>,
+    huge_pages: Arc<HugePages>,
 }
 
 enum Slot {
@@ -89,6 +91,7 @@ impl Tasks {
             oom,
             containers: Mutex::default(),
             volumes: Arc::default(),
+            huge_pages: Arc::default(),
         })
     }
 
@@ -129,17 +132,21 @@ impl Tasks {
         let invalid = |problem| TaskError::Invalid { subject: format!("container {id}"), problem };
         self.pod.mount_share().map_err(invalid)?;
         leave_room_for_agent();
-        let spec = spec::container(&prepared.spec)
+        let mut spec = spec::container(&prepared.spec)
             .map_err(|error| invalid(format!("its OCI spec cannot be read: {error}")))?;
+        let huge_pages = self.huge_pages.of(id);
+        set_huge_pages(&huge_pages, &mut spec)
+            .await
+            .map_err(|source| TaskError::HugePages { id: id.clone(), source })?;
         let (disks, spec) = Attached::new(spec, prepared.disks)
             .await
             .map_err(|source| TaskError::Disks { id: id.clone(), source })?;
         let volumes = self.volumes.hold(&spec).await;
-        match self.make_container(request, spec).await {
+        match Box::pin(self.make_container(request, spec)).await {
             // A new container has none yet.
             Ok(container) => {
                 let _ = container.disks.set(disks);
-                container.keep(volumes);
+                container.keep(volumes, huge_pages).await;
                 Ok(container)
             }
             Err(error) => {
@@ -459,7 +466,7 @@ impl shim_async::Task for Tasks {
             .await
             .map_err(|source| TaskError::Fit { id: request.id.clone(), source })?;
         leave_room_for_agent();
-        container.cgroup.update(&resources).map_err(cgroup_error(&request.id))?;
+        container.update(&resources).await?;
         Ok(Empty::new())
     }
 
@@ -557,6 +564,14 @@ fn cgroup_error(id: &str) -> impl FnOnce(CgroupError) -> TaskError {
 }
 
 /// Reads the JSON that containerd puts into an `Any`.
+/// Sets aside what a new container may use, and makes the volumes of it that it names.
+async fn set_huge_pages(reserved: &Reserved, spec: &mut Spec) -> Result<(), HugePagesError> {
+    if let Some(resources) = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()) {
+        reserved.set(resources).await?;
+    }
+    huge_pages::mount_volumes(spec)
+}
+
 fn parse<T>(
     id: &str,
     what: &str,

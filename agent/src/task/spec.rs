@@ -3,6 +3,8 @@
 use oci_spec::runtime::{Capability, LinuxResources, Process, Spec};
 use serde_json::{Value, from_slice, from_value};
 
+use crate::huge_pages::{self, HugePagesError};
+
 /// Sets of capabilities in an OCI process.
 const CAPABILITY_SETS: [&str; 5] = ["bounding", "effective", "inheritable", "permitted", "ambient"];
 
@@ -15,6 +17,9 @@ pub enum SpecError {
     /// `resources.unified` has a key that is no file of a cgroup.
     #[error("unified resource {0:?} is not a cgroup file's name, such as memory.high")]
     Unified(String),
+    /// There are no such huge pages.
+    #[error(transparent)]
+    HugePages(#[from] HugePagesError),
 }
 
 /// A container's spec.
@@ -23,17 +28,19 @@ pub fn container(json: &[u8]) -> Result<Spec, SpecError> {
     if let Some(process) = spec.get_mut("process") {
         forget_unknown_capabilities(process);
     }
-    let spec: Spec = from_value(spec)?;
-    if let Some(resources) = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()) {
+    let mut spec: Spec = from_value(spec)?;
+    if let Some(resources) = spec.linux_mut().as_mut().and_then(|linux| linux.resources_mut().as_mut()) {
         check_unified(resources)?;
+        huge_pages::check_sizes(resources)?;
     }
     Ok(spec)
 }
 
 /// Resources that a container is to have from now on.
 pub fn resources(json: &[u8]) -> Result<LinuxResources, SpecError> {
-    let resources = from_slice(json)?;
+    let mut resources: LinuxResources = from_slice(json)?;
     check_unified(&resources)?;
+    huge_pages::check_sizes(&mut resources)?;
     Ok(resources)
 }
 

@@ -23,8 +23,10 @@ impl Cgroup {
         if !Path::new(ROOT).join("cgroup.controllers").exists() {
             return Ok(None);
         }
-        let path = Path::new(ROOT).join(relative(parent, id));
+        let below = relative(parent, id);
+        let path = Path::new(ROOT).join(&below);
         fs::create_dir_all(&path)?;
+        enable_controllers(Path::new(ROOT), &below);
         Ok(Some(Cgroup { path }))
     }
 
@@ -38,6 +40,41 @@ impl Cgroup {
         OpenOptions::new().write(true).open(self.path.join("cgroup.procs"))
     }
 }
+
+/// Keeps the processes of a cgroup on these of the host's CPUs and memory nodes; an empty list is no constraint.
+pub fn pin(path: &Path, cpus: &str, mems: &str) -> io::Result<()> {
+    for (file, list) in [("cpuset.cpus", cpus), ("cpuset.mems", mems)] {
+        match fs::write(path.join(file), format!("{list}\n")) {
+            // Cgroups without cpusets: then there is no constraint, either.
+            Err(error) if error.kind() == io::ErrorKind::NotFound && list.is_empty() => {}
+            result => result?,
+        }
+    }
+    Ok(())
+}
+
+/// Lets every cgroup above `below` hand these on to those below it, as runc does (`fs2.CreateCgroupPath`): the kernel
+/// gives a new cgroup none by itself.
+fn enable_controllers(root: &Path, below: &Path) {
+    let mut directory = root.to_owned();
+    for component in below.components() {
+        let list = |file: &str| fs::read_to_string(directory.join(file)).unwrap_or_default();
+        let (has, hands_on) = (list("cgroup.controllers"), list("cgroup.subtree_control"));
+        let is_in = |list: &str, name: &str| list.split_whitespace().any(|other| other == name);
+        let missing = CONTROLLERS.into_iter().filter(|name| is_in(&has, name) && !is_in(&hands_on, name));
+        let missing: Vec<_> = missing.map(|name| format!("+{name}")).collect();
+        if !missing.is_empty() {
+            // A cgroup that has processes of its own cannot: what the machine uses is then counted there only.
+            if let Err(error) = fs::write(directory.join("cgroup.subtree_control"), missing.join(" ")) {
+                tracing::debug!(?directory, %error, "a cgroup does not hand on its controllers");
+            }
+        }
+        directory.push(component);
+    }
+}
+
+/// What limits, counts or pins a machine.
+const CONTROLLERS: [&str; 5] = ["cpu", "cpuset", "io", "memory", "pids"];
 
 /// Removes the cgroup, and the parent if it is our own and empty.
 pub fn remove(path: &Path) -> io::Result<()> {

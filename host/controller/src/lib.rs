@@ -7,6 +7,7 @@ pub mod config;
 pub mod errors;
 
 mod cgroup;
+mod cpuset;
 mod event_stream;
 mod events;
 mod guest;

@@ -2,7 +2,7 @@
 
 use pericarp_protos::cri::{LinuxContainerResources, PodSandboxConfig};
 
-use crate::config::Config;
+use crate::{config::Config, cpuset::CpuSet, spec::HUGE_PAGE};
 
 /// Overrides the number of vCPUs of one pod.
 pub const VCPUS_ANNOTATION: &str = "io.pericarp.vcpus";
@@ -140,7 +140,9 @@ impl Size {
         if !pod.annotations.contains_key(MEMORY_ANNOTATION) {
             let bytes = containers.iter().filter_map(|container| container.memory_bytes);
             let sum = bytes.fold(memory_bytes(overhead).unwrap_or(0), u64::saturating_add).div_ceil(MIB);
-            memory_mib = memory_mib.max(sum);
+            let huge = containers.iter().map(|container| container.huge_page_bytes);
+            let huge = huge.fold(0, u64::saturating_add).div_ceil(MIB);
+            memory_mib = memory_mib.max(sum).saturating_add(huge);
         }
         Size::within(vcpus, memory_mib, config, host)
     }
@@ -185,13 +187,19 @@ fn most_memory(config: &Config, host: Host) -> (u64, Limiter) {
     }
 }
 
-/// What one container may use; `None`: as much as there is.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// What one container may use; `None` or empty: as much as there is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Limits {
     /// Thousandths of a CPU.
     pub cpu_milli: Option<u64>,
     /// Bytes.
     pub memory_bytes: Option<u64>,
+    /// Bytes in huge pages, which are not counted as memory.
+    pub huge_page_bytes: u64,
+    /// CPUs of the host.
+    pub cpus: CpuSet,
+    /// Memory nodes of the host.
+    pub mems: CpuSet,
 }
 
 impl Limits {
@@ -200,10 +208,18 @@ impl Limits {
         let spec: serde_json::Value = serde_json::from_slice(spec).unwrap_or_default();
         let resources = &spec["linux"]["resources"];
         let positive = |value: &serde_json::Value| value.as_u64().filter(|number| *number > 0);
+        let set = |value: &serde_json::Value| value.as_str().and_then(CpuSet::parse).unwrap_or_default();
+        // Of other sizes there are none.
+        let huge_pages = resources["hugepageLimits"].as_array().into_iter().flatten();
+        let huge_pages = huge_pages.filter(|limit| limit["pageSize"] == HUGE_PAGE);
+        let huge_pages = huge_pages.filter_map(|limit| limit["limit"].as_u64()).fold(0, u64::saturating_add);
         let (quota, period) = (positive(&resources["cpu"]["quota"]), positive(&resources["cpu"]["period"]));
         Limits {
             cpu_milli: quota.zip(period).map(|(quota, period)| quota.saturating_mul(1000) / period),
             memory_bytes: positive(&resources["memory"]["limit"]),
+            huge_page_bytes: huge_pages,
+            cpus: set(&resources["cpu"]["cpus"]),
+            mems: set(&resources["cpu"]["mems"]),
         }
     }
 }
@@ -342,7 +358,7 @@ mod tests {
     }
 
     fn limited(cpu_milli: u64, mib: u64) -> Limits {
-        Limits { cpu_milli: Some(cpu_milli), memory_bytes: Some(mib << 20) }
+        Limits { cpu_milli: Some(cpu_milli), memory_bytes: Some(mib << 20), ..Limits::default() }
     }
 
     fn fitted(start: Size, pod: &PodSandboxConfig, containers: &[Limits]) -> Result<Size, Error> {
@@ -371,6 +387,16 @@ mod tests {
     }
 
     #[test]
+    fn huge_pages_come_on_top_of_all_other_memory() {
+        let start = Size { vcpus: 1, memory_mib: 512 };
+        let none = PodSandboxConfig::default();
+        let huge = Limits { huge_page_bytes: 64 << 20, ..Limits::default() };
+        assert_eq!(fitted(start, &none, std::slice::from_ref(&huge)), Ok(Size { vcpus: 1, memory_mib: 576 }));
+        let both = [huge.clone(), limited(100, 600), huge];
+        assert_eq!(fitted(start, &none, &both), Ok(Size { vcpus: 1, memory_mib: 728 }));
+    }
+
+    #[test]
     fn what_an_annotation_fixes_stays_and_the_hosts_size_is_the_limit() {
         let start = Size { vcpus: 2, memory_mib: 512 };
         let fixed = pod(None, None, &[(VCPUS_ANNOTATION, "2"), (MEMORY_ANNOTATION, "512")]);
@@ -392,7 +418,15 @@ mod tests {
     fn limits_are_read_from_a_spec() {
         let spec =
             br#"{"linux":{"resources":{"cpu":{"quota":150000,"period":100000},"memory":{"limit":1048576}}}}"#;
-        assert_eq!(Limits::of_spec(spec), Limits { cpu_milli: Some(1500), memory_bytes: Some(1 << 20) });
+        assert_eq!(
+            Limits::of_spec(spec),
+            Limits { cpu_milli: Some(1500), memory_bytes: Some(1 << 20), ..Limits::default() }
+        );
+        let pinned = br#"{"linux":{"resources":{"cpu":{"cpus":"2-3","mems":"0"},
+            "hugepageLimits":[{"pageSize":"2MB","limit":4194304},{"pageSize":"1GB","limit":0}]}}}"#;
+        let limits = Limits::of_spec(pinned);
+        assert_eq!((limits.cpus.to_string(), limits.mems.to_string()), ("2,3".into(), "0".into()));
+        assert_eq!(limits.huge_page_bytes, 4 << 20);
         let without = br#"{"linux":{"resources":{"cpu":{"quota":-1,"period":100000},"memory":{"limit":0}}}}"#;
         assert_eq!(Limits::of_spec(without), Limits::default());
         assert_eq!(Limits::of_spec(b"no spec"), Limits::default());

@@ -8,7 +8,10 @@ use pericarp_protos::containerd::{
 use thiserror::Error;
 use tonic::{Code, Request, Status, transport::Channel};
 
-use crate::rootfs::Mount;
+use crate::{rootfs::Mount, spec};
+
+/// Where CRI keeps what it was asked for (containerd: `internal/cri/labels`, `ContainerMetadataExtension`).
+const CRI_RECORD: &str = "io.cri-containerd.container.metadata";
 
 /// What is on record about a container.
 #[derive(Clone, Debug)]
@@ -101,6 +104,10 @@ impl ContainerSource for Containerd {
             .into_iter()
             .map(|mount| Mount { kind: mount.r#type, source: mount.source, options: mount.options })
             .collect();
-        Ok(ContainerRecord { sandbox: container.sandbox, spec: spec.value, snapshotter, rootfs })
+        let spec = match container.extensions.get(CRI_RECORD) {
+            Some(record) => spec::restore_limits(spec.value, &record.value),
+            None => spec.value,
+        };
+        Ok(ContainerRecord { sandbox: container.sandbox, spec, snapshotter, rootfs })
     }
 }

@@ -114,6 +114,23 @@ fn shared_mapping() -> io::Result<String> {
     Ok(format!("wrote {seen}, read {back}"))
 }
 
+/// Exchanges the text at the beginning of a file that is one huge page.
+pub fn map_huge(path: &str, text: &str) -> io::Result<()> {
+    const HUGE_PAGE: usize = 2 << 20;
+    let file = fs::OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path)?;
+    file.set_len(HUGE_PAGE as u64)?;
+    // SAFETY: a new mapping at an address that the kernel chooses; nothing else of this program refers to it.
+    let map = unsafe {
+        mmap(ptr::null_mut(), HUGE_PAGE, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED, &file, 0)?
+    };
+    // SAFETY: the mapping is one writable huge page and lives until the end of the program.
+    let page = unsafe { std::slice::from_raw_parts_mut(map.cast::<u8>(), HUGE_PAGE) };
+    let end = page.iter().position(|byte| *byte == 0).unwrap_or(0);
+    println!("{}", String::from_utf8_lossy(&page[..end]));
+    page[..text.len()].copy_from_slice(text.as_bytes());
+    Ok(())
+}
+
 fn locks() -> io::Result<String> {
     let file = fs::File::create("locked")?;
     flock(&file, FlockOperation::LockExclusive)?;

@@ -8,6 +8,7 @@
 //! * `peer udp ADDRESS:PORT TEXT` sends a datagram and prints the one that comes back.
 //! * `peer portrait` prints all that the container it runs in can tell of itself.
 //! * `peer files DIRECTORY` prints what the file system there can do.
+//! * `peer map FILE TEXT` maps a file of one huge page of 2 MiB, prints the text in it, and writes another.
 //! * `peer hold-lock FILE` locks a file until its stdin ends; `peer try-lock FILE` says whether it could be locked.
 
 mod files;
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
         ["tcp", address, line] => ask(address, line),
         ["udp", address, text] => ask_by_datagram(address, text),
         ["files", directory] => files::try_all(directory),
+        ["map", path, text] => files::map_huge(path, text),
         ["hold-lock", path] => files::hold_lock(path),
         ["try-lock", path] => files::try_lock(path),
         ["portrait"] => {

@@ -13,7 +13,7 @@ use crate::{
     share::{Root, Share, ShareError},
     size::Limits,
     source::{ContainerRecord, SourceError},
-    spec::{self, Translated},
+    spec::{self, HugeDirectory, Translated},
 };
 
 /// Longest id that containerd gives (`identifiers.Validate`).
@@ -75,7 +75,11 @@ impl Pod {
         let record = self.look_up(id).await?;
         let share = self.share.lock().await;
         let Phase::Running { pid } = self.phase() else { return Err(ContainerError::Ended) };
-        let translated = spec::translate(&record.spec, id, pid)?;
+        let (spec, container) = (record.spec.clone(), id.to_owned());
+        // It may have to ask a file system: not on the runtime's own threads.
+        let translated = move || spec::translate(&spec, &container, pid, HugeDirectory::at);
+        let translated =
+            tokio::task::spawn_blocking(translated).await.map_err(|_| ContainerError::Ended)??;
         if !self.knows_container(id) {
             self.progress(|progress| progress.add(id));
         }

@@ -30,6 +30,7 @@ pub use self::boot::BootError;
 use self::{progress::Progress, refusals::Refusal};
 use crate::{
     config::Config,
+    cpuset::CpuSet,
     events::Forwarder,
     machine::{self, Exit, file},
     network::InterfaceStatus,
@@ -140,6 +141,8 @@ struct State {
     limits: HashMap<String, Limits>,
     /// The machine's size now, as far as this controller has set it.
     size_now: Option<Size>,
+    /// The host's CPUs and memory nodes that the machine is kept on, as far as this controller has set them.
+    pinned: Option<(CpuSet, CpuSet)>,
     /// What has been taken of the agent's events.
     progress: Progress,
     guest_kernel: String,
@@ -195,6 +198,7 @@ impl Pod {
                 containers: HashMap::new(),
                 limits: HashMap::new(),
                 size_now: Some(size),
+                pinned: Some(Default::default()),
                 progress: Progress::default(),
                 guest_kernel: String::new(),
                 reason: None,

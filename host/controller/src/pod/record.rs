@@ -188,6 +188,7 @@ async fn adopt(node: &Arc<Node>, record: Record, machine: Machine) -> io::Result
         state.running = running;
         // It may have been resized.
         state.size_now = None;
+        state.pinned = None;
         state.progress = progress;
         state.cgroup = cgroup;
         state.interfaces = record.interfaces;

@@ -1,12 +1,14 @@
 //! Making a running machine fit what its containers may use.
 
-use std::time::Duration;
+use std::{path::PathBuf, time::Duration};
 
 use pericarp_protos::ttrpc;
 use thiserror::Error;
 
 use super::{Phase, Pod, containers::ContainerError};
 use crate::{
+    cgroup,
+    cpuset::CpuSet,
     guest::Agent,
     machine::{Control, file},
     size::{self, Limits, Size},
@@ -36,6 +38,16 @@ pub enum ResizeError {
     },
     #[error("the guest uses {online} of the {vcpus} vCPUs that it has now")]
     Vcpus { vcpus: u8, online: u32 },
+    #[error(
+        "cgroup {cgroup:?}: the machine cannot be kept on CPUs {cpus:?} and memory nodes {mems:?} of the host"
+    )]
+    Pin {
+        cpus: String,
+        mems: String,
+        cgroup: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
     #[error("the guest's agent cannot be reached")]
     Agent(#[source] std::io::Error),
 }
@@ -67,7 +79,7 @@ impl Pod {
                 self.state().limits.insert(other.clone(), Limits::of_spec(&record.spec));
             }
         }
-        let all: Vec<Limits> = self.state().limits.values().copied().collect();
+        let all: Vec<Limits> = self.state().limits.values().cloned().collect();
         let node = self.node();
         let size = Size::fitting(self.size, &self.config, &all, &node.config, node.host)
             .map_err(ResizeError::from)?;
@@ -77,6 +89,28 @@ impl Pod {
             self.state().size_now = Some(size);
             tracing::info!(pod = self.id, ?size, "machine resized");
         }
+        Ok(self.pin(&all)?)
+    }
+
+    /// Keeps the machine on the host's CPUs and memory nodes that its containers may use together.
+    fn pin(&self, containers: &[Limits]) -> Result<(), ResizeError> {
+        let cpus = CpuSet::together(containers.iter().map(|container| &container.cpus));
+        let mems = CpuSet::together(containers.iter().map(|container| &container.mems));
+        let wanted = (cpus, mems);
+        if self.state().pinned.as_ref() == Some(&wanted) {
+            return Ok(());
+        }
+        if let Some(cgroup) = self.cgroup() {
+            let (cpus, mems) = &wanted;
+            let (cpus, mems) = (cpus.to_string(), mems.to_string());
+            cgroup::pin(&cgroup, &cpus, &mems).map_err(|source| ResizeError::Pin {
+                cpus,
+                mems,
+                cgroup,
+                source,
+            })?;
+        }
+        self.state().pinned = Some(wanted);
         Ok(())
     }
 

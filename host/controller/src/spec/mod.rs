@@ -5,10 +5,14 @@
 //! the `oci-spec` crate know reach the guest unchanged.
 
 mod devices;
+mod huge_pages;
 mod mounts;
 
 pub use devices::BlockVolume;
+pub use huge_pages::{HUGE_PAGE, HugeDirectory, restore_limits};
 pub use mounts::{Propagation, ReadOnly, Volume};
+
+use std::path::Path;
 
 use pericarp_protos::guest::{CGROUP_PARENT, PID_NAMESPACE, SHARE_DIR};
 use serde_json::{Map, Value};
@@ -66,8 +70,14 @@ pub struct Translated {
 /// Translates the spec of `container`, whose pod runs in the machine with process id `machine_pid`.
 ///
 /// containerd made every namespace path of the spec from that process id
-/// (`internal/cri/opts`, `WithPodNamespaces`).
-pub fn translate(spec: &[u8], container: &str, machine_pid: u32) -> Result<Translated, Error> {
+/// (`internal/cri/opts`, `WithPodNamespaces`). `huge_directory` is asked about the sources of a container's volumes if it
+/// may have huge pages.
+pub fn translate(
+    spec: &[u8],
+    container: &str,
+    machine_pid: u32,
+    huge_directory: fn(&Path) -> Option<HugeDirectory>,
+) -> Result<Translated, Error> {
     let mut spec: Value = serde_json::from_slice(spec)?;
     let root = spec.as_object_mut().ok_or(Error::Malformed("it is not an object"))?;
     refuse_hooks(root)?;
@@ -78,7 +88,8 @@ pub fn translate(spec: &[u8], container: &str, machine_pid: u32) -> Result<Trans
     let read_only_root = set_root_path(root, container)?;
     security_labels(root)?;
     // First, because containerd shares the root file system for the sake of a volume, which is what the user knows.
-    let volumes = mounts::translate(root, read_only_root)?;
+    let huge_directory = Some(huge_directory).filter(|_| huge_pages::are_allowed(root));
+    let volumes = mounts::translate(root, read_only_root, huge_directory)?;
     let disks = linux(root, container, machine_pid)?;
     Ok(Translated { spec: serde_json::to_vec(&spec)?, volumes, disks })
 }
@@ -178,12 +189,13 @@ fn linux(
     if propagation.as_ref().and_then(Value::as_str).is_some_and(|kind| kind.ends_with("shared")) {
         return mounts::refuse_shared("the root file system");
     }
-    if let Some(resources) = object(linux, "resources", "linux.resources is not an object")?
-        && let Some(cpu) = object(resources, "cpu", "linux.resources.cpu is not an object")?
-    {
-        // Numbers of the host's CPUs and memory nodes; they mean nothing to the guest's.
-        cpu.remove("cpus");
-        cpu.remove("mems");
+    if let Some(resources) = object(linux, "resources", "linux.resources is not an object")? {
+        huge_pages::check(resources)?;
+        if let Some(cpu) = object(resources, "cpu", "linux.resources.cpu is not an object")? {
+            // Numbers of the host's CPUs and memory nodes, for the whole machine (`Pod::pin`): the guest has its own.
+            cpu.remove("cpus");
+            cpu.remove("mems");
+        }
     }
     Ok(disks)
 }

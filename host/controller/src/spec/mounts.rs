@@ -8,7 +8,7 @@ use std::{
 use pericarp_protos::guest::{ETC_DIR, SHARE_DIR, SHM_DIR, VOLUMES};
 use serde_json::{Map, Value, json};
 
-use super::{Error, text, unsupported};
+use super::{Error, HugeDirectory, text, unsupported};
 
 /// Files that are the pod's, not the image's.
 const POD_FILES: [&str; 3] = ["hosts", "resolv.conf", "hostname"];
@@ -56,7 +56,11 @@ pub enum Propagation {
 }
 
 /// Rewrites `mounts` and says what has to be mounted on the host for it.
-pub(super) fn translate(root: &mut Map<String, Value>, read_only_root: bool) -> Result<Vec<Volume>, Error> {
+pub(super) fn translate(
+    root: &mut Map<String, Value>,
+    read_only_root: bool,
+    huge_directory: Option<fn(&Path) -> Option<HugeDirectory>>,
+) -> Result<Vec<Volume>, Error> {
     let list = match root.remove("mounts") {
         None | Some(Value::Null) => Vec::new(),
         Some(Value::Array(list)) => list,
@@ -77,9 +81,13 @@ pub(super) fn translate(root: &mut Map<String, Value>, read_only_root: bool) -> 
             || options.iter().any(|option| option == "bind" || option == "rbind")
         {
             let volume = volume(mount, destination.clone(), &options)?;
-            let path = format!("{SHARE_DIR}/{VOLUMES}/{}", volume.name);
-            mount.insert("source".into(), path.into());
-            volumes.push(volume);
+            if let Some(directory) = huge_directory.and_then(|find| find(&volume.source)) {
+                directory.mount(mount, &volume.name);
+            } else {
+                let path = format!("{SHARE_DIR}/{VOLUMES}/{}", volume.name);
+                mount.insert("source".into(), path.into());
+                volumes.push(volume);
+            }
         } else if !GUEST_TYPES.contains(&kind) {
             return unsupported(
                 format!("a mount of type {kind:?} at {destination}"),
@@ -97,7 +105,7 @@ pub(super) fn translate(root: &mut Map<String, Value>, read_only_root: bool) -> 
     Ok(volumes)
 }
 
-fn options(mount: &Map<String, Value>) -> Result<Vec<String>, Error> {
+pub(super) fn options(mount: &Map<String, Value>) -> Result<Vec<String>, Error> {
     match mount.get("options") {
         None | Some(Value::Null) => Ok(Vec::new()),
         Some(Value::Array(list)) => list

@@ -42,7 +42,7 @@ fn spec() -> Value {
 }
 
 fn run(spec: &Value) -> Result<(Value, Vec<Volume>), Error> {
-    let translated = translate(&serde_json::to_vec(spec).unwrap(), ID, PID)?;
+    let translated = translate(&serde_json::to_vec(spec).unwrap(), ID, PID, |_| None)?;
     Ok((serde_json::from_slice(&translated.spec).unwrap(), translated.volumes))
 }
 
@@ -140,6 +140,30 @@ fn chosen_security_labels_are_refused() {
 fn the_hosts_cpu_numbers_are_dropped() {
     let (spec, _) = run(&spec()).unwrap();
     assert_eq!(spec["linux"]["resources"]["cpu"], json!({ "shares": 2 }));
+}
+
+#[test]
+fn huge_pages_of_another_size_are_refused_and_their_absence_is_not() {
+    let limits =
+        |bytes: u64| json!([{ "pageSize": "2MB", "limit": 0 }, { "pageSize": "1GB", "limit": bytes }]);
+    changed(|spec| spec["linux"]["resources"]["hugepageLimits"] = limits(0)).unwrap();
+    refused(|spec| spec["linux"]["resources"]["hugepageLimits"] = limits(1 << 30), "hugepages-2Mi");
+}
+
+#[test]
+fn a_directory_of_huge_pages_is_the_guests_own() {
+    let find =
+        |path: &Path| (path == "/var/lib/data").then_some(HugeDirectory { mode: 0o2775, uid: 0, gid: 1000 });
+    let mut spec = spec();
+    let text = serde_json::to_vec(&spec).unwrap();
+    assert_eq!(translate(&text, ID, PID, find).unwrap().volumes.len(), 1, "without huge pages");
+    spec["linux"]["resources"]["hugepageLimits"] = json!([{ "pageSize": "2MB", "limit": 4_194_304 }]);
+    let translated = translate(&serde_json::to_vec(&spec).unwrap(), ID, PID, find).unwrap();
+    assert_eq!(translated.volumes, []);
+    let spec = serde_json::from_slice(&translated.spec).unwrap();
+    let mounted = mount(&spec, "/data").unwrap();
+    assert_eq!(mounted["type"], "hugetlbfs");
+    assert_eq!(mounted["options"], json!(["pagesize=2M", "mode=2775", "uid=0", "gid=1000"]));
 }
 
 #[test]
@@ -280,7 +304,7 @@ fn what_is_not_a_spec_is_an_error_not_a_panic() {
         r#"{"root":{},"linux":[]}"#,
         r#"{"root":{},"linux":{},"mounts":{}}"#,
     ] {
-        assert!(translate(text.as_bytes(), ID, PID).is_err(), "{text}");
+        assert!(translate(text.as_bytes(), ID, PID, |_| None).is_err(), "{text}");
     }
     for text in [
         r"[1]",
@@ -288,7 +312,7 @@ fn what_is_not_a_spec_is_an_error_not_a_panic() {
         r#"[{"destination":"/x","type":"bind","source":"/","options":[1]}]"#,
     ] {
         let text = format!(r#"{{"root":{{}},"linux":{{}},"mounts":{text}}}"#);
-        assert!(translate(text.as_bytes(), ID, PID).is_err(), "{text}");
+        assert!(translate(text.as_bytes(), ID, PID, |_| None).is_err(), "{text}");
     }
 }
 
