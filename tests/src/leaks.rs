@@ -15,7 +15,7 @@ const TREES: [&str; 5] = ["/run/pericarp", "/run/containerd", "/run/netns", "/ru
 const NODE_CONTROLLER: &str = "pericarp serve";
 
 /// What the first pod makes and all later ones share.
-const SHARED: [&str; 12] = [
+const SHARED: [&str; 13] = [
     "link cni0",
     // The kernel's module makes these two when it is loaded for the first pod with limited bandwidth.
     "link ifb0",
@@ -24,6 +24,7 @@ const SHARED: [&str; 12] = [
     "path /run/pods",
     "path /run/cni/ipam",
     "path /run/containerd/io.containerd.grpc.v1.cri/containers",
+    "path /run/containerd/io.containerd.grpc.v1.cri/image-volumes",
     "path /run/containerd/io.containerd.grpc.v1.cri/sandboxes",
     "path /run/containerd/io.containerd.runtime.v2.task/k8s.io",
     "path /run/containerd/runc",
