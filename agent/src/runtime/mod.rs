@@ -42,9 +42,9 @@ pub const PAUSE_ARGUMENT: &str = "pause";
 /// Stands for "no console" in a helper's arguments.
 const NO_CONSOLE: &str = "-";
 
-/// How long a helper may take. Far more than any container needs: it is there so that a hanging
-/// file system ends in an error.
-const LIMIT: Duration = Duration::from_secs(60);
+/// How long a helper may take: longer than kubelet waits for any call. It is there so that a hanging file system ends in
+/// an error; a process in a container with a small share of a busy guest's CPU may need minutes.
+const LIMIT: Duration = Duration::from_secs(180);
 
 /// Why a container process was not made.
 #[derive(Debug, thiserror::Error)]

@@ -94,6 +94,7 @@ impl Container {
         })?;
         let path = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().clone());
         let cgroup = Cgroup::create(path.as_deref()).map_err(cgroup_error)?;
+        let cpu = take_cpu_limits(&mut spec);
         let made = async {
             if shares_pod_pid_namespace(&spec) {
                 ensure_pid_namespace(exits).await?;
@@ -103,7 +104,11 @@ impl Container {
                 directory: directory.0.clone(),
                 action: Action::Create(Box::new(spec.clone())),
             };
-            launch(exits, &request, prepared, urls.terminal).await
+            let launched = launch(exits, &request, prepared, urls.terminal).await?;
+            if let Some(cpu) = cpu {
+                cgroup.update(&cpu).map_err(|error| RuntimeError::Container(error.to_string()))?;
+            }
+            Ok(launched)
         };
         let (pid, stdio) = match made.await {
             Ok(made) => made,
@@ -337,6 +342,17 @@ impl Container {
     fn execs(&self) -> MutexGuard<'_, HashMap<String, Exec>> {
         self.execs.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Takes the CPU's limits out of a spec. They are for the container's program: a small share of a busy guest would keep its
+/// first process from being made for minutes.
+fn take_cpu_limits(spec: &mut Spec) -> Option<LinuxResources> {
+    let resources = spec.linux_mut().as_mut()?.resources_mut().as_mut()?;
+    let cpu = resources.cpu().clone()?;
+    resources.set_cpu(None);
+    let mut limits = LinuxResources::default();
+    limits.set_devices(None).set_cpu(Some(cpu));
+    Some(limits)
 }
 
 /// A process's directory that cannot be entered, with runc's text: libcontainer does not name it.

@@ -274,6 +274,22 @@ async fn limits_are_changed_and_nonsense_is_refused_with_its_reason() {
 }
 
 #[tokio::test]
+async fn a_small_share_of_the_cpu_does_not_slow_the_making_of_a_container() {
+    let agent = Agent::start().await;
+    let directory = format!("/sys/fs/cgroup/pod-{}/poor", agent.pid());
+    let limits = json!({ "cpu": { "shares": 2, "quota": 1000, "period": 1_000_000 } });
+    agent.add_container("poor", &["true"]).change(|spec| spec["linux"]["resources"] = limits);
+    // A thousandth of a CPU: this would take minutes.
+    agent.create("poor", &[]).await;
+    let read = |name: &str| fs::read_to_string(format!("{directory}/{name}")).unwrap_or_default();
+    if read("cpu.max").is_empty() {
+        return;
+    }
+    assert_eq!((read("cpu.max").as_str(), read("cpu.weight").as_str()), ("1000 1000000\n", "1\n"));
+    assert!(read("cpu.stat").contains("nr_throttled 0\n"), "{}", read("cpu.stat"));
+}
+
+#[tokio::test]
 async fn statistics_have_a_value_for_every_controller() {
     let agent = Agent::start().await;
     agent.add_container("c1", &["sh", "-c", "head -c 5000000 /dev/zero >/dev/null; sleep 1000"]);
