@@ -25,37 +25,6 @@ const QUEUE: usize = 16;
 #[error("the connection is closed")]
 pub struct Disconnected;
 
-/// One message on its way to the client, encoded: ttrpc's header and the payload in one piece.
-pub struct Frame(Vec<u8>);
-
-impl Frame {
-    /// A data message without payload, with room for so many bytes of it.
-    pub fn with_capacity(payload: usize) -> Self {
-        let mut bytes = Vec::with_capacity(MESSAGE_HEADER_LENGTH + payload);
-        bytes.resize(MESSAGE_HEADER_LENGTH, 0);
-        Self(bytes)
-    }
-
-    /// Adds to the payload.
-    pub fn extend(&mut self, bytes: &[u8]) {
-        self.0.extend_from_slice(bytes);
-    }
-
-    /// What has been added so far.
-    pub fn payload(&self) -> &[u8] {
-        &self.0[MESSAGE_HEADER_LENGTH..]
-    }
-
-    /// Writes the header, when the payload is complete.
-    fn finish(mut self, stream_id: u32, kind: u8, flags: u8) -> Vec<u8> {
-        let length = u32::try_from(self.payload().len()).unwrap_or(u32::MAX);
-        self.0[..4].copy_from_slice(&length.to_be_bytes());
-        self.0[4..8].copy_from_slice(&stream_id.to_be_bytes());
-        self.0[8..MESSAGE_HEADER_LENGTH].copy_from_slice(&[kind, flags]);
-        self.0
-    }
-}
-
 /// What comes in on a stream.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Incoming {
@@ -82,13 +51,8 @@ impl ServerStream {
 
     /// Sends one message to the client; waits while the connection is congested.
     pub async fn send(&self, message: &impl protobuf::Message) -> Result<(), Disconnected> {
-        self.send_frame(encoded(message)).await
-    }
-
-    /// The same for a message that is encoded already.
-    pub async fn send_frame(&self, frame: Frame) -> Result<(), Disconnected> {
-        let bytes = frame.finish(self.id, MESSAGE_TYPE_DATA, 0);
-        self.outgoing.send(bytes).await.map_err(|_| Disconnected)
+        let frame = frame(self.id, MESSAGE_TYPE_DATA, 0, message);
+        self.outgoing.send(frame).await.map_err(|_| Disconnected)
     }
 
     /// Ends the stream: the client reads EOF after everything that was sent before.
@@ -274,16 +238,23 @@ fn response(status: Status) -> Response {
     response
 }
 
-fn encoded(message: &impl protobuf::Message) -> Frame {
-    let size = usize::try_from(message.compute_size()).unwrap_or_default();
-    let mut frame = Frame::with_capacity(size);
+/// A message for the socket, encoded: ttrpc's header and the payload in one piece.
+fn frame(stream_id: u32, kind: u8, flags: u8, message: &impl protobuf::Message) -> Vec<u8> {
+    let mut frame = Vec::with_capacity(
+        MESSAGE_HEADER_LENGTH + usize::try_from(message.compute_size()).unwrap_or_default(),
+    );
+    frame.resize(MESSAGE_HEADER_LENGTH, 0);
     // Encoding into memory fails only for messages beyond 2 GiB, which none of ours comes near.
-    let _ = message.write_to_vec(&mut frame.0);
+    let _ = message.write_to_vec(&mut frame);
+    let length = u32::try_from(frame.len() - MESSAGE_HEADER_LENGTH).unwrap_or(u32::MAX);
+    frame[..4].copy_from_slice(&length.to_be_bytes());
+    frame[4..8].copy_from_slice(&stream_id.to_be_bytes());
+    frame[8..MESSAGE_HEADER_LENGTH].copy_from_slice(&[kind, flags]);
     frame
 }
 
 fn response_message(stream_id: u32, response: &Response) -> Vec<u8> {
-    encoded(response).finish(stream_id, MESSAGE_TYPE_RESPONSE, 0)
+    frame(stream_id, MESSAGE_TYPE_RESPONSE, 0, response)
 }
 
 fn failure(stream_id: u32, status: Status) -> Vec<u8> {
@@ -291,7 +262,7 @@ fn failure(stream_id: u32, status: Status) -> Vec<u8> {
 }
 
 fn end_of_stream(stream_id: u32) -> Vec<u8> {
-    Frame::with_capacity(0).finish(stream_id, MESSAGE_TYPE_DATA, FLAG_REMOTE_CLOSED | FLAG_NO_DATA)
+    frame(stream_id, MESSAGE_TYPE_DATA, FLAG_REMOTE_CLOSED | FLAG_NO_DATA, &Response::new())
 }
 
 use pericarp_protos::protobuf;

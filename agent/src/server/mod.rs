@@ -12,7 +12,7 @@ use std::{collections::HashMap, sync::Arc};
 
 use pericarp_protos::ttrpc::{self, Code, r#async::Service};
 
-pub use connection::{Frame, Incoming, ServerStream};
+pub use connection::{Incoming, ServerStream};
 pub use listener::Listener;
 
 /// Opens one stream: is given the payload of the request that began it (empty for a stream whose

@@ -89,7 +89,7 @@ impl<S: AsyncWrite + Unpin> Input<S> {
             match incoming {
                 Some(Incoming::Message(message)) => {
                     if let FromClient::Data(data) = FromClient::decode(&message) {
-                        self.write(data).await;
+                        self.write(&data).await;
                         taken += data.len();
                         if self.closing.is_some() {
                             self.closing = Some(Instant::now() + CLOSE_GRACE);

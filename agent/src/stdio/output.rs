@@ -57,7 +57,7 @@ impl Output {
         loop {
             if !self.pending.is_empty() && credit > 0 {
                 let length = self.pending.len().min(credit);
-                if stream.send_frame(message::data(&self.pending[..length])).await.is_err() {
+                if stream.send(&message::data(&self.pending[..length])).await.is_err() {
                     return Ended::Disconnected;
                 }
                 self.pending.drain(..length);
