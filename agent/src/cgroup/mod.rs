@@ -209,6 +209,9 @@ impl Cgroup {
         if !self.directory.exists() {
             return Ok(());
         }
+        // Also the end of a process needs the CPU: it is not to wait for a small share.
+        let _ = fs::write(self.directory.join("cpu.max"), "max");
+        let _ = fs::write(self.directory.join("cpu.weight"), "100");
         self.kill()?;
         match tokio::time::timeout(KILL_LIMIT, self.wait_for("populated 0")).await {
             Ok(waited) => waited.map_err(self.error("wait for its processes"))?,

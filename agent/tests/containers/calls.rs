@@ -287,6 +287,8 @@ async fn a_small_share_of_the_cpu_does_not_slow_the_making_of_a_container() {
     }
     assert_eq!((read("cpu.max").as_str(), read("cpu.weight").as_str()), ("1000 1000000\n", "1\n"));
     assert!(read("cpu.stat").contains("nr_throttled 0\n"), "{}", read("cpu.stat"));
+    // Nor its end.
+    agent.delete("poor", "").await.unwrap();
 }
 
 #[tokio::test]

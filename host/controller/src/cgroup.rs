@@ -44,10 +44,14 @@ impl Cgroup {
 /// Keeps the processes of a cgroup on these of the host's CPUs and memory nodes; an empty list is no constraint.
 pub fn pin(path: &Path, cpus: &str, mems: &str) -> io::Result<()> {
     for (file, list) in [("cpuset.cpus", cpus), ("cpuset.mems", mems)] {
-        match fs::write(path.join(file), format!("{list}\n")) {
-            // Cgroups without cpusets: then there is no constraint, either.
-            Err(error) if error.kind() == io::ErrorKind::NotFound && list.is_empty() => {}
-            result => result?,
+        let file = path.join(file);
+        if !list.is_empty() {
+            fs::write(&file, list)?;
+        } else if !fs::read_to_string(&file).unwrap_or_default().trim().is_empty() {
+            // The kernel takes no empty list for a cgroup that has processes, so it is all that there is.
+            let name = file.file_name().unwrap_or_default().to_string_lossy();
+            let all = fs::read_to_string(path.with_file_name(format!("{name}.effective")))?;
+            fs::write(&file, all)?;
         }
     }
     Ok(())
@@ -131,6 +135,23 @@ mod tests {
             relative("kubepods-burstable-pod1.slice", "x"),
             Path::new("kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice/pericarp-x")
         );
+    }
+
+    #[test]
+    fn a_constraint_is_lifted_by_all_that_the_parent_has() {
+        let parent = tempfile::tempdir().unwrap();
+        let path = parent.path().join("pod");
+        fs::create_dir(&path).unwrap();
+        for (file, all) in [("cpuset.cpus.effective", "0-7\n"), ("cpuset.mems.effective", "0-1\n")] {
+            fs::write(parent.path().join(file), all).unwrap();
+        }
+        let pinned = |cpus, mems| {
+            pin(&path, cpus, mems).unwrap();
+            ["cpuset.cpus", "cpuset.mems"].map(|file| fs::read_to_string(path.join(file)).unwrap_or_default())
+        };
+        assert_eq!(pinned("", ""), ["", ""], "without cpusets there is nothing to lift");
+        assert_eq!(pinned("2,3", ""), ["2,3", ""]);
+        assert_eq!(pinned("", "1"), ["0-7\n", "1"]);
     }
 
     #[test]
