@@ -14,6 +14,7 @@ use crate::{
     size::Limits,
     source::{ContainerRecord, SourceError},
     spec::{self, Translated},
+    user_namespace::UserNamespaceError,
 };
 
 /// Longest id that containerd gives (`identifiers.Validate`).
@@ -34,6 +35,8 @@ pub enum ContainerError {
     Share(#[from] ShareError),
     #[error(transparent)]
     Disk(#[from] DiskError),
+    #[error(transparent)]
+    UserNamespace(#[from] UserNamespaceError),
     #[error(transparent)]
     Resize(#[from] ResizeError),
 }
@@ -60,6 +63,7 @@ impl ContainerError {
             }
             ContainerError::Ended | ContainerError::Share(ShareError::Root(_)) => Code::FAILED_PRECONDITION,
             ContainerError::Source(_)
+            | ContainerError::UserNamespace(_)
             | ContainerError::Share(_)
             | ContainerError::Disk(_)
             | ContainerError::Resize(_) => Code::INTERNAL,
@@ -75,7 +79,7 @@ impl Pod {
         let record = self.look_up(id).await?;
         let share = self.share.lock().await;
         let Phase::Running { pid } = self.phase() else { return Err(ContainerError::Ended) };
-        let translated = spec::translate(&record.spec, id, pid)?;
+        let translated = spec::translate(&record.spec, id, pid, self.id_map.as_ref())?;
         if !self.knows_container(id) {
             self.progress(|progress| progress.add(id));
         }
@@ -148,8 +152,9 @@ impl Pod {
             root = Root::Disks(layers.writable);
         }
         let (files, container, volumes) = (share.clone(), id.to_owned(), translated.volumes.clone());
+        let namespace = self.user_namespace()?;
         // Mounting may wait for a disk: not on the runtime's own threads.
-        tokio::task::spawn_blocking(move || files.add(&container, &root, &volumes))
+        tokio::task::spawn_blocking(move || files.add(&container, &root, &volumes, namespace.as_ref()))
             .await
             .map_err(|_| ContainerError::Ended)??;
         Ok(disks)
