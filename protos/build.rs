@@ -55,16 +55,16 @@ fn ttrpc(out: &Path, inputs: &[&str], async_all: bool) -> Result<(), Box<dyn Err
 
 fn grpc() -> Result<(), Box<dyn Error>> {
     let clients = env::var_os("CARGO_FEATURE_CRI_CLIENT").is_some();
-    let containerd = |names: &[&str]| {
-        protox::compile(names.iter().map(|name| format!("{CONTAINERD}/services/{name}")), [ROOT])
-    };
+    let containerd =
+        |names: &[&str]| protox::compile(names.iter().map(|name| format!("{CONTAINERD}/{name}")), [ROOT]);
     // One pass: their packages share types.
     tonic_prost_build::configure().compile_fds(containerd(&[
-        "containers/v1/containers.proto",
-        "events/v1/events.proto",
-        "sandbox/v1/sandbox.proto",
-        "snapshots/v1/snapshots.proto",
-        "version/v1/version.proto",
+        "services/containers/v1/containers.proto",
+        "services/events/v1/events.proto",
+        "services/sandbox/v1/sandbox.proto",
+        "services/snapshots/v1/snapshots.proto",
+        "services/version/v1/version.proto",
+        "types/introspection.proto",
     ])?)?;
     tonic_prost_build::configure()
         .build_client(clients)

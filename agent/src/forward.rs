@@ -4,13 +4,17 @@
 //! (`criService.portForward`), IPv4 is tried first.
 
 use std::{
+    fs::File,
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    os::fd::AsFd as _,
     sync::Arc,
+    thread,
     time::Duration,
 };
 
-use pericarp_protos::guest::FORWARD_PORT;
+use pericarp_protos::guest::{FORWARD_PORT, NETWORK_NAMESPACE};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, copy_bidirectional},
     net::TcpStream,
@@ -18,7 +22,10 @@ use tokio::{
     time::timeout,
 };
 
-use crate::server::Listener;
+use crate::{
+    pod::{Namespaces, Pod},
+    server::Listener,
+};
 
 /// Connections at the same time; as many as a machine has.
 const CONNECTIONS_MAX: usize = 1024;
@@ -41,6 +48,34 @@ pub enum ForwardError {
 /// Where the machine's connections arrive.
 pub fn listen() -> io::Result<Listener> {
     Listener::vsock(FORWARD_PORT)
+}
+
+/// Serves the pod once it is one, where its network is.
+pub async fn serve_pod(listener: Listener, pod: Arc<Pod>) {
+    match pod.configured().await {
+        Some(Namespaces::Guest) => serve(listener).await,
+        Some(Namespaces::Own) => {
+            let inside = thread::Builder::new().name("forward".into()).spawn(move || serve_inside(listener));
+            if let Err(error) = inside {
+                tracing::error!(%error, "port-forward to this pod will not work");
+            }
+        }
+        None => {}
+    }
+}
+
+/// Serves from this thread, which enters the pod's own network namespace and stays there: sockets are of the namespace
+/// that they are made in.
+fn serve_inside(listener: Listener) {
+    let entered = || -> io::Result<tokio::runtime::Runtime> {
+        let netns = File::open(NETWORK_NAMESPACE)?;
+        move_into_link_name_space(netns.as_fd(), Some(LinkNameSpaceType::Network))?;
+        tokio::runtime::Builder::new_current_thread().enable_all().build()
+    };
+    match entered() {
+        Ok(runtime) => runtime.block_on(serve(listener)),
+        Err(error) => tracing::error!(%error, "port-forward to this pod will not work"),
+    }
 }
 
 /// Accepts connections for ever. Each is carried by its own task; one too many is closed at once.

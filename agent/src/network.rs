@@ -3,7 +3,10 @@
 //! The guest's devices have the MAC addresses of the interfaces that CNI made in the pod's netns, and that
 //! is how each is found. From then on the pod's addresses are the guest's.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::{
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    os::fd::{AsFd, AsRawFd as _},
+};
 
 use futures::TryStreamExt;
 use pericarp_protos::agent::{ConfigureRequest, Interface, Neighbour, Route};
@@ -67,20 +70,49 @@ pub async fn apply(request: &ConfigureRequest) -> Result<(), NetworkError> {
     if request.interfaces.is_empty() {
         return Ok(());
     }
-    let (connection, handle, _) = rtnetlink::new_connection().map_err(NetworkError::Socket)?;
-    let connection = tokio::spawn(connection);
-    let applied = apply_through(&handle, request).await;
-    connection.abort();
-    applied
+    with_netlink(async |handle| apply_through(handle, request).await).await
 }
 
-async fn apply_through(handle: &Handle, request: &ConfigureRequest) -> Result<(), NetworkError> {
+/// Moves the pod's interfaces to another network namespace, where they can be found again in the same way.
+pub async fn move_to(netns: impl AsFd, request: &ConfigureRequest) -> Result<(), NetworkError> {
+    let netns = netns.as_fd();
+    with_netlink(async |handle| {
+        let (_, found) = find_all(handle, request).await?;
+        for Found { name, index } in &found {
+            let link = LinkUnspec::new_with_index(*index).setns_by_fd(netns.as_raw_fd()).build();
+            handle.link().set(link).execute().await.map_err(refused("hand to the pod", name))?;
+        }
+        Ok(())
+    })
+    .await
+}
+
+async fn with_netlink<T>(
+    work: impl AsyncFnOnce(&Handle) -> Result<T, NetworkError>,
+) -> Result<T, NetworkError> {
+    let (connection, handle, _) = rtnetlink::new_connection().map_err(NetworkError::Socket)?;
+    let connection = tokio::spawn(connection);
+    let done = work(&handle).await;
+    connection.abort();
+    done
+}
+
+/// All devices, and which of them are the pod's.
+async fn find_all(
+    handle: &Handle,
+    request: &ConfigureRequest,
+) -> Result<(Vec<LinkMessage>, Vec<Found>), NetworkError> {
     let links: Vec<LinkMessage> =
         handle.link().get().execute().try_collect().await.map_err(refused("list", ""))?;
     let mut found = Vec::with_capacity(request.interfaces.len());
     for interface in &request.interfaces {
         found.push(find(&links, interface, &found)?);
     }
+    Ok((links, found))
+}
+
+async fn apply_through(handle: &Handle, request: &ConfigureRequest) -> Result<(), NetworkError> {
+    let (links, found) = find_all(handle, request).await?;
     make_names_free(handle, &links, &found).await?;
     for (interface, found) in request.interfaces.iter().zip(&found) {
         bring_up(handle, interface, found).await?;

@@ -1,11 +1,13 @@
 //! Makes the guest into one particular pod: `Agent.Configure`.
 //!
-//! The pod's network, IPC and UTS namespaces are the guest's own: the machine is the pod.
+//! The pod's network, IPC and UTS namespaces are the guest's own: the machine is the pod. A pod with a user namespace has
+//! its own ones, which belong to that.
 
 use std::{
     collections::HashMap,
     fmt::Write,
     fs, io,
+    os::unix::fs::chown,
     path::{Path, PathBuf},
     sync::{
         Arc, OnceLock,
@@ -22,12 +24,15 @@ use pericarp_protos::{
     ttrpc::{self, Code, r#async::TtrpcContext},
 };
 
+use protobuf::Message as _;
 use tokio::sync::watch;
 
 use crate::{
     boot, devices,
     network::{self, NetworkError},
-    server,
+    runtime::{self, Action, Descriptors, Request, RuntimeError},
+    server, stdio,
+    task::Exits,
 };
 
 /// Why the guest cannot be made into the pod.
@@ -63,6 +68,9 @@ pub enum PodError {
     /// The pod's network cannot be set up.
     #[error(transparent)]
     Network(#[from] NetworkError),
+    /// The pod's user namespace cannot be made, or those that belong to it, or what was to be done in them.
+    #[error("cannot make a user namespace into the pod's: {0}")]
+    Namespaces(#[from] RuntimeError),
     /// The shared memory file system cannot be mounted.
     #[error("cannot mount the pod's shared memory: {0}")]
     SharedMemory(io::Error),
@@ -75,29 +83,47 @@ impl From<PodError> for ttrpc::Error {
             PodError::Hostname(..) | PodError::UnknownSysctl(_) | PodError::Sysctl { .. } => {
                 Code::INVALID_ARGUMENT
             }
-            PodError::File { .. } | PodError::SharedMemory(_) | PodError::Network(_) => Code::INTERNAL,
+            PodError::File { .. }
+            | PodError::SharedMemory(_)
+            | PodError::Network(_)
+            | PodError::Namespaces(_) => Code::INTERNAL,
         };
         server::status(code, error.to_string())
     }
 }
 
+/// Whose network, IPC and UTS namespaces the pod's are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Namespaces {
+    /// The guest's.
+    Guest,
+    /// Its own: they belong to its user namespace.
+    Own,
+}
+
 /// The pod that this guest is.
 #[derive(Default)]
 pub struct Pod {
+    exits: Arc<Exits>,
     begun: AtomicBool,
-    configured: watch::Sender<bool>,
+    configured: watch::Sender<Option<Namespaces>>,
     share: OnceLock<Result<(), String>>,
 }
 
 impl Pod {
     /// A guest that is not yet a pod.
-    pub fn new() -> Arc<Self> {
-        Arc::default()
+    pub fn new(exits: Arc<Exits>) -> Arc<Self> {
+        Arc::new(Self { exits, ..Self::default() })
     }
 
     /// Whether `Configure` has succeeded, so that containers may be made.
     pub fn is_configured(&self) -> bool {
-        *self.configured.borrow()
+        self.configured.borrow().is_some()
+    }
+
+    /// Waits until `Configure` has succeeded; `None` if it never will.
+    pub async fn configured(&self) -> Option<Namespaces> {
+        *self.configured.subscribe().wait_for(Option::is_some).await.ok()?
     }
 
     /// Mounts the pod's share, once; containers' files are there.
@@ -109,8 +135,7 @@ impl Pod {
 
     /// Mounts the share as soon as nobody waits for the pod any more: the device takes its time.
     pub async fn mount_share_when_idle(self: Arc<Self>) {
-        // An error means that the pod is gone.
-        if self.configured.subscribe().wait_for(|configured| *configured).await.is_ok() {
+        if self.configured().await.is_some() {
             tokio::task::yield_now().await;
             if let Err(error) = self.mount_share() {
                 tracing::error!("{error}");
@@ -122,18 +147,42 @@ impl Pod {
         if self.begun.swap(true, Ordering::Relaxed) {
             return Err(PodError::AlreadyConfigured);
         }
-        if !request.hostname.is_empty() {
-            nix::unistd::sethostname(&request.hostname)
-                .map_err(|errno| PodError::Hostname(request.hostname.clone(), errno.into()))?;
-        }
         write_files(Path::new(ETC_DIR), request)?;
-        mount_shared_memory(request.shm_bytes).map_err(PodError::SharedMemory)?;
-        network::apply(request).await?;
-        // Last, because some are an interface's.
-        set_sysctls(Path::new("/proc/sys"), &request.sysctls)?;
-        self.configured.send_replace(true);
+        mount_shared_memory(request).map_err(PodError::SharedMemory)?;
+        let namespaces = if request.user_namespace.is_some() {
+            self.settle_in_namespaces(request).await?;
+            Namespaces::Own
+        } else {
+            settle(request).await?;
+            Namespaces::Guest
+        };
+        self.configured.send_replace(Some(namespaces));
         Ok(())
     }
+
+    /// Has a helper make the namespaces and settle there: this process is not to leave its own.
+    async fn settle_in_namespaces(&self, request: &ConfigureRequest) -> Result<(), RuntimeError> {
+        let request = request.write_to_bytes().map_err(io::Error::other)?;
+        let request = Request {
+            id: String::new(),
+            directory: PathBuf::from(ETC_DIR),
+            action: Action::Namespaces(request),
+        };
+        let stdio = [stdio::null()?, stdio::null()?, stdio::null()?];
+        runtime::launch(&self.exits, &request, Descriptors { stdio, console: None }).await?;
+        Ok(())
+    }
+}
+
+/// Gives the namespaces that the caller is in the pod's name, network and sysctls.
+pub async fn settle(request: &ConfigureRequest) -> Result<(), PodError> {
+    if !request.hostname.is_empty() {
+        nix::unistd::sethostname(&request.hostname)
+            .map_err(|errno| PodError::Hostname(request.hostname.clone(), errno.into()))?;
+    }
+    network::apply(request).await?;
+    // Last, because some are an interface's.
+    set_sysctls(Path::new("/proc/sys"), &request.sysctls)
 }
 
 /// `pericarp.agent.v1.Agent` without its stream, which [`crate::events`] serves.
@@ -160,7 +209,12 @@ fn write_files(directory: &Path, request: &ConfigureRequest) -> Result<(), PodEr
     let hostname = if request.hostname.is_empty() { "localhost" } else { &request.hostname };
     let create = |name: &str, content: &str| {
         let path = directory.join(name);
-        fs::write(&path, content).map_err(|source| PodError::File { path, source })
+        let written = fs::write(&path, content).and_then(|()| match request.user_namespace.as_ref() {
+            // The pod's root may write them, as with runc.
+            Some(user) => chown(&path, Some(user.uids.outside), Some(user.gids.outside)),
+            None => Ok(()),
+        });
+        written.map_err(|source| PodError::File { path, source })
     };
     fs::create_dir_all(directory).map_err(|source| PodError::File { path: directory.to_owned(), source })?;
     create("hostname", &format!("{hostname}\n"))?;
@@ -203,20 +257,20 @@ fn resolv_conf(dns: &Dns) -> String {
     content
 }
 
-fn mount_shared_memory(bytes: u64) -> io::Result<()> {
+fn mount_shared_memory(request: &ConfigureRequest) -> io::Result<()> {
     fs::create_dir_all(SHM_DIR)?;
     let mut options = "mode=1777".to_owned();
-    if bytes > 0 {
-        let _ = write!(options, ",size={bytes}");
+    if request.shm_bytes > 0 {
+        let _ = write!(options, ",size={}", request.shm_bytes);
     }
-    nix::mount::mount(
-        Some("shm"),
-        SHM_DIR,
-        Some("tmpfs"),
-        // containerd's own is as free (`podsandbox.Controller.setupSandboxFiles` and its bind into each container).
-        MsFlags::empty(),
-        Some(options.as_str()),
-    )?;
+    // So is containerd's own (`podsandbox.Controller.setupSandboxFiles`). Binding it into a container frees it of them,
+    // but not in a user namespace.
+    let flags = if request.user_namespace.is_some() {
+        MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC
+    } else {
+        MsFlags::empty()
+    };
+    nix::mount::mount(Some("shm"), SHM_DIR, Some("tmpfs"), flags, Some(options.as_str()))?;
     Ok(())
 }
 

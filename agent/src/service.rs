@@ -34,10 +34,9 @@ pub fn serve_as_init() -> ExitCode {
     }
     run(async move {
         let listener = Listener::vsock(AGENT_PORT)?;
-        tokio::spawn(forward::serve(forward::listen()?));
         let host = Arc::new(Host::new(Address::Vsock));
         announce(Arc::clone(&host), began);
-        serve(listener, host).await
+        serve(listener, host, Some(forward::listen()?)).await
     })
 }
 
@@ -51,7 +50,7 @@ pub fn serve_on_sockets(arguments: &[String]) -> ExitCode {
         let listener = Listener::Unix(tokio::net::UnixListener::bind(agent)?);
         let host = Arc::new(Host::new(Address::Unix(controller)));
         announce(Arc::clone(&host), Instant::now());
-        serve(listener, host).await
+        serve(listener, host, None).await
     })
 }
 
@@ -83,7 +82,8 @@ fn announce(host: Arc<Host>, began: Instant) {
     });
 }
 
-async fn serve(listener: Listener, host: Arc<Host>) -> std::io::Result<()> {
+/// `forwarded` is where connections to the pod's localhost arrive, if they do.
+async fn serve(listener: Listener, host: Arc<Host>, forwarded: Option<Listener>) -> std::io::Result<()> {
     let exits = Exits::new();
     let mut children = signal(SignalKind::child())?;
     let reaper = Arc::clone(&exits);
@@ -95,8 +95,11 @@ async fn serve(listener: Listener, host: Arc<Host>) -> std::io::Result<()> {
             }
         }
     });
-    let pod = Pod::new();
+    let pod = Pod::new(Arc::clone(&exits));
     tokio::spawn(Arc::clone(&pod).mount_share_when_idle());
+    if let Some(forwarded) = forwarded {
+        tokio::spawn(forward::serve_pod(forwarded, Arc::clone(&pod)));
+    }
     let streams = Streams::new();
     let events = Events::new();
     let tasks = Tasks::new(Arc::clone(&pod), host, exits, Arc::clone(&streams), Arc::clone(&events));

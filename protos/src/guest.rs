@@ -31,5 +31,14 @@ pub const SHM_DIR: &str = "/run/pericarp/shm";
 /// first names it.
 pub const PID_NAMESPACE: &str = "/run/pericarp/ns/pid";
 
+/// The pod's other namespaces, if it has a user namespace; that owns them. The agent makes them before there are containers.
+pub const USER_NAMESPACE: &str = "/run/pericarp/ns/user";
+/// The same.
+pub const NETWORK_NAMESPACE: &str = "/run/pericarp/ns/net";
+/// The same.
+pub const IPC_NAMESPACE: &str = "/run/pericarp/ns/ipc";
+/// The same.
+pub const UTS_NAMESPACE: &str = "/run/pericarp/ns/uts";
+
 /// Parent of every container's cgroup in the guest; `cgroupsPath` is `<CGROUP_PARENT>/<container id>`.
 pub const CGROUP_PARENT: &str = "/pod";

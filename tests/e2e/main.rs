@@ -16,4 +16,5 @@ mod parity;
 mod pods;
 mod port_forward;
 mod resize;
+mod user_namespaces;
 mod volumes;

@@ -24,4 +24,4 @@ pub use cri::Cri;
 pub use forward::{Forward, Forwarded};
 pub use node::{Network, Node, Runtime, on_node, on_pericarp, on_pericarp_alone};
 pub use pericarp_protos::cri as api;
-pub use pod::{Pod, PodBuilder};
+pub use pod::{POD_ROOT, Pod, PodBuilder, mapped};

@@ -93,6 +93,15 @@ pub enum Network {
     Dummy,
 }
 
+/// Pods that another handler of the same runtime makes: see `tests/node/containerd-config`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Variant {
+    /// Their images are file systems of their own.
+    Erofs,
+    /// containerd knows what their handler can do.
+    Features,
+}
+
 /// A node, and everything that one test has made on it.
 #[derive(Clone, Debug)]
 pub struct Node {
@@ -102,8 +111,8 @@ pub struct Node {
     pub runtime: Runtime,
     /// What connects them.
     network: Network,
-    /// Whether their images are file systems of their own.
-    erofs: bool,
+    /// What else of theirs is not the ordinary.
+    variant: Option<Variant>,
     /// Unlike any other test's, and short enough for a host name.
     unique: String,
 }
@@ -165,7 +174,7 @@ impl Node {
         let short: String =
             name.rsplit("::").next().unwrap_or(name).replace('_', "-").chars().take(40).collect();
         let unique = format!("{}-{}", short.trim_matches('-'), process::id());
-        Ok(Self { cri: Cri::connect().await?, runtime, network: Network::Node, erofs: false, unique })
+        Ok(Self { cri: Cri::connect().await?, runtime, network: Network::Node, variant: None, unique })
     }
 
     /// The same node, for pods of another runtime.
@@ -183,16 +192,24 @@ impl Node {
     /// The same node, for pods whose images containerd keeps with its erofs snapshotter.
     #[must_use]
     pub fn with_erofs(&self) -> Self {
-        Self { erofs: true, ..self.clone() }
+        Self { variant: Some(Variant::Erofs), ..self.clone() }
+    }
+
+    /// The same node, for pods whose handler containerd knows the features of. It always does for runc's.
+    #[must_use]
+    pub fn with_features(&self) -> Self {
+        let variant = (self.runtime == Runtime::Pericarp).then_some(Variant::Features);
+        Self { variant, ..self.clone() }
     }
 
     /// The name of the runtime handler that the pods get.
-    pub(crate) fn handler(&self) -> String {
-        match self.network {
-            _ if self.erofs => format!("{}-erofs", self.runtime),
-            Network::Node => self.runtime.to_string(),
-            network => format!("{}-{network:?}", self.runtime).to_lowercase(),
-        }
+    pub fn handler(&self) -> String {
+        let name = match (self.variant, self.network) {
+            (Some(variant), _) => format!("{}-{variant:?}", self.runtime),
+            (None, Network::Node) => self.runtime.to_string(),
+            (None, network) => format!("{}-{network:?}", self.runtime),
+        };
+        name.to_lowercase()
     }
 
     /// Describes a new pod; `name` need only differ from the names of this test's other pods.

@@ -15,6 +15,19 @@ pub struct PodBuilder {
     cgroup: String,
 }
 
+/// What the root of a pod with a user namespace is on the node. Like kubelet's, its range has 65,536 ids.
+pub const POD_ROOT: u32 = 1_000_000;
+
+/// The ids of a pod with a user namespace.
+fn ids() -> Vec<api::IdMapping> {
+    vec![api::IdMapping { container_id: 0, host_id: POD_ROOT, length: 65536 }]
+}
+
+/// The same volume, with its ids mapped as those of a pod with a user namespace: kubelet asks that for all.
+pub fn mapped(mount: api::Mount) -> api::Mount {
+    api::Mount { uid_mappings: ids(), gid_mappings: ids(), ..mount }
+}
+
 /// A pod that runs, or has run.
 #[derive(Clone, Debug)]
 pub struct Pod {
@@ -91,6 +104,15 @@ impl PodBuilder {
         self.with_linux(|linux| {
             let security = linux.security_context.get_or_insert_default();
             change(security.namespace_options.get_or_insert_default());
+        })
+    }
+
+    /// Gives the pod a user namespace, as `hostUsers: false` does.
+    #[must_use]
+    pub fn in_user_namespace(self) -> Self {
+        self.with_namespaces(|namespaces| {
+            namespaces.userns_options =
+                Some(api::UserNamespace { mode: api::NamespaceMode::Pod.into(), uids: ids(), gids: ids() });
         })
     }
 

@@ -8,6 +8,7 @@ mod network;
 use std::io;
 
 pub use mounts::mount_share;
+pub use network::bring_loopback_up;
 use nix::sys::resource::{Resource, setrlimit};
 
 /// Descriptors that a container may raise its limit to; systemd's limit for services.
@@ -31,7 +32,7 @@ impl BootError {
 pub fn prepare() -> Result<(), BootError> {
     mounts::move_to_new_root()?;
     mounts::mount_file_systems()?;
-    network::bring_loopback_up().map_err(BootError::new("bring the loopback interface up"))?;
+    bring_loopback_up().map_err(BootError::new("bring the loopback interface up"))?;
     setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTOR_LIMIT, DESCRIPTOR_LIMIT)
         .map_err(|errno| BootError::new("raise the limit of open files")(errno.into()))?;
     std::fs::write("/proc/self/oom_score_adj", "-1000")

@@ -7,21 +7,25 @@ use std::{
     path::{Component, Path, PathBuf},
 };
 
+use nix::unistd::{Gid, Uid, setfsgid, setfsuid};
 use oci_spec::runtime::Spec;
 use rustix::{
     fs::{CWD, Mode, OFlags, ResolveFlags, mkdirat, openat2},
     io::Errno,
+    thread::{CapabilitiesSecureBits, capabilities_secure_bits, set_capabilities_secure_bits},
 };
 
 /// Makes the working directory of a container's first process, before the container has its mounts: in its root file
 /// system or, for a directory below a volume, in that volume.
 ///
 /// No symbolic link of the image leads out of it, and a directory that cannot be made is no error here: going there is.
-pub fn make(spec: &Spec) {
-    let Some((base, path)) = place(spec) else { return };
-    if let Err(error) = make_in(&base, &path) {
+/// `owner` is the container's root in the guest.
+pub fn make(spec: &Spec, owner: Option<(u32, u32)>) -> io::Result<()> {
+    let Some((base, path)) = place(spec) else { return Ok(()) };
+    if let Err(error) = as_owner(owner, || make_in(&base, &path))? {
         tracing::warn!(base = %base.display(), path = %path.display(), %error, "cannot make the working directory");
     }
+    Ok(())
 }
 
 /// The directory that is mounted where the working directory will be, and the path below it.
@@ -56,6 +60,20 @@ fn make_in(base: &Path, path: &Path) -> io::Result<()> {
     Ok(())
 }
 
+/// Does `work` as a user to whom belongs what it makes, with all privileges. This process must have one thread.
+fn as_owner<T>(owner: Option<(u32, u32)>, work: impl FnOnce() -> T) -> io::Result<T> {
+    let Some((uid, gid)) = owner.filter(|owner| *owner != (0, 0)) else { return Ok(work()) };
+    let before = capabilities_secure_bits()?;
+    set_capabilities_secure_bits(before | CapabilitiesSecureBits::NO_SETUID_FIXUP)?;
+    setfsgid(Gid::from_raw(gid));
+    setfsuid(Uid::from_raw(uid));
+    let done = work();
+    setfsuid(Uid::from_raw(0));
+    setfsgid(Gid::from_raw(0));
+    set_capabilities_secure_bits(before)?;
+    Ok(done)
+}
+
 /// Opens a directory as the container will see it: links lead from `base` as from a root.
 fn open(base: &OwnedFd, path: &Path) -> rustix::io::Result<OwnedFd> {
     let path = if path.as_os_str().is_empty() { Path::new(".") } else { path };
@@ -65,7 +83,10 @@ fn open(base: &OwnedFd, path: &Path) -> rustix::io::Result<OwnedFd> {
 
 #[cfg(test)]
 mod tests {
-    use std::{fs, os::unix::fs::symlink};
+    use std::{
+        fs,
+        os::unix::fs::{MetadataExt as _, symlink},
+    };
 
     use super::*;
 
@@ -75,6 +96,22 @@ mod tests {
         make_in(root.path(), Path::new("a/b/c")).unwrap();
         make_in(root.path(), Path::new("a/b/c")).unwrap();
         assert!(root.path().join("a/b/c").is_dir());
+    }
+
+    #[test]
+    fn a_directory_is_made_as_its_owner_who_may_make_it_anywhere() {
+        let root = tempfile::tempdir().unwrap();
+        make_in(root.path(), Path::new("roots")).unwrap();
+        // A thread of its own: others keep their user.
+        std::thread::scope(|scope| {
+            let made =
+                scope.spawn(|| as_owner(Some((7, 8)), || make_in(root.path(), Path::new("roots/own"))));
+            made.join().unwrap().unwrap().unwrap();
+        });
+        let own = fs::metadata(root.path().join("roots/own")).unwrap();
+        assert_eq!((own.uid(), own.gid()), (7, 8));
+        make_in(root.path(), Path::new("roots/later")).unwrap();
+        assert_eq!(fs::metadata(root.path().join("roots/later")).unwrap().uid(), 0);
     }
 
     #[test]

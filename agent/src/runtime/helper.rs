@@ -26,7 +26,6 @@ use libcontainer::{
     validator::Validator,
 };
 use nix::{
-    mount::MsFlags,
     sched::{CloneFlags, unshare},
     sys::{
         resource::{Resource, getrlimit, setrlimit},
@@ -34,8 +33,13 @@ use nix::{
     },
 };
 use oci_spec::runtime::Spec;
+use pericarp_protos::agent::ConfigureRequest;
+use protobuf::Message as _;
 
-use super::{Action, NO_CONSOLE, PAUSE_ARGUMENT, Request, directory, executor::GuestExecutor, protocol};
+use super::{
+    Action, BoxError, NO_CONSOLE, PAUSE_ARGUMENT, Request, directory, executor::GuestExecutor, namespaces,
+    protocol,
+};
 use crate::cgroup;
 
 /// Open files that a container may have unless it raises the limit; the same as on a usual host.
@@ -44,7 +48,8 @@ const DESCRIPTOR_SOFT_LIMIT: u64 = 1024;
 /// How much of libcontainer's own error messages is passed on.
 const ERROR_LIMIT: u64 = 4096;
 
-type BoxError = Box<dyn Error>;
+/// Answers a request for something that is no process.
+const NOBODY: i32 = 0;
 
 /// `arguments`: the number of the socket to the agent, and of the console's socket or `-`. One more is there to
 /// be seen from outside (see [`super::leftover`]).
@@ -89,7 +94,7 @@ fn make(request: Request, console: Option<OwnedFd>) -> Result<i32, BoxError> {
     match request.action {
         Action::Create(spec) => {
             Validator::validate_spec(&spec)?;
-            directory::make(&spec);
+            directory::make(&spec, namespaces::uid(&spec, 0).zip(namespaces::gid(&spec, 0)))?;
             let user_namespace = UserNamespaceConfig::new(&spec)?;
             let arguments = Arguments {
                 id: &request.id,
@@ -105,7 +110,11 @@ fn make(request: Request, console: Option<OwnedFd>) -> Result<i32, BoxError> {
             let _ = fs::remove_file(&socket);
             pid
         }
-        Action::PidNamespace(path) => pid_namespace(&path),
+        Action::PidNamespace { of_user_namespace } => pid_namespace(of_user_namespace),
+        Action::Namespaces(request) => {
+            namespaces::make(&ConfigureRequest::parse_from_bytes(&request)?)?;
+            Ok(NOBODY)
+        }
     }
 }
 
@@ -114,9 +123,10 @@ fn exec(
     id: &str,
     directory: &Path,
     socket: &Path,
-    spec: Spec,
+    mut spec: Spec,
     console: Option<OwnedFd>,
 ) -> Result<i32, BoxError> {
+    let namespaces = open_namespaces(&mut spec)?;
     let (failure, report) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC)?;
     let arguments = Arguments {
         id,
@@ -126,12 +136,28 @@ fn exec(
         user_namespace: None,
     };
     let pid = arguments.run(spec, console)?;
+    drop(namespaces);
     drop(report);
     NotifySocket::new(socket).notify_container_start()?;
     // Closed without a word by a successful execve.
     let mut text = String::new();
     File::from(failure).take(ERROR_LIMIT).read_to_string(&mut text)?;
     if text.is_empty() { Ok(pid) } else { Err(text.into()) }
+}
+
+/// Has the namespaces of a spec found by descriptors of this process's. From within a user namespace, those of a process
+/// whose program nobody may read are out of reach.
+fn open_namespaces(spec: &mut Spec) -> io::Result<Vec<File>> {
+    let mut opened = Vec::new();
+    let linux = spec.linux_mut().as_mut();
+    for namespace in linux.and_then(|linux| linux.namespaces_mut().as_mut()).into_iter().flatten() {
+        if let Some(path) = namespace.path() {
+            let file = File::open(path)?;
+            namespace.set_path(Some(format!("/proc/self/fd/{}", file.as_raw_fd()).into()));
+            opened.push(file);
+        }
+    }
+    Ok(opened)
 }
 
 struct Arguments<'a> {
@@ -151,8 +177,8 @@ impl Arguments<'_> {
         // The agent's own protection is not for its children.
         let badness = process.oom_score_adj().unwrap_or(0);
         fs::write("/proc/self/oom_score_adj", badness.to_string())?;
-        if console.is_none() {
-            give_pipes_to(process.user().uid())?;
+        if let (None, Some(uid)) = (&console, namespaces::uid(&spec, process.user().uid())) {
+            give_pipes_to(uid)?;
         }
         // Nobody in a container that this process enters may look into it.
         nix::sys::prctl::set_dumpable(false)?;
@@ -219,16 +245,13 @@ fn give_pipes_to(uid: u32) -> io::Result<()> {
     Ok(())
 }
 
-/// Makes a PID namespace that lives as long as its mount at `path`, or its first process.
-fn pid_namespace(path: &Path) -> Result<i32, BoxError> {
-    if let Some(directory) = path.parent() {
-        fs::create_dir_all(directory)?;
+/// Makes a PID namespace that lives as long as its first process, or the mount that the agent keeps it by.
+fn pid_namespace(of_user_namespace: bool) -> Result<i32, BoxError> {
+    if of_user_namespace {
+        namespaces::enter_user_namespace()?;
     }
-    fs::write(path, "")?;
     unshare(CloneFlags::CLONE_NEWPID)?;
     let pause = Command::new("/proc/self/exe").arg(PAUSE_ARGUMENT).env_clear().spawn()?;
-    let namespace = PathBuf::from(format!("/proc/{}/ns/pid", pause.id()));
-    nix::mount::mount(Some(&namespace), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
     Ok(pause.id().cast_signed())
 }
 

@@ -9,6 +9,7 @@ mod directory;
 mod executor;
 pub mod helper;
 mod leftover;
+pub mod namespaces;
 pub mod pause;
 mod protocol;
 
@@ -32,6 +33,8 @@ use crate::task::Exits;
 
 /// Where the guest's boot puts the agent's binary.
 pub const AGENT_PATH: &str = "/pericarp-agent";
+
+type BoxError = Box<dyn std::error::Error>;
 
 /// First argument of a helper; the numbers of its descriptors and the name of its work follow.
 pub const HELPER_ARGUMENT: &str = "container";

@@ -42,8 +42,14 @@ pub enum Action {
         /// A number that no other exec of this container has.
         serial: u64,
     },
-    /// A PID namespace with a first process, mounted at this path.
-    PidNamespace(PathBuf),
+    /// The first process of a PID namespace.
+    PidNamespace {
+        /// Whether it belongs to the pod's user namespace.
+        of_user_namespace: bool,
+    },
+    /// The namespaces of a pod with a user namespace, as an encoded `ConfigureRequest` has them. There is no process
+    /// to answer with.
+    Namespaces(Vec<u8>),
 }
 
 impl Action {

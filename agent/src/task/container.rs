@@ -22,7 +22,7 @@ use crate::{
     cgroup::Cgroup,
     devices::Attached,
     huge_pages::Reserved,
-    runtime::{self, Action, Descriptors, Request, RuntimeError},
+    runtime::{self, Action, Descriptors, Request, RuntimeError, namespaces},
     stdio::{self, Prepared, Stdio, Streams, Urls},
     volumes::Held,
 };
@@ -97,7 +97,8 @@ impl Container {
         let cpu = take_cpu_limits(&mut spec);
         let made = async {
             if shares_pod_pid_namespace(&spec) {
-                ensure_pid_namespace(exits).await?;
+                let of_user_namespace = namespace(&spec, LinuxNamespaceType::User).is_some();
+                ensure_pid_namespace(exits, of_user_namespace).await?;
             }
             let request = Request {
                 id: id.to_owned(),
@@ -254,7 +255,7 @@ impl Container {
 
     /// Whether the end of the first process ends all others: it is the first of a PID namespace.
     pub fn has_private_pid_namespace(&self) -> bool {
-        pid_namespace(&self.spec).is_some_and(|namespace| namespace.path().is_none())
+        namespace(&self.spec, LinuxNamespaceType::Pid).is_some_and(|namespace| namespace.path().is_none())
     }
 
     /// Waits until every exec that runs has ended, and its end has been told; but not for one that SIGKILL does not end.
@@ -411,28 +412,29 @@ fn namespace_file(kind: LinuxNamespaceType) -> &'static str {
 }
 
 /// `None`: the guest's own.
-fn pid_namespace(spec: &Spec) -> Option<&LinuxNamespace> {
+fn namespace(spec: &Spec, kind: LinuxNamespaceType) -> Option<&LinuxNamespace> {
     let namespaces = spec.linux().as_ref()?.namespaces().as_ref()?;
-    namespaces.iter().find(|namespace| namespace.typ() == LinuxNamespaceType::Pid)
+    namespaces.iter().find(|namespace| namespace.typ() == kind)
 }
 
 fn shares_pod_pid_namespace(spec: &Spec) -> bool {
-    let path = pid_namespace(spec).and_then(|namespace| namespace.path().as_ref());
+    let path = namespace(spec, LinuxNamespaceType::Pid).and_then(|namespace| namespace.path().as_ref());
     path.is_some_and(|path| path.as_os_str() == PID_NAMESPACE)
 }
 
 /// Makes the pod's PID namespace when the first container wants it.
-async fn ensure_pid_namespace(exits: &Exits) -> Result<(), RuntimeError> {
+async fn ensure_pid_namespace(exits: &Exits, of_user_namespace: bool) -> Result<(), RuntimeError> {
     static MAKING: tokio::sync::Mutex<bool> = tokio::sync::Mutex::const_new(false);
     let mut made = MAKING.lock().await;
     if !*made {
         let request = Request {
             id: String::new(),
             directory: PathBuf::from(DIRECTORIES),
-            action: Action::PidNamespace(PathBuf::from(PID_NAMESPACE)),
+            action: Action::PidNamespace { of_user_namespace },
         };
         let stdio = [stdio::null()?, stdio::null()?, stdio::null()?];
-        runtime::launch(exits, &request, Descriptors { stdio, console: None }).await?;
+        let first = runtime::launch(exits, &request, Descriptors { stdio, console: None }).await?;
+        namespaces::keep(&PathBuf::from(format!("/proc/{first}/ns/pid")), Path::new(PID_NAMESPACE))?;
         *made = true;
     }
     Ok(())

@@ -25,6 +25,7 @@ mod source;
 mod spec;
 mod timeline;
 mod undo;
+mod user_namespace;
 
 use std::{
     fs::{DirBuilder, File},

@@ -5,12 +5,14 @@ use std::{
     fs, io,
     os::fd::{AsFd, AsRawFd as _, OwnedFd},
     path::{Path, PathBuf},
+    thread,
 };
 
 use rustix::{
     fs::{CWD, Mode, OFlags, ResolveFlags, openat2},
     io::Errno,
     mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree, unmount},
+    thread::{UnshareFlags, unshare_unsafe},
 };
 use thiserror::Error;
 
@@ -92,6 +94,37 @@ pub fn set_read_only(mount: impl AsFd, recursive: bool) -> io::Result<()> {
     let attributes =
         libc::mount_attr { attr_set: libc::MOUNT_ATTR_RDONLY, attr_clr: 0, propagation: 0, userns_fd: 0 };
     set_attributes(mount.as_fd().as_raw_fd(), recursive, &attributes)
+}
+
+/// Has a detached mount show its files' ids as a user namespace has them outside.
+pub fn map_ids(mount: impl AsFd, user_namespace: impl AsFd, recursive: bool) -> io::Result<()> {
+    let userns_fd = user_namespace.as_fd().as_raw_fd();
+    let attributes = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_IDMAP,
+        attr_clr: 0,
+        propagation: 0,
+        // A descriptor is no negative number.
+        userns_fd: u64::try_from(userns_fd).map_err(|_| Errno::BADF)?,
+    };
+    set_attributes(mount.as_fd().as_raw_fd(), recursive, &attributes)
+}
+
+/// Does `work` on a thread with a mount namespace of its own, in which nothing propagates. What is mounted there is seen
+/// by nobody else, and is gone with the thread; only a detached mount can be brought out.
+pub fn aside<T: Send, E: From<io::Error> + Send>(work: impl FnOnce() -> Result<T, E> + Send) -> Result<T, E> {
+    thread::scope(|scope| {
+        thread::Builder::new()
+            .name("mounts".into())
+            .spawn_scoped(scope, || {
+                // SAFETY: only this thread's mounts and directories become its own; memory and descriptors stay shared.
+                unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.map_err(io::Error::from)?;
+                let root = open_trusted_place(Path::new("/")).map_err(io::Error::from)?;
+                set_propagation(&root, SetPropagation::Private)?;
+                work()
+            })?
+            .join()
+            .unwrap_or_else(|_| Err(io::Error::other("the thread panicked").into()))
+    })
 }
 
 /// Sets the propagation of a mount and of all mounts below it.

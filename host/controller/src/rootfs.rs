@@ -16,7 +16,10 @@ use rustix::{
 
 use thiserror::Error;
 
-use crate::mounts::{self, MountError, SetPropagation, descriptor_path};
+use crate::{
+    mounts::{self, MountError, SetPropagation, descriptor_path},
+    user_namespace::UserNamespace,
+};
 
 /// One entry of what containerd's snapshotter answers (`containerd.types.Mount`).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -28,6 +31,10 @@ pub struct Mount {
     /// As in fstab(5).
     pub options: Vec<String>,
 }
+
+/// Options by which a snapshotter wants ids to be mapped (containerd: `core/mount`, `parseMountOptions`).
+const UID_MAP: &str = "uidmap=";
+const GID_MAP: &str = "gidmap=";
 
 /// The longest value that `fsconfig(2)` takes, without its NUL.
 const LONGEST_VALUE: usize = 255;
@@ -52,6 +59,31 @@ pub enum RootfsError {
     /// A path that cannot be opened.
     #[error(transparent)]
     Path(#[from] MountError),
+    /// Its ids are to be mapped, but not as the pod's are.
+    #[error(
+        "the snapshotter {snapshotter:?} wants ids mapped by {mapping:?}, which is not how the pod's user namespace \
+         maps them"
+    )]
+    Mapping {
+        /// The snapshotter.
+        snapshotter: String,
+        /// The options.
+        mapping: String,
+    },
+    /// The kernel refused to map the ids of a layer.
+    #[error(
+        "the ids of {layer_path} cannot be mapped for the pod's user namespace; keep containerd's root on a file \
+         system that the kernel can do this for, or remove hostUsers: false from the pod", layer_path = path.display()
+    )]
+    MapIds {
+        /// The layer.
+        path: PathBuf,
+        #[source]
+        source: io::Error,
+    },
+    /// No thread for it.
+    #[error("cannot mount it aside")]
+    Aside(#[from] io::Error),
     /// The kernel refused to mount.
     #[error("the kernel refuses the {kind} mount{explanation}")]
     Mount {
@@ -104,11 +136,19 @@ impl ImageLayers {
     }
 }
 
-/// Mounts a root file system at a place.
-pub fn mount(at: &OwnedFd, snapshotter: &str, mounts: &[Mount]) -> Result<(), RootfsError> {
+/// Mounts a root file system at a place, of a pod with that user namespace if it has one.
+pub fn mount(
+    at: &OwnedFd,
+    snapshotter: &str,
+    mounts: &[Mount],
+    user_namespace: Option<&UserNamespace>,
+) -> Result<(), RootfsError> {
     match mounts {
-        [mount] if mount.kind == "overlay" => overlay(at, &mount.options),
-        [mount] if is_bind(mount) => bind(at, mount),
+        [mount] if mount.kind == "overlay" => match mapping(snapshotter, mount, user_namespace)? {
+            Some(namespace) => overlay_of_mapped_layers(at, &mount.options, namespace),
+            None => overlay(at, &Overlay::parse(&mount.options)),
+        },
+        [mount] if is_bind(mount) => bind(at, mount, mapping(snapshotter, mount, user_namespace)?),
         _ => Err(RootfsError::Unsupported { snapshotter: snapshotter.to_owned(), kinds: describe(mounts) }),
     }
 }
@@ -128,12 +168,40 @@ fn is_bind(mount: &Mount) -> bool {
     matches!(mount.kind.as_str(), "bind" | "rbind")
 }
 
-fn bind(at: &OwnedFd, mount: &Mount) -> Result<(), RootfsError> {
+/// The user namespace by which a mount's ids are to be mapped. A snapshotter that cannot have that done has changed its
+/// files' ids already.
+fn mapping<'a>(
+    snapshotter: &str,
+    mount: &Mount,
+    user_namespace: Option<&'a UserNamespace>,
+) -> Result<Option<&'a OwnedFd>, RootfsError> {
+    let value = |key| mount.options.iter().find_map(|option| option.strip_prefix(key));
+    let (uids, gids) = match (value(UID_MAP), value(GID_MAP)) {
+        (None, None) => return Ok(None),
+        (uids, gids) => (uids.unwrap_or_default(), gids.unwrap_or_default()),
+    };
+    match user_namespace {
+        Some(namespace)
+            if uids.parse() == Ok(namespace.map.uids) && gids.parse() == Ok(namespace.map.gids) =>
+        {
+            Ok(Some(&namespace.descriptor))
+        }
+        _ => Err(RootfsError::Mapping {
+            snapshotter: snapshotter.to_owned(),
+            mapping: format!("{UID_MAP}{uids},{GID_MAP}{gids}"),
+        }),
+    }
+}
+
+fn bind(at: &OwnedFd, mount: &Mount, user_namespace: Option<&OwnedFd>) -> Result<(), RootfsError> {
     let source = Path::new(&mount.source);
     let has = |name: &str| mount.options.iter().any(|option| option == name);
     let place = mounts::open_trusted_place(source).map_err(MountError::new("open", source))?;
     let recursive = mount.kind == "rbind" || has("rbind");
     let tree = mounts::clone_tree(place, recursive).map_err(RootfsError::mount("bind"))?;
+    if let Some(namespace) = user_namespace {
+        map_ids(source, &tree, namespace)?;
+    }
     if has("ro") {
         mounts::set_read_only(&tree, false).map_err(RootfsError::mount("bind"))?;
     }
@@ -162,6 +230,8 @@ impl Overlay {
                 Some(("lowerdir", value)) => overlay.lower = split_lower(value),
                 Some(("upperdir", value)) => overlay.upper = Some(value.into()),
                 Some(("workdir", value)) => overlay.work = Some(value.into()),
+                // No options of the kernel's.
+                _ if option.starts_with(UID_MAP) || option.starts_with(GID_MAP) => {}
                 Some((key, value)) => overlay.values.push((key.to_owned(), value.to_owned())),
                 None if option == "ro" => overlay.read_only = true,
                 None if matches!(option.as_str(), "rw" | "") => {}
@@ -187,14 +257,43 @@ fn split_lower(value: &str) -> Vec<PathBuf> {
     paths.into_iter().filter(|path| !path.is_empty()).map(PathBuf::from).collect()
 }
 
-fn overlay(at: &OwnedFd, options: &[String]) -> Result<(), RootfsError> {
-    let overlay = Overlay::parse(options);
-    match overlay_by_layers(at, &overlay) {
+fn map_ids(path: &Path, mount: &OwnedFd, user_namespace: &OwnedFd) -> Result<(), RootfsError> {
+    mounts::map_ids(mount, user_namespace, false)
+        .map_err(|source| RootfsError::MapIds { path: path.to_owned(), source })
+}
+
+/// An overlay cannot be mapped itself, but its lower layers can; in the upper one the container writes by its own ids.
+///
+/// For layers, the kernel takes only mounts that are attached somewhere (until Linux 6.15). Each is put over its own
+/// place, where it is found by the overlay's own options.
+fn overlay_of_mapped_layers(
+    at: &OwnedFd,
+    options: &[String],
+    user_namespace: &OwnedFd,
+) -> Result<(), RootfsError> {
+    let parsed = Overlay::parse(options);
+    let Some(top) = parsed.lower.first() else { return overlay(at, &parsed) };
+    let open = |path: &Path| mounts::open_trusted_place(path).map_err(MountError::new("open", path));
+    let mount = mounts::aside(|| -> Result<OwnedFd, RootfsError> {
+        for path in &parsed.lower {
+            let place = open(path)?;
+            let layer = mounts::clone_tree(&place, false).map_err(MountError::new("bind", path))?;
+            map_ids(path, &layer, user_namespace)?;
+            mounts::attach(&layer, &place).map_err(MountError::new("mount", path))?;
+        }
+        overlay(&open(top)?, &parsed)?;
+        mounts::clone_tree(open(top)?, false).map_err(RootfsError::mount("overlay"))
+    })?;
+    mounts::attach(mount, at).map_err(RootfsError::mount("overlay"))
+}
+
+fn overlay(at: &OwnedFd, overlay: &Overlay) -> Result<(), RootfsError> {
+    match overlay_by_layers(at, overlay) {
         // Kernels before 6.8 know no lower layers one by one.
         Err(RootfsError::Mount { source, .. })
             if source.raw_os_error() == Some(Errno::INVAL.raw_os_error()) =>
         {
-            overlay_by_descriptors(at, &overlay)
+            overlay_by_descriptors(at, overlay)
         }
         other => other,
     }
@@ -297,6 +396,8 @@ mod tests {
             "workdir=/s/2/work",
             "upperdir=/s/2/fs",
             "lowerdir=/s/1/fs:/s/0/fs",
+            "uidmap=0:65536:65536",
+            "gidmap=0:65536:65536",
             "rw",
         ]));
         assert_eq!(
@@ -362,7 +463,7 @@ mod tests {
             (vec![mount_of("ext4"), mount_of("overlay")], "ext4, overlay"),
             (vec![], "no mount"),
         ] {
-            let error = mount(&at, "blockfile", &mounts).unwrap_err().to_string();
+            let error = mount(&at, "blockfile", &mounts, None).unwrap_err().to_string();
             assert!(error.contains(named) && error.contains("blockfile"), "{error}");
         }
     }

@@ -1,9 +1,10 @@
 //! The `pericarp` command.
 
 mod check;
+mod shim;
 
 use std::{
-    fs,
+    env, fs,
     net::TcpListener,
     os::{
         fd::{FromRawFd as _, OwnedFd, RawFd},
@@ -125,6 +126,11 @@ fn main() -> ExitCode {
 }
 
 fn run(process_start_ns: u64) -> anyhow::Result<ExitCode> {
+    let mut arguments = env::args_os();
+    if shim::is_called(arguments.next().as_deref()) {
+        shim::run(&mut arguments)?;
+        return Ok(ExitCode::SUCCESS);
+    }
     match Arguments::parse().command {
         Command::Serve { config } => serve(config.as_deref())?,
         Command::Vmm { config, control, forward } => vmm(&config, control, forward, process_start_ns)?,

@@ -7,6 +7,7 @@
 mod process;
 mod resources;
 mod storage;
+mod user_namespaces;
 
 use std::{
     fmt::{self, Write as _},

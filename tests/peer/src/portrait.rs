@@ -2,8 +2,8 @@
 //!
 //! Left out is what differs between any two hosts: types and sources of file systems that come from the host, which are
 //! overlay or a disk's under runc and virtio-fs in a machine; numbers of processes and mounts; files of the kernel that
-//! only some kernels have; the host's own limits of descriptors and processes; and memory.oom.group, which Pericarp
-//! always sets.
+//! only some kernels have; the host's own limits of descriptors and processes; whether a mount maps ids, which a guest does
+//! not see, and how the host has mounted its /dev; and memory.oom.group, which Pericarp always sets.
 
 use std::{
     env, fs,
@@ -69,6 +69,12 @@ const PLACES: [&str; 12] = [
 
 const LINKS: [&str; 5] = ["/dev/fd", "/dev/stdin", "/dev/stdout", "/dev/stderr", "/dev/ptmx"];
 
+/// Options of mounts that are left out: the kernel's default, which virtio-fs knows no other of, and mapped ids.
+const OF_HOST: [&str; 2] = ["relatime", "idmapped"];
+
+/// The same of a device node that is the host's own.
+const OF_HOSTS_DEV: [&str; 4] = ["relatime", "idmapped", "nosuid", "noexec"];
+
 /// Prints it.
 pub fn print() {
     process();
@@ -132,8 +138,8 @@ fn mounts() {
         if OPTIONAL.contains(place) {
             continue;
         }
-        // The kernel's default, which virtio-fs knows no other of.
-        let options: Vec<_> = options.split(',').filter(|option| *option != "relatime").collect();
+        let hidden = if kind == "devtmpfs" { &OF_HOSTS_DEV[..] } else { &OF_HOST };
+        let options: Vec<_> = options.split(',').filter(|option| !hidden.contains(option)).collect();
         let propagation: Vec<_> = propagation.iter().filter_map(|field| field.split(':').next()).collect();
         lines.push(format!("mount {place} {} {kind} {}", options.join(","), propagation.join(",")));
     }

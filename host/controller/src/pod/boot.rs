@@ -27,6 +27,7 @@ use crate::{
     share::Share,
     size::Size,
     undo::Undo,
+    user_namespace::UserNamespaceError,
 };
 
 /// vCPUs that a machine can grow to unless it starts with more: each that it might have costs its guest memory.
@@ -43,6 +44,8 @@ pub enum BootError {
         #[source]
         source: io::Error,
     },
+    #[error("its containers cannot have the pod's user namespace")]
+    UserNamespace(#[from] UserNamespaceError),
     #[error("its machine cannot be given the pod's network")]
     Network(#[source] NetworkError),
     #[error("the machine ended before its guest was ready: {message}")]
@@ -98,6 +101,8 @@ impl Pod {
     async fn boot(self: &Arc<Self>) -> Result<u32, BootError> {
         let (ready_sender, ready) = oneshot::channel();
         self.state().ready = Some(ready_sender);
+        // Rather than when the first container needs it.
+        self.user_namespace()?;
         let mut network = self.set_up_network().await?;
         let forward = self.take_forward(&mut network);
         let (machine, host_listener) = self.make_machine(std::mem::take(&mut network.nets), forward)?;

@@ -19,7 +19,8 @@ const RESOLVER_MAX: u64 = 64 << 10;
 /// `enable_unprivileged_ports` and `enable_unprivileged_icmp`, which are its defaults): processes without privileges
 /// may listen on any port and send echo requests.
 const SYSCTLS: [(&str, &str); 2] =
-    [("net.ipv4.ip_unprivileged_port_start", "0"), ("net.ipv4.ping_group_range", "0 2147483647")];
+    [("net.ipv4.ip_unprivileged_port_start", "0"), (PING_GROUPS, "0 2147483647")];
+const PING_GROUPS: &str = "net.ipv4.ping_group_range";
 
 /// Size of the pod's /dev/shm, as in the pods that containerd makes itself (`podsandbox`, `defaultShmSize`). A pod that
 /// needs more mounts an emptyDir there.
@@ -39,17 +40,22 @@ impl Pod {
             hostname,
             shm_bytes: SHM_BYTES,
             dns: Some(resolver(self.config.dns_config.as_ref(), Path::new(HOST_RESOLVER))).into(),
-            sysctls: sysctls(linux.sysctls),
+            sysctls: sysctls(linux.sysctls, self.id_map.is_some()),
             interfaces: network.interfaces,
             routes: network.routes,
             neighbours: network.neighbours,
+            user_namespace: self.id_map.map(|map| map.message()).into(),
             ..ConfigureRequest::default()
         }
     }
 }
 
-fn sysctls(mut asked_for: HashMap<String, String>) -> HashMap<String, String> {
+fn sysctls(mut asked_for: HashMap<String, String>, has_user_namespace: bool) -> HashMap<String, String> {
     for (key, value) in SYSCTLS {
+        // Most of these groups do not exist in a user namespace, and containerd leaves it out then, too.
+        if has_user_namespace && key == PING_GROUPS {
+            continue;
+        }
         // Keys may be written with slashes, too: see sysctl(8).
         if !asked_for.contains_key(&key.replace('.', "/")) {
             asked_for.entry(key.to_owned()).or_insert_with(|| value.to_owned());
@@ -122,10 +128,17 @@ mod tests {
     #[test]
     fn a_sysctl_that_the_pod_asks_for_wins() {
         let ports = "net.ipv4.ip_unprivileged_port_start";
-        assert_eq!(sysctls(HashMap::new())[ports], "0");
+        assert_eq!(sysctls(HashMap::new(), false)[ports], "0");
         let asked_for = HashMap::from([(ports.to_owned(), "1024".to_owned())]);
-        assert_eq!(sysctls(asked_for)[ports], "1024");
+        assert_eq!(sysctls(asked_for, false)[ports], "1024");
         let with_slashes = HashMap::from([(ports.replace('.', "/"), "1024".to_owned())]);
-        assert!(!sysctls(with_slashes).contains_key(ports));
+        assert!(!sysctls(with_slashes, false).contains_key(ports));
+    }
+
+    #[test]
+    fn a_user_namespace_has_not_all_groups_that_might_ping() {
+        assert!(sysctls(HashMap::new(), false).contains_key(PING_GROUPS));
+        let own = sysctls(HashMap::new(), true);
+        assert!(!own.contains_key(PING_GROUPS) && own.len() == SYSCTLS.len() - 1);
     }
 }

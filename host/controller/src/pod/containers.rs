@@ -14,6 +14,7 @@ use crate::{
     size::Limits,
     source::{ContainerRecord, SourceError},
     spec::{self, HugeDirectory, Translated},
+    user_namespace::UserNamespaceError,
 };
 
 /// Longest id that containerd gives (`identifiers.Validate`).
@@ -34,6 +35,8 @@ pub enum ContainerError {
     Share(#[from] ShareError),
     #[error(transparent)]
     Disk(#[from] DiskError),
+    #[error(transparent)]
+    UserNamespace(#[from] UserNamespaceError),
     #[error(transparent)]
     Resize(#[from] ResizeError),
 }
@@ -60,6 +63,7 @@ impl ContainerError {
             }
             ContainerError::Ended | ContainerError::Share(ShareError::Root(_)) => Code::FAILED_PRECONDITION,
             ContainerError::Source(_)
+            | ContainerError::UserNamespace(_)
             | ContainerError::Share(_)
             | ContainerError::Disk(_)
             | ContainerError::Resize(_) => Code::INTERNAL,
@@ -76,10 +80,10 @@ impl Pod {
         let share = self.share.lock().await;
         let Phase::Running { pid } = self.phase() else { return Err(ContainerError::Ended) };
         let (spec, container) = (record.spec.clone(), id.to_owned());
+        let pod = spec::Pod { machine_pid: pid, id_map: self.id_map, huge_directory: HugeDirectory::at };
         // It may have to ask a file system: not on the runtime's own threads.
-        let translated = move || spec::translate(&spec, &container, pid, HugeDirectory::at);
-        let translated =
-            tokio::task::spawn_blocking(translated).await.map_err(|_| ContainerError::Ended)??;
+        let translated = tokio::task::spawn_blocking(move || spec::translate(&spec, &container, &pod));
+        let translated = translated.await.map_err(|_| ContainerError::Ended)??;
         if !self.knows_container(id) {
             self.progress(|progress| progress.add(id));
         }
@@ -152,8 +156,9 @@ impl Pod {
             root = Root::Disks(layers.writable);
         }
         let (files, container, volumes) = (share.clone(), id.to_owned(), translated.volumes.clone());
+        let namespace = self.user_namespace()?;
         // Mounting may wait for a disk: not on the runtime's own threads.
-        tokio::task::spawn_blocking(move || files.add(&container, &root, &volumes))
+        tokio::task::spawn_blocking(move || files.add(&container, &root, &volumes, namespace.as_ref()))
             .await
             .map_err(|_| ContainerError::Ended)??;
         Ok(disks)

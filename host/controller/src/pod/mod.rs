@@ -16,7 +16,7 @@ mod teardown;
 
 use std::{
     collections::HashMap,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, SystemTime},
 };
@@ -39,6 +39,7 @@ use crate::{
     source::ContainerSource,
     timeline::{ContainerTimeline, Marks, PodTimeline},
     undo::Undo,
+    user_namespace::{IdMap, UserNamespace, UserNamespaceError},
 };
 
 /// What all pods share.
@@ -103,6 +104,8 @@ pub struct Pod {
     pub namespace: String,
     pub config: cri::PodSandboxConfig,
     pub netns: String,
+    /// Of its user namespace, if it has one.
+    id_map: Option<IdMap>,
     pub size: Size,
     pub created_at: SystemTime,
     directory: PathBuf,
@@ -169,6 +172,8 @@ impl Pod {
         if let Some(Refusal { what, remedy }) = refusals::refusal(&config) {
             return Err(PodError::Refused { pod, what, remedy });
         }
+        // Refused above if it is none.
+        let id_map = IdMap::of(&config).ok().flatten();
         let size =
             Size::of(&config, &node.config, node.host).map_err(|source| PodError::Size { pod, source })?;
         let directory = node.config.run_dir.join(&id);
@@ -179,6 +184,7 @@ impl Pod {
             namespace,
             config,
             netns,
+            id_map,
             size,
             created_at: SystemTime::now(),
             node,
@@ -249,6 +255,12 @@ impl Pod {
         self.state().cgroup.clone()
     }
 
+    /// The pod's user namespace on the host, if it has one.
+    fn user_namespace(&self) -> Result<Option<UserNamespace>, UserNamespaceError> {
+        let of_netns = |map| UserNamespace::of_netns(Path::new(&self.netns), map);
+        self.id_map.map(of_netns).transpose()
+    }
+
     /// What the guest has of the pod's network, and whether port-forward works.
     fn network_status(&self) -> (Vec<InterfaceStatus>, Option<String>) {
         let state = self.state();
@@ -308,7 +320,7 @@ impl Pod {
         json!({
             "pid": pid,
             "processStatus": if running { "running" } else { "stopped" },
-            "netNamespaceClosed": !self.netns.is_empty() && !std::path::Path::new(&self.netns).exists(),
+            "netNamespaceClosed": !self.netns.is_empty() && !Path::new(&self.netns).exists(),
             "runtimeHandler": "pericarp",
             "runtimeType": "io.containerd.pericarp.v1",
             "runtimeOptions": null,

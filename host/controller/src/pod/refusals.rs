@@ -5,7 +5,10 @@ use pericarp_protos::cri::{
     LinuxSandboxSecurityContext, NamespaceMode, PodSandboxConfig, security_profile::ProfileType,
 };
 
-use crate::spec::{APPARMOR_REMEDY, SELINUX_DEFAULT_TYPES, SELINUX_REMEDY};
+use crate::{
+    spec::{APPARMOR_REMEDY, SELINUX_DEFAULT_TYPES, SELINUX_REMEDY},
+    user_namespace::IdMap,
+};
 
 /// What cannot be had, and what to do instead.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,6 +23,9 @@ pub struct Refusal {
 pub fn refusal(config: &PodSandboxConfig) -> Option<Refusal> {
     if config.windows.is_some() {
         return Some(Refusal::of("a Windows pod", "the guest is Linux; remove the windows section"));
+    }
+    if let Err(error) = IdMap::of(config) {
+        return Some(Refusal::of(format!("this user namespace: {error}"), "give it one range of each"));
     }
     let security = config.linux.as_ref()?.security_context.as_ref()?;
     namespaces(security).or_else(|| labels(security))
@@ -49,13 +55,6 @@ fn namespaces(security: &LinuxSandboxSecurityContext) -> Option<Refusal> {
             ));
         }
     }
-    let user = options.userns_options.as_ref()?;
-    if user.mode == NamespaceMode::Pod as i32 {
-        return Some(Refusal::of(
-            "a user namespace (hostUsers: false)",
-            "the machine separates the pod's root from the host's already; remove hostUsers from the pod",
-        ));
-    }
     None
 }
 
@@ -79,7 +78,7 @@ fn labels(security: &LinuxSandboxSecurityContext) -> Option<Refusal> {
 #[cfg(test)]
 mod tests {
     use pericarp_protos::cri::{
-        LinuxPodSandboxConfig, NamespaceOption, SeLinuxOption, SecurityProfile, UserNamespace,
+        IdMapping, LinuxPodSandboxConfig, NamespaceOption, SeLinuxOption, SecurityProfile, UserNamespace,
     };
 
     use super::*;
@@ -110,14 +109,18 @@ mod tests {
     }
 
     #[test]
-    fn a_user_namespace_is_refused_unless_it_is_the_hosts() {
-        let with = |mode| {
+    fn a_user_namespace_has_one_range_of_ids() {
+        let with = |ranges: usize| {
             asking_for(|security| {
-                options(security).userns_options = Some(UserNamespace { mode, ..UserNamespace::default() });
+                let range = IdMapping { host_id: 65536, container_id: 0, length: 65536 };
+                let ids = vec![range; ranges];
+                let mode = NamespaceMode::Pod as i32;
+                options(security).userns_options = Some(UserNamespace { mode, uids: ids.clone(), gids: ids });
             })
         };
-        assert!(with(NamespaceMode::Pod as i32).is_some());
-        assert_eq!(with(NamespaceMode::Node as i32), None);
+        assert_eq!(with(1), None);
+        assert!(with(0).is_some_and(|what| what.contains("user namespace")));
+        assert!(with(2).is_some());
     }
 
     #[test]

@@ -27,7 +27,8 @@ use crate::{
     errors::chain,
     mounts::{self, MountError, SetPropagation, descriptor_path},
     rootfs::{self, Mount, RootfsError},
-    spec::{Propagation, ReadOnly, Volume},
+    spec::{Ids, Propagation, ReadOnly, Volume},
+    user_namespace::UserNamespace,
 };
 
 const ROOT: &str = "rootfs";
@@ -79,6 +80,19 @@ pub enum ShareError {
         /// For example "socket".
         kind: &'static str,
     },
+    /// A volume whose file system has no mapped ids.
+    #[error(
+        "the ids in {source_path}, the volume at {destination}, cannot be mapped for the pod's user namespace: its file \
+         system, or this kernel for it, cannot do that (tmpfs can from Linux 6.3 on)", source_path = path.display()
+    )]
+    VolumeIds {
+        /// On the host.
+        path: PathBuf,
+        /// In the container.
+        destination: String,
+        #[source]
+        source: io::Error,
+    },
     /// A volume that the kernel refuses to mount.
     #[error("cannot mount {source_path} as the volume at {destination}", source_path = path.display())]
     Volume {
@@ -118,7 +132,13 @@ impl Share {
     }
 
     /// Mounts a container's root file system and volumes. On an error nothing of it is left.
-    pub fn add(&self, container: &str, root: &Root, volumes: &[Volume]) -> Result<(), ShareError> {
+    pub fn add(
+        &self,
+        container: &str,
+        root: &Root,
+        volumes: &[Volume],
+        user_namespace: Option<&UserNamespace>,
+    ) -> Result<(), ShareError> {
         // Made first: what fails from here on is taken away again.
         let undo = Undo { share: self, container, armed: true };
         let made = mounts::below_mounts(&self.directory)?;
@@ -129,12 +149,14 @@ impl Share {
         self.make_directory(&made, &target)?;
         let at = self.place(&target).map_err(MountError::new("open", &self.directory.join(&target)))?;
         match root {
-            Root::Mounts { snapshotter, mounts } => rootfs::mount(&at, snapshotter, mounts)?,
+            Root::Mounts { snapshotter, mounts } => {
+                rootfs::mount(&at, snapshotter, mounts, user_namespace)?;
+            }
             Root::Disks(Some(path)) => mount_writable(path, &at).map_err(MountError::new("mount", path))?,
             Root::Disks(None) => {}
         }
         for (volume, needed) in self.add_user(container, volumes)? {
-            self.add_volume(&made, volume, needed)?;
+            self.add_volume(&made, volume, needed, user_namespace)?;
         }
         undo.disarm();
         Ok(())
@@ -189,7 +211,13 @@ impl Share {
     }
 
     /// Mounts a volume, unless another container has it already.
-    fn add_volume(&self, made: &OwnedFd, volume: &Volume, needed: Needed) -> Result<(), ShareError> {
+    fn add_volume(
+        &self,
+        made: &OwnedFd,
+        volume: &Volume,
+        needed: Needed,
+        user_namespace: Option<&UserNamespace>,
+    ) -> Result<(), ShareError> {
         let target = Path::new(VOLUMES).join(&volume.name);
         match needed {
             Needed::Nothing => Ok(()),
@@ -209,7 +237,7 @@ impl Share {
                     self.make_file(made, &target)?;
                 }
                 let at = self.place(&target).map_err(failed(volume))?;
-                mount_volume(&source.place, &at, volume).map_err(failed(volume))
+                mount_volume(&source.place, &at, volume, user_namespace)
             }
         }
     }
@@ -332,19 +360,41 @@ fn mount_writable(path: &Path, at: &OwnedFd) -> io::Result<()> {
     Ok(mounts::attach(&mount, at)?)
 }
 
-fn mount_volume(source: &OwnedFd, at: &OwnedFd, volume: &Volume) -> io::Result<()> {
-    let mount = mounts::clone_tree(source, volume.recursive)?;
+fn mount_volume(
+    source: &OwnedFd,
+    at: &OwnedFd,
+    volume: &Volume,
+    user_namespace: Option<&UserNamespace>,
+) -> Result<(), ShareError> {
+    let mount = mounts::clone_tree(source, volume.recursive).map_err(failed(volume))?;
+    map_ids(&mount, volume, user_namespace)?;
+    attach_volume(&mount, at, volume).map_err(failed(volume))
+}
+
+fn attach_volume(mount: &OwnedFd, at: &OwnedFd, volume: &Volume) -> io::Result<()> {
     match volume.read_only {
         ReadOnly::No => {}
-        ReadOnly::Top => mounts::set_read_only(&mount, false)?,
-        ReadOnly::Recursive => mounts::set_read_only(&mount, true)?,
+        ReadOnly::Top => mounts::set_read_only(mount, false)?,
+        ReadOnly::Recursive => mounts::set_read_only(mount, true)?,
     }
     let propagation = match volume.propagation {
         Propagation::Private => SetPropagation::Private,
         Propagation::Slave => SetPropagation::Slave,
     };
-    mounts::set_propagation(&mount, propagation)?;
-    Ok(mounts::attach(&mount, at)?)
+    mounts::set_propagation(mount, propagation)?;
+    Ok(mounts::attach(mount, at)?)
+}
+
+fn map_ids(
+    mount: &OwnedFd,
+    volume: &Volume,
+    user_namespace: Option<&UserNamespace>,
+) -> Result<(), ShareError> {
+    // A spec asks for it only if the pod has one.
+    let Some(namespace) = user_namespace.filter(|_| volume.ids != Ids::Host) else { return Ok(()) };
+    mounts::map_ids(mount, &namespace.descriptor, volume.ids == Ids::PodRecursive).map_err(|source| {
+        ShareError::VolumeIds { path: volume.source.clone(), destination: volume.destination.clone(), source }
+    })
 }
 
 #[cfg(test)]

@@ -10,12 +10,19 @@ mod mounts;
 
 pub use devices::BlockVolume;
 pub use huge_pages::{HUGE_PAGE, HugeDirectory, restore_limits};
-pub use mounts::{Propagation, ReadOnly, Volume};
+pub use mounts::{Ids, Propagation, ReadOnly, Volume};
 
 use std::path::Path;
 
-use pericarp_protos::guest::{CGROUP_PARENT, PID_NAMESPACE, SHARE_DIR};
+use pericarp_protos::guest::{
+    CGROUP_PARENT, IPC_NAMESPACE, NETWORK_NAMESPACE, PID_NAMESPACE, SHARE_DIR, USER_NAMESPACE, UTS_NAMESPACE,
+};
 use serde_json::{Map, Value};
+
+use crate::user_namespace::IdMap;
+
+/// Where a spec, or a mount of it, says how ids are mapped.
+const MAPPINGS: [&str; 2] = ["uidMappings", "gidMappings"];
 
 /// containerd's name for its default `AppArmor` profile (`internal/cri/server`, `appArmorDefaultProfileName`).
 const DEFAULT_APPARMOR_PROFILE: &str = "cri-containerd.apparmor.d";
@@ -67,17 +74,19 @@ pub struct Translated {
     pub disks: Vec<BlockVolume>,
 }
 
-/// Translates the spec of `container`, whose pod runs in the machine with process id `machine_pid`.
-///
-/// containerd made every namespace path of the spec from that process id
-/// (`internal/cri/opts`, `WithPodNamespaces`). `huge_directory` is asked about the sources of a container's volumes if it
-/// may have huge pages.
-pub fn translate(
-    spec: &[u8],
-    container: &str,
-    machine_pid: u32,
-    huge_directory: fn(&Path) -> Option<HugeDirectory>,
-) -> Result<Translated, Error> {
+/// What a container's spec depends on beside itself.
+#[derive(Clone, Copy, Debug)]
+pub struct Pod {
+    /// containerd made every namespace path of the spec from this process id (`internal/cri/opts`, `WithPodNamespaces`).
+    pub machine_pid: u32,
+    /// Of the pod's user namespace, if it has one.
+    pub id_map: Option<IdMap>,
+    /// Is asked about the sources of a container's volumes if it may have huge pages.
+    pub huge_directory: fn(&Path) -> Option<HugeDirectory>,
+}
+
+/// Translates the spec of `container`.
+pub fn translate(spec: &[u8], container: &str, pod: &Pod) -> Result<Translated, Error> {
     let mut spec: Value = serde_json::from_slice(spec)?;
     let root = spec.as_object_mut().ok_or(Error::Malformed("it is not an object"))?;
     refuse_hooks(root)?;
@@ -88,9 +97,8 @@ pub fn translate(
     let read_only_root = set_root_path(root, container)?;
     security_labels(root)?;
     // First, because containerd shares the root file system for the sake of a volume, which is what the user knows.
-    let huge_directory = Some(huge_directory).filter(|_| huge_pages::are_allowed(root));
-    let volumes = mounts::translate(root, read_only_root, huge_directory)?;
-    let disks = linux(root, container, machine_pid)?;
+    let volumes = mounts::translate(root, read_only_root, pod)?;
+    let disks = linux(root, container, pod)?;
     Ok(Translated { spec: serde_json::to_vec(&spec)?, volumes, disks })
 }
 
@@ -109,6 +117,11 @@ fn object<'a>(
         Some(Value::Object(object)) => Ok(Some(object)),
         Some(_) => Err(Error::Malformed(malformed)),
     }
+}
+
+/// Whether a list of mappings says anything.
+fn is_given(list: &Value) -> bool {
+    list.as_array().is_some_and(|list| !list.is_empty())
 }
 
 fn text<'a>(parent: &'a Map<String, Value>, key: &str) -> &'a str {
@@ -171,16 +184,19 @@ fn check_selinux(label: Option<&Value>) -> Result<(), Error> {
     unsupported(format!("the SELinux label {label:?}"), SELINUX_REMEDY)
 }
 
-fn linux(
-    root: &mut Map<String, Value>,
-    container: &str,
-    machine_pid: u32,
-) -> Result<Vec<BlockVolume>, Error> {
+fn linux(root: &mut Map<String, Value>, container: &str, pod: &Pod) -> Result<Vec<BlockVolume>, Error> {
     let linux = object(root, "linux", "linux is not an object")?
         .ok_or(Error::Malformed("it has no linux section"))?;
     linux.insert("cgroupsPath".into(), format!("{CGROUP_PARENT}/{container}").into());
-    namespaces(linux, machine_pid)?;
+    check_mappings(linux, pod.id_map.as_ref())?;
+    namespaces(linux, pod)?;
     let disks = devices::translate(linux)?;
+    if let (Some(disk), Some(_)) = (disks.first(), pod.id_map) {
+        return unsupported(
+            format!("the raw block volume {}", disk.path),
+            "device nodes cannot be made in a user namespace; use a file system, or remove hostUsers: false from the pod",
+        );
+    }
     if linux.remove("intelRdt").is_some_and(|rdt| !rdt.is_null()) {
         return unsupported("an RDT class", "the guest has no resctrl; remove the RDT annotations");
     }
@@ -200,29 +216,39 @@ fn linux(
     Ok(disks)
 }
 
-fn namespaces(linux: &mut Map<String, Value>, machine_pid: u32) -> Result<(), Error> {
-    for mappings in ["uidMappings", "gidMappings"] {
-        if linux.get(mappings).and_then(Value::as_array).is_some_and(|mappings| !mappings.is_empty()) {
-            return refuse_user_namespace();
-        }
+/// A container's ids are those of its pod.
+fn check_mappings(linux: &Map<String, Value>, id_map: Option<&IdMap>) -> Result<(), Error> {
+    let [uids, gids] = MAPPINGS.map(|key| linux.get(key).filter(|list| is_given(list)));
+    match (uids, gids, id_map) {
+        (None, None, _) => Ok(()),
+        (Some(uids), Some(gids), Some(id_map)) if id_map.is(uids, gids) => Ok(()),
+        _ => refuse_user_namespace(),
     }
+}
+
+fn namespaces(linux: &mut Map<String, Value>, pod: &Pod) -> Result<(), Error> {
+    let Pod { machine_pid, id_map, .. } = pod;
+    let has_user_namespace = id_map.is_some();
     let Some(list) = linux.get_mut("namespaces") else { return Ok(()) };
     let list = match list {
         Value::Array(list) => list,
         Value::Null => return Ok(()),
         _ => return Err(Error::Malformed("linux.namespaces is not a list")),
     };
-    let pod_pid = format!("/proc/{machine_pid}/ns/pid");
+    let of_pod = |kind: &str| format!("/proc/{machine_pid}/ns/{kind}");
+    let (pod_pid, pod_user) = (of_pod("pid"), of_pod("user"));
     let mut kept = Vec::with_capacity(list.len());
     for mut entry in std::mem::take(list) {
         let namespace = entry.as_object_mut().ok_or(Error::Malformed("a namespace is not an object"))?;
         let path = text(namespace, "path").to_owned();
         match text(namespace, "type") {
-            // The machine is the pod: its containers share the guest's own.
-            "network" | "ipc" | "uts" => continue,
-            "pid" if path == pod_pid => {
-                namespace.insert("path".into(), PID_NAMESPACE.into());
-            }
+            // The machine is the pod: its containers share the guest's own, or those of its user namespace.
+            "network" | "ipc" | "uts" if !has_user_namespace => continue,
+            "network" => at(namespace, NETWORK_NAMESPACE),
+            "ipc" => at(namespace, IPC_NAMESPACE),
+            "uts" => at(namespace, UTS_NAMESPACE),
+            "user" if has_user_namespace && path == pod_user => at(namespace, USER_NAMESPACE),
+            "pid" if path == pod_pid => at(namespace, PID_NAMESPACE),
             // Any other process id is one that the agent reported for the container that is the
             // target, so the path holds in the guest as it is.
             "pid" if path.is_empty() || is_pid_namespace(&path) => {}
@@ -241,16 +267,17 @@ fn namespaces(linux: &mut Map<String, Value>, machine_pid: u32) -> Result<(), Er
     Ok(())
 }
 
+fn at(namespace: &mut Map<String, Value>, path: &str) {
+    namespace.insert("path".into(), path.into());
+}
+
 fn is_pid_namespace(path: &str) -> bool {
     let pid = path.strip_prefix("/proc/").and_then(|path| path.strip_suffix("/ns/pid"));
     pid.is_some_and(|pid| pid.parse::<u32>().is_ok())
 }
 
 fn refuse_user_namespace<T>() -> Result<T, Error> {
-    unsupported(
-        "a user namespace",
-        "the machine separates the pod from the host already; remove hostUsers: false from the pod",
-    )
+    unsupported("a user namespace of the container's own", "a container can only have that of its pod")
 }
 
 #[cfg(test)]

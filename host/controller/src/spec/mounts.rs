@@ -8,7 +8,8 @@ use std::{
 use pericarp_protos::guest::{ETC_DIR, SHARE_DIR, SHM_DIR, VOLUMES};
 use serde_json::{Map, Value, json};
 
-use super::{Error, HugeDirectory, text, unsupported};
+use super::{Error, MAPPINGS, Pod, huge_pages, is_given, text, unsupported};
+use crate::user_namespace::IdMap;
 
 /// Files that are the pod's, not the image's.
 const POD_FILES: [&str; 3] = ["hosts", "resolv.conf", "hostname"];
@@ -33,6 +34,19 @@ pub struct Volume {
     pub read_only: ReadOnly,
     /// Whether mounts that the host makes below the source later appear too.
     pub propagation: Propagation,
+    /// Whose ids its files show.
+    pub ids: Ids,
+}
+
+/// Whose ids a volume's files show.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ids {
+    /// The host's.
+    Host,
+    /// What the pod's user namespace makes of them; mounts below it keep their own, as with runc.
+    Pod,
+    /// The same, also of mounts below it.
+    PodRecursive,
 }
 
 /// Whether a volume may be written.
@@ -59,13 +73,14 @@ pub enum Propagation {
 pub(super) fn translate(
     root: &mut Map<String, Value>,
     read_only_root: bool,
-    huge_directory: Option<fn(&Path) -> Option<HugeDirectory>>,
+    pod: &Pod,
 ) -> Result<Vec<Volume>, Error> {
     let list = match root.remove("mounts") {
         None | Some(Value::Null) => Vec::new(),
         Some(Value::Array(list)) => list,
         Some(_) => return Err(Error::Malformed("mounts is not a list")),
     };
+    let huge_directory = Some(pod.huge_directory).filter(|_| huge_pages::are_allowed(root));
     let mut volumes = Vec::new();
     let mut kept = Vec::with_capacity(list.len() + 4);
     let mut destinations = Vec::with_capacity(list.len());
@@ -80,7 +95,7 @@ pub(super) fn translate(
         if matches!(kind, "bind" | "rbind")
             || options.iter().any(|option| option == "bind" || option == "rbind")
         {
-            let volume = volume(mount, destination.clone(), &options)?;
+            let volume = volume(mount, destination.clone(), &options, pod.id_map.as_ref())?;
             if let Some(directory) = huge_directory.and_then(|find| find(&volume.source)) {
                 directory.mount(mount, &volume.name);
             } else {
@@ -88,6 +103,7 @@ pub(super) fn translate(
                 mount.insert("source".into(), path.into());
                 volumes.push(volume);
             }
+            forget_ids(mount);
         } else if !GUEST_TYPES.contains(&kind) {
             return unsupported(
                 format!("a mount of type {kind:?} at {destination}"),
@@ -117,19 +133,49 @@ pub(super) fn options(mount: &Map<String, Value>) -> Result<Vec<String>, Error> 
     }
 }
 
-fn volume(mount: &Map<String, Value>, destination: String, options: &[String]) -> Result<Volume, Error> {
+/// The host has mapped a volume's ids when the guest sees it.
+fn forget_ids(mount: &mut Map<String, Value>) {
+    for mappings in MAPPINGS {
+        mount.remove(mappings);
+    }
+    if let Some(options) = mount.get_mut("options").and_then(Value::as_array_mut) {
+        options.retain(|option| option != "idmap" && option != "ridmap");
+    }
+}
+
+/// How the ids of a volume are to be mapped: its own mappings, or the pod's if there is only an option (OCI runtime spec,
+/// `config.md`). As both are the same from kubelet, only that is done.
+fn ids(
+    mount: &Map<String, Value>,
+    destination: &str,
+    options: &[String],
+    id_map: Option<&IdMap>,
+) -> Result<Ids, Error> {
+    let has = |name: &str| options.iter().any(|option| option == name);
+    let [uids, gids] = MAPPINGS.map(|key| mount.get(key).filter(|list| is_given(list)));
+    let ids = if has("ridmap") { Ids::PodRecursive } else { Ids::Pod };
+    match (uids, gids, id_map) {
+        (None, None, _) if !has("idmap") && !has("ridmap") => Ok(Ids::Host),
+        (None, None, Some(_)) => Ok(ids),
+        (Some(uids), Some(gids), Some(id_map)) if id_map.is(uids, gids) => Ok(ids),
+        _ => unsupported(
+            format!("the mapping of the ids of the volume at {destination}"),
+            "ids can be mapped only as they are in the pod's own user namespace",
+        ),
+    }
+}
+
+fn volume(
+    mount: &Map<String, Value>,
+    destination: String,
+    options: &[String],
+    id_map: Option<&IdMap>,
+) -> Result<Volume, Error> {
     let source = PathBuf::from(text(mount, "source"));
     if !source.is_absolute() {
         return Err(Error::Malformed("the source of a bind mount is not an absolute path"));
     }
-    for mappings in ["uidMappings", "gidMappings"] {
-        if mount.get(mappings).and_then(Value::as_array).is_some_and(|mappings| !mappings.is_empty()) {
-            return unsupported(
-                format!("an id-mapped mount at {destination}"),
-                "id mappings need a user namespace, which pods in a machine of their own do not use",
-            );
-        }
-    }
+    let ids = ids(mount, &destination, options, id_map)?;
     let has = |name: &str| options.iter().any(|option| option == name);
     if has("rshared") || has("shared") {
         return refuse_shared(&destination);
@@ -143,17 +189,22 @@ fn volume(mount: &Map<String, Value>, destination: String, options: &[String]) -
     };
     let recursive = has("rbind") || text(mount, "type") == "rbind";
     let propagation = if has("rslave") || has("slave") { Propagation::Slave } else { Propagation::Private };
-    let name = name(&source, recursive, read_only, propagation);
-    Ok(Volume { name, source, destination, recursive, read_only, propagation })
+    let name = name(&source, recursive, read_only, propagation, ids);
+    Ok(Volume { name, source, destination, recursive, read_only, propagation, ids })
 }
 
 /// The same for the same source with the same mounts below it. Whether the top may be written makes no difference: the
 /// containers' own mounts see to that.
-fn name(source: &Path, recursive: bool, read_only: ReadOnly, propagation: Propagation) -> String {
+fn name(source: &Path, recursive: bool, read_only: ReadOnly, propagation: Propagation, ids: Ids) -> String {
     let mut hash = Fnv::default();
     hash.add(source.as_os_str().as_bytes());
     let kind = [recursive, read_only == ReadOnly::Recursive, propagation == Propagation::Slave].map(u8::from);
     hash.add(&kind);
+    match ids {
+        Ids::Host => {}
+        Ids::Pod => hash.add(b"ids"),
+        Ids::PodRecursive => hash.add(b"all ids"),
+    }
     format!("{:016x}", hash.0)
 }
 

@@ -1,9 +1,10 @@
 use serde_json::json;
 
 use super::*;
+use crate::user_namespace::IdRange;
 
 const ID: &str = "c1";
-const PID: u32 = 4711;
+const POD: Pod = Pod { machine_pid: 4711, id_map: None, huge_directory: |_| None };
 
 /// The shape of what CRI in containerd 2.1 makes.
 fn spec() -> Value {
@@ -42,7 +43,7 @@ fn spec() -> Value {
 }
 
 fn run(spec: &Value) -> Result<(Value, Vec<Volume>), Error> {
-    let translated = translate(&serde_json::to_vec(spec).unwrap(), ID, PID, |_| None)?;
+    let translated = translate(&serde_json::to_vec(spec).unwrap(), ID, &POD)?;
     Ok((serde_json::from_slice(&translated.spec).unwrap(), translated.volumes))
 }
 
@@ -113,7 +114,7 @@ fn namespaces_of_the_host_are_refused() {
         refused(|spec| spec["linux"]["namespaces"] = json!([{ "type": kind, "path": path }]), kind);
     }
     refused(|spec| spec["linux"]["namespaces"] = json!([{ "type": "user" }]), "user namespace");
-    refused(|spec| spec["linux"]["uidMappings"] = json!([{ "hostID": 1 }]), "user namespace");
+    refused(|spec| spec["linux"]["uidMappings"] = mappings(), "user namespace");
 }
 
 #[test]
@@ -156,9 +157,14 @@ fn a_directory_of_huge_pages_is_the_guests_own() {
         |path: &Path| (path == "/var/lib/data").then_some(HugeDirectory { mode: 0o2775, uid: 0, gid: 1000 });
     let mut spec = spec();
     let text = serde_json::to_vec(&spec).unwrap();
-    assert_eq!(translate(&text, ID, PID, find).unwrap().volumes.len(), 1, "without huge pages");
+    assert_eq!(
+        translate(&text, ID, &Pod { huge_directory: find, ..POD }).unwrap().volumes.len(),
+        1,
+        "without huge pages"
+    );
     spec["linux"]["resources"]["hugepageLimits"] = json!([{ "pageSize": "2MB", "limit": 4_194_304 }]);
-    let translated = translate(&serde_json::to_vec(&spec).unwrap(), ID, PID, find).unwrap();
+    let translated =
+        translate(&serde_json::to_vec(&spec).unwrap(), ID, &Pod { huge_directory: find, ..POD }).unwrap();
     assert_eq!(translated.volumes, []);
     let spec = serde_json::from_slice(&translated.spec).unwrap();
     let mounted = mount(&spec, "/data").unwrap();
@@ -182,6 +188,7 @@ fn a_bind_mount_becomes_a_volume_in_the_share() {
             recursive: true,
             read_only: ReadOnly::No,
             propagation: Propagation::Private,
+            ids: Ids::Host,
         }]
     );
 }
@@ -304,7 +311,7 @@ fn what_is_not_a_spec_is_an_error_not_a_panic() {
         r#"{"root":{},"linux":[]}"#,
         r#"{"root":{},"linux":{},"mounts":{}}"#,
     ] {
-        assert!(translate(text.as_bytes(), ID, PID, |_| None).is_err(), "{text}");
+        assert!(translate(text.as_bytes(), ID, &POD).is_err(), "{text}");
     }
     for text in [
         r"[1]",
@@ -312,7 +319,7 @@ fn what_is_not_a_spec_is_an_error_not_a_panic() {
         r#"[{"destination":"/x","type":"bind","source":"/","options":[1]}]"#,
     ] {
         let text = format!(r#"{{"root":{{}},"linux":{{}},"mounts":{text}}}"#);
-        assert!(translate(text.as_bytes(), ID, PID, |_| None).is_err(), "{text}");
+        assert!(translate(text.as_bytes(), ID, &POD).is_err(), "{text}");
     }
 }
 
@@ -360,4 +367,90 @@ fn a_volume_that_shares_its_mounts_is_refused_by_its_place() {
 fn the_roots_propagation_means_nothing_in_a_guest() {
     let (spec, _) = changed(|spec| spec["linux"]["rootfsPropagation"] = json!("rslave")).unwrap();
     assert!(spec["linux"].get("rootfsPropagation").is_none());
+}
+
+const IDS: IdRange = IdRange { inside: 0, outside: 65536, length: 65536 };
+const ID_MAP: IdMap = IdMap { uids: IDS, gids: IDS };
+
+fn mappings() -> Value {
+    json!([{ "containerID": 0, "hostID": 65536, "size": 65536 }])
+}
+
+/// The same, in a pod with a user namespace.
+fn in_user_namespace(change: impl FnOnce(&mut Value)) -> Result<(Value, Vec<Volume>), Error> {
+    let mut spec = spec();
+    let linux = &mut spec["linux"];
+    linux["uidMappings"] = mappings();
+    linux["gidMappings"] = mappings();
+    linux["namespaces"].as_array_mut().unwrap().push(json!({ "type": "user", "path": "/proc/4711/ns/user" }));
+    change(&mut spec);
+    let translated =
+        translate(&serde_json::to_vec(&spec).unwrap(), ID, &Pod { id_map: Some(ID_MAP), ..POD })?;
+    Ok((serde_json::from_slice(&translated.spec).unwrap(), translated.volumes))
+}
+
+#[test]
+fn with_a_user_namespace_the_pod_has_its_own_namespaces_in_the_guest() {
+    let (spec, _) = in_user_namespace(|_| {}).unwrap();
+    assert_eq!(
+        spec["linux"]["namespaces"],
+        json!([
+            { "type": "pid" },
+            { "type": "ipc", "path": IPC_NAMESPACE },
+            { "type": "uts", "path": UTS_NAMESPACE },
+            { "type": "mount" },
+            { "type": "network", "path": NETWORK_NAMESPACE },
+            { "type": "cgroup" },
+            { "type": "user", "path": USER_NAMESPACE },
+        ])
+    );
+    assert_eq!(spec["linux"]["uidMappings"], mappings());
+}
+
+#[test]
+fn a_container_with_other_ids_than_its_pods_is_refused() {
+    for change in [
+        (|linux| linux["uidMappings"][0]["hostID"] = 1.into()) as fn(&mut Value),
+        |linux| linux["gidMappings"] = Value::Null,
+        |linux| linux["namespaces"] = json!([{ "type": "user" }]),
+        |linux| linux["namespaces"] = json!([{ "type": "user", "path": "/proc/1/ns/user" }]),
+    ] {
+        let error = in_user_namespace(|spec| change(&mut spec["linux"])).unwrap_err();
+        assert!(error.to_string().contains("user namespace"), "{error}");
+    }
+}
+
+#[test]
+fn a_volumes_ids_are_mapped_on_the_host_and_that_volume_is_another_than_the_plain_one() {
+    let volume = |fields: Value| {
+        let mut mount = json!({ "destination": "/v", "type": "bind", "source": "/hv", "options": ["rbind"] });
+        mount.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        let (spec, volumes) = in_user_namespace(|spec| add_mount(spec, mount))?;
+        Ok::<_, Error>((self::mount(&spec, "/v").unwrap().clone(), volumes[1].clone()))
+    };
+    let both = |ids: Value| json!({ "uidMappings": ids.clone(), "gidMappings": ids });
+    let (_, plain) = volume(json!({})).unwrap();
+    let (mount, mapped) = volume(both(mappings())).unwrap();
+    let (option, all) = volume(json!({ "options": ["rbind", "ridmap"] })).unwrap();
+    assert_eq!((plain.ids, mapped.ids, all.ids), (Ids::Host, Ids::Pod, Ids::PodRecursive));
+    assert!(plain.name != mapped.name && mapped.name != all.name && plain.name != all.name);
+    assert_eq!((mount.get("uidMappings"), mount.get("gidMappings")), (None, None));
+    assert_eq!(option["options"], json!(["rbind"]));
+
+    let other = json!([{ "containerID": 0, "hostID": 7, "size": 65536 }]);
+    for refused in [both(other), json!({ "uidMappings": mappings() })] {
+        let error = volume(refused).unwrap_err();
+        assert!(error.to_string().contains("/v"), "{error}");
+    }
+    refused(
+        |spec| add_mount(spec, json!({ "destination": "/v", "source": "/hv", "options": ["bind", "idmap"] })),
+        "/v",
+    );
+}
+
+#[test]
+fn a_raw_block_volume_is_refused_in_a_user_namespace() {
+    let device = json!([{ "path": "/dev/data", "type": "b", "major": 8, "minor": 1 }]);
+    let error = in_user_namespace(|spec| spec["linux"]["devices"] = device).unwrap_err();
+    assert!(error.to_string().contains("/dev/data"), "{error}");
 }

@@ -14,8 +14,10 @@ use thiserror::Error;
 use toml::{Table, Value};
 
 use super::Finding;
+use crate::shim;
 
 const RUNTIME_TYPE: &str = "io.containerd.pericarp.v1";
+const RUNC_TYPE: &str = "io.containerd.runc.v2";
 const IO_TYPE: &str = "streaming";
 /// Both names that containerd knows for plugins of this type.
 const SANDBOX_PLUGIN: [&str; 2] = ["sandbox", "io.containerd.sandbox.controller.v1"];
@@ -66,9 +68,20 @@ struct Runtimes {
 struct Runtime {
     #[serde(rename = "runtime_type")]
     kind: String,
+    #[serde(rename = "runtime_path")]
+    path: PathBuf,
     sandboxer: String,
     io_type: String,
     options: Table,
+}
+
+impl Runtime {
+    /// Whether containerd takes our program for its shim: by its own type or, for the sake of what containerd 2.1 asks
+    /// only runtimes of runc's type, by its path.
+    fn is_ours(&self) -> bool {
+        self.kind == RUNTIME_TYPE
+            || self.kind == RUNC_TYPE && self.path.file_name() == Some(shim::PROGRAM.as_ref())
+    }
 }
 
 impl Containerd {
@@ -192,7 +205,7 @@ fn judge(config: &Containerd, socket: &Path) -> Result<Vec<String>, Problem> {
 
 fn judge_runtime(name: &str, runtime: &Runtime) -> Result<(), Problem> {
     let name = name.to_owned();
-    if runtime.kind != RUNTIME_TYPE {
+    if !runtime.is_ours() {
         return Err(Problem::RuntimeType { runtime: name, found: runtime.kind.clone() });
     }
     if runtime.io_type != IO_TYPE {

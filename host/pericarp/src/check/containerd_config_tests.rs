@@ -96,6 +96,18 @@ fn a_runtime_of_another_type_is_told() {
 }
 
 #[test]
+fn a_runtime_of_runcs_type_is_good_by_the_path_to_our_program() {
+    let by_path = |program: &str| {
+        judged(&with(
+            "io.containerd.pericarp.v1'",
+            &format!("io.containerd.runc.v2'\n  runtime_path = '/opt/{program}'"),
+        ))
+    };
+    assert_eq!(by_path("containerd-shim-pericarp-v1").unwrap(), ["pericarp"]);
+    assert!(matches!(by_path("crun"), Err(Problem::RuntimeType { .. })));
+}
+
+#[test]
 fn a_runtime_without_streaming_io_is_told() {
     let problem = judged(&with("io_type = 'streaming'", "io_type = 'fifo'")).unwrap_err();
     assert_eq!(problem, Problem::IoType { runtime: "pericarp".into(), found: "fifo".into() });

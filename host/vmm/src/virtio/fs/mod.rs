@@ -1,6 +1,7 @@
 //! virtio-fs (virtio 1.2, section 5.11): one directory of the host, served by virtiofsd's own FUSE
 //! server inside the machine.
 
+mod user;
 mod worker;
 
 use std::{io, path::PathBuf, sync::Arc, time::Duration};

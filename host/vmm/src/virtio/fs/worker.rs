@@ -13,9 +13,10 @@ use vmm_sys_util::{
     eventfd::EventFd,
 };
 
+use super::user::{self, Acting};
 use crate::{
     memory::GuestMemory,
-    virtio::{ActiveQueue, Counter},
+    virtio::{ActiveQueue, Chain, Counter},
 };
 
 /// Token of the stop event; the queues' tokens are their numbers.
@@ -55,6 +56,10 @@ impl Worker {
             tracing::error!(%error, "fs: cannot give the device's thread its own working directory; it stops");
             return;
         }
+        if let Err(error) = user::keep_privileges() {
+            tracing::error!(%error, "fs: cannot keep privileges while acting as the guest's users; the device stops");
+            return;
+        }
         let mut events = [EpollEvent::default(); 4];
         loop {
             let count = match self.epoll.wait(-1, &mut events) {
@@ -92,6 +97,13 @@ fn own_working_directory() -> rustix::io::Result<()> {
     unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::FS) }
 }
 
+/// Acts as the user of a request until the answer is dropped, where that matters.
+fn act_for_user(memory: &GuestMemory, mut request: Chain<'_>) -> Option<Acting> {
+    // Linux gives the header a buffer of its own.
+    let header = request.next().filter(|buffer| buffer.len() >= user::HEADER)?;
+    Acting::for_request(memory, header.addr())
+}
+
 /// Serves every request of a queue, until none is left and the guest knows that it has to notify.
 fn serve(
     queue: &mut ActiveQueue,
@@ -104,6 +116,7 @@ fn serve(
         while let Some(chain) = queue.pop(memory)? {
             requests.add(1);
             let head = chain.head_index();
+            let _acting = act_for_user(memory, chain.clone());
             let reader = Reader::new(memory, chain.clone());
             let writer = Writer::new(memory, chain);
             let length = match (reader, writer) {

@@ -1,0 +1,155 @@
+//! What containerd asks of the program that it takes for a runtime's shim: `containerd-shim-pericarp-v1` is a link to
+//! this one. No shim runs: `-info` is a question with one answer.
+
+use std::{
+    ffi::OsStr,
+    io::{self, Read as _, Write as _},
+    path::Path,
+};
+
+use anyhow::{Context as _, bail};
+use pericarp_protos::containerd::types::{RuntimeInfo, RuntimeVersion};
+use prost::Message as _;
+use prost_types::Any;
+use serde_json::{Value, json};
+
+/// How containerd derives the program's name from a runtime's: `io.containerd.pericarp.v1`.
+pub const PROGRAM: &str = "containerd-shim-pericarp-v1";
+
+/// containerd's name for the features that the OCI runtime spec describes (`client/client.go`); their value is JSON.
+const FEATURES: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
+
+/// The most that is read of the options, which containerd sends along and gets back.
+const OPTIONS_MAX: u64 = 1 << 20;
+
+/// The mount options that a container may have (`libcontainer`'s, and those that the controller deals with itself).
+const MOUNT_OPTIONS: &[&str] = &[
+    "async",
+    "atime",
+    "bind",
+    "defaults",
+    "dev",
+    "diratime",
+    "dirsync",
+    "exec",
+    "idmap",
+    "noatime",
+    "nodev",
+    "nodiratime",
+    "noexec",
+    "norelatime",
+    "nostrictatime",
+    "nosuid",
+    "private",
+    "ratime",
+    "rbind",
+    "rdev",
+    "relatime",
+    "rexec",
+    "ridmap",
+    "rnoatime",
+    "rnodev",
+    "rnodiratime",
+    "rnoexec",
+    "rnorelatime",
+    "rnosuid",
+    "ro",
+    "rprivate",
+    "rrelatime",
+    "rro",
+    "rslave",
+    "rstrictatime",
+    "rw",
+    "slave",
+    "strictatime",
+    "suid",
+    "sync",
+];
+
+/// Whether this program was called by the shim's name.
+pub fn is_called(program: Option<&OsStr>) -> bool {
+    program.and_then(|program| Path::new(program).file_name()) == Some(OsStr::new(PROGRAM))
+}
+
+/// Answers containerd.
+pub fn run(mut arguments: impl Iterator<Item = impl AsRef<OsStr>>) -> anyhow::Result<()> {
+    match arguments.next() {
+        Some(question) if question.as_ref() == "-info" => {
+            let mut options = Vec::new();
+            io::stdin().take(OPTIONS_MAX).read_to_end(&mut options).context("cannot read the options")?;
+            let answer = info(&options).context("the options are not an Any")?.encode_to_vec();
+            io::stdout().write_all(&answer).context("cannot write the answer")
+        }
+        _ => bail!(
+            "{PROGRAM} is no shim and answers -info only: its pods are the controller's, `pericarp serve`"
+        ),
+    }
+}
+
+fn info(options: &[u8]) -> Result<RuntimeInfo, prost::DecodeError> {
+    let options = if options.is_empty() { None } else { Some(Any::decode(options)?) };
+    let features = Any { type_url: FEATURES.to_owned(), value: features().to_string().into_bytes() };
+    Ok(RuntimeInfo {
+        name: "io.containerd.pericarp.v1".to_owned(),
+        version: Some(RuntimeVersion {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            revision: String::new(),
+        }),
+        options,
+        features: Some(features),
+        ..RuntimeInfo::default()
+    })
+}
+
+/// What a container can have, in the form that the OCI runtime spec gives it (`features.md`).
+fn features() -> Value {
+    json!({
+        "ociVersionMin": "1.0.0",
+        "ociVersionMax": "1.2.1",
+        "mountOptions": MOUNT_OPTIONS,
+        "linux": {
+            "namespaces": ["cgroup", "ipc", "mount", "network", "pid", "user", "uts"],
+            "cgroup": { "v1": false, "v2": true, "systemd": false, "systemdUser": false, "rdma": false },
+            "seccomp": { "enabled": true },
+            "apparmor": { "enabled": false },
+            "selinux": { "enabled": false },
+            "intelRdt": { "enabled": false },
+            "mountExtensions": { "idmap": { "enabled": true } },
+        },
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn containerd_learns_what_containers_can_have_and_gets_its_options_back() {
+        let options = Any { type_url: "x".into(), value: vec![1, 2] };
+        let answer = info(&options.encode_to_vec()).unwrap();
+        assert_eq!(answer.options, Some(options));
+        let features = answer.features.unwrap();
+        assert_eq!(features.type_url, FEATURES);
+        let features: Value = serde_json::from_slice(&features.value).unwrap();
+        assert!(features["mountOptions"].as_array().unwrap().contains(&"rro".into()));
+        assert!(features["linux"]["namespaces"].as_array().unwrap().contains(&"user".into()));
+        assert_eq!(features["linux"]["mountExtensions"]["idmap"]["enabled"], true);
+        assert_eq!(info(b"").unwrap().options, None);
+        assert!(info(b"\xff").is_err());
+    }
+
+    #[test]
+    fn only_the_shims_name_makes_a_shim() {
+        assert!(is_called(Some(OsStr::new("/usr/bin/containerd-shim-pericarp-v1"))));
+        assert!(!is_called(Some(OsStr::new("/usr/bin/pericarp"))));
+        assert!(!is_called(None));
+    }
+
+    #[test]
+    fn any_other_question_is_refused() {
+        for arguments in [vec![], vec!["start"], vec!["-namespace", "k8s.io", "delete"]] {
+            let error = run(arguments.iter()).unwrap_err();
+            assert!(error.to_string().contains("pericarp serve"), "{error}");
+        }
+    }
+}
