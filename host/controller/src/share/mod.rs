@@ -336,7 +336,7 @@ fn mount_volume(source: &OwnedFd, at: &OwnedFd, volume: &Volume) -> io::Result<(
     let mount = mounts::clone_tree(source, volume.recursive)?;
     match volume.read_only {
         ReadOnly::No => {}
-        ReadOnly::Top => mounts::set_read_only(&mount, false)?,
+        ReadOnly::Top | ReadOnly::TopOfTree => mounts::set_read_only(&mount, false)?,
         ReadOnly::Recursive => mounts::set_read_only(&mount, true)?,
     }
     let propagation = match volume.propagation {

@@ -9,6 +9,7 @@ use pericarp_protos::guest::{ETC_DIR, SHARE_DIR, SHM_DIR, VOLUMES};
 use serde_json::{Map, Value, json};
 
 use super::{Error, text, unsupported};
+use crate::mounts;
 
 /// Files that are the pod's, not the image's.
 const POD_FILES: [&str; 3] = ["hosts", "resolv.conf", "hostname"];
@@ -40,8 +41,11 @@ pub struct Volume {
 pub enum ReadOnly {
     /// It may.
     No,
-    /// It may not; mounts below it keep their own setting, as with runc.
+    /// It may not.
     Top,
+    /// It may not, but mounts below it keep their own setting, as with runc. The host alone sees to it: what the guest
+    /// mounts by itself below a read-only mount is read-only.
+    TopOfTree,
     /// Neither it nor any mount below it.
     Recursive,
 }
@@ -79,6 +83,10 @@ pub(super) fn translate(root: &mut Map<String, Value>, read_only_root: bool) -> 
             let volume = volume(mount, destination.clone(), &options)?;
             let path = format!("{SHARE_DIR}/{VOLUMES}/{}", volume.name);
             mount.insert("source".into(), path.into());
+            if volume.read_only == ReadOnly::TopOfTree {
+                let options = options.iter().filter(|option| *option != "ro");
+                mount.insert("options".into(), options.cloned().collect());
+            }
             volumes.push(volume);
         } else if !GUEST_TYPES.contains(&kind) {
             return unsupported(
@@ -123,6 +131,7 @@ fn volume(mount: &Map<String, Value>, destination: String, options: &[String]) -
         }
     }
     let has = |name: &str| options.iter().any(|option| option == name);
+    let recursive = has("rbind") || text(mount, "type") == "rbind";
     if has("rshared") || has("shared") {
         return refuse_shared(&destination);
     }
@@ -130,22 +139,26 @@ fn volume(mount: &Map<String, Value>, destination: String, options: &[String]) -
     let mode = options.iter().rev().find(|option| matches!(option.as_str(), "ro" | "rw" | "rro"));
     let read_only = match mode.map(String::as_str) {
         Some("rro") => ReadOnly::Recursive,
+        // The table of mounts can always be read.
+        Some("ro") if recursive && mounts::any_below(&source).unwrap_or(false) => ReadOnly::TopOfTree,
         Some("ro") => ReadOnly::Top,
         _ => ReadOnly::No,
     };
-    let recursive = has("rbind") || text(mount, "type") == "rbind";
     let propagation = if has("rslave") || has("slave") { Propagation::Slave } else { Propagation::Private };
     let name = name(&source, recursive, read_only, propagation);
     Ok(Volume { name, source, destination, recursive, read_only, propagation })
 }
 
-/// The same for the same source with the same mounts below it. Whether the top may be written makes no difference: the
-/// containers' own mounts see to that.
+/// The same for the same source with the same mounts below it. Whether the top may be written makes no difference where
+/// the containers' own mounts see to that.
 fn name(source: &Path, recursive: bool, read_only: ReadOnly, propagation: Propagation) -> String {
     let mut hash = Fnv::default();
     hash.add(source.as_os_str().as_bytes());
     let kind = [recursive, read_only == ReadOnly::Recursive, propagation == Propagation::Slave].map(u8::from);
     hash.add(&kind);
+    if read_only == ReadOnly::TopOfTree {
+        hash.add(b"top");
+    }
     format!("{:016x}", hash.0)
 }
 
