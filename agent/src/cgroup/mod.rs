@@ -118,17 +118,27 @@ impl Cgroup {
     /// Makes the cgroup that the OCI spec's `linux.cgroupsPath` names.
     ///
     /// When memory runs out in it, all of its processes are killed: a container that lost one of
-    /// them at random is of no use.
+    /// them at random is of no use. And however many processes it starts, as many are left to others as make it
+    /// possible to look into them. A container's own limits may say something else.
     pub fn create(path: Option<&Path>) -> Result<Self, CgroupError> {
         let cgroup = Self::existing(path)?;
         fs::create_dir_all(&cgroup.directory).map_err(cgroup.error("create it"))?;
-        match fs::write(cgroup.directory.join("memory.oom.group"), "1") {
-            // A kernel without the memory controller.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EACCES | libc::EPERM)) => {
-            }
-            result => result.map_err(cgroup.error("set memory.oom.group"))?,
+        cgroup.set_default("memory.oom.group", "1").map_err(cgroup.error("set memory.oom.group"))?;
+        if let Some(tasks) = tasks_for_containers() {
+            let tasks = tasks.saturating_sub(tasks / 4).to_string();
+            cgroup.set_default("pids.max", &tasks).map_err(cgroup.error("set pids.max"))?;
         }
         Ok(cgroup)
+    }
+
+    /// Writes a file of a controller, which the kernel may not have.
+    fn set_default(&self, file: &str, value: &str) -> io::Result<()> {
+        match fs::write(self.directory.join(file), value) {
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EACCES | libc::EPERM)) => {
+                Ok(())
+            }
+            result => result,
+        }
     }
 
     /// The cgroup of that name, which somebody else has made.

@@ -141,6 +141,12 @@ impl Process {
         Ok(())
     }
 
+    /// Whom a signal is for. SIGKILL is what containerd sends a command at its time limit, which has then begun in vain:
+    /// it ends with whatever it has started and not sent away. (It leads a session, and so a process group.)
+    fn target(&self, pid: i32, number: u32) -> i32 {
+        if number == libc::SIGKILL.cast_unsigned() && !self.exec_id.is_empty() { -pid } else { pid }
+    }
+
     /// Sends a signal.
     pub fn signal(&self, number: u32) -> Result<(), TaskError> {
         let pid = match self.state() {
@@ -153,7 +159,7 @@ impl Process {
                 });
             }
         };
-        match signal(pid, number) {
+        match signal(self.target(pid, number), number) {
             Ok(()) => Ok(()),
             Err(Errno::ESRCH) => Err(TaskError::Finished(self.subject.clone())),
             Err(errno) => Err(TaskError::Invalid {
@@ -164,7 +170,8 @@ impl Process {
     }
 }
 
-/// Sends a signal to a process that has not been reaped, so that its number is still its own.
+/// Sends a signal to a process that has not been reaped, so that its number is still its own; a negative number stands
+/// for a process group, as in kill(2).
 pub fn signal(pid: i32, number: u32) -> nix::Result<()> {
     let number = i32::try_from(number).map_err(|_| Errno::EINVAL)?;
     match Signal::try_from(number) {

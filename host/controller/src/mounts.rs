@@ -2,8 +2,12 @@
 //! Everything works on descriptors: a path is resolved once and never twice.
 
 use std::{
+    ffi::OsString,
     fs, io,
-    os::fd::{AsFd, AsRawFd as _, OwnedFd},
+    os::{
+        fd::{AsFd, AsRawFd as _, OwnedFd},
+        unix::ffi::OsStringExt as _,
+    },
     path::{Path, PathBuf},
     thread,
 };
@@ -154,6 +158,33 @@ fn set_attributes(mount: i32, recursive: bool, attributes: &libc::mount_attr) ->
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Whether anything is mounted below a path.
+pub fn any_below(path: &Path) -> io::Result<bool> {
+    let table = fs::read("/proc/self/mountinfo")?;
+    // proc_pid_mountinfo(5): the fifth field is the mount's place.
+    let places =
+        table.split(|byte| *byte == b'\n').filter_map(|line| line.split(|byte| *byte == b' ').nth(4));
+    Ok(places.map(unescaped).any(|place| place != path && place.starts_with(path)))
+}
+
+/// A path of the mount table, where blanks, line ends and backslashes are written as `\ooo`.
+fn unescaped(place: &[u8]) -> PathBuf {
+    let mut bytes = Vec::with_capacity(place.len());
+    let mut rest = place;
+    while let Some((first, after)) = rest.split_first() {
+        let octal = after.get(..3).and_then(|digits| std::str::from_utf8(digits).ok());
+        let escaped = octal.and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        if let Some(byte) = escaped.filter(|_| *first == b'\\') {
+            bytes.push(byte);
+            rest = &after[3..];
+        } else {
+            bytes.push(*first);
+            rest = after;
+        }
+    }
+    OsString::from_vec(bytes).into()
+}
+
 /// Takes away whatever is mounted at a path with all that is mounted below it, also while it is in
 /// use. Nothing mounted there is no error.
 pub fn detach(path: &Path) -> Result<(), MountError> {
@@ -198,5 +229,42 @@ fn split(path: &Path) -> Result<(&Path, &Path), MountError> {
     match (path.parent(), path.file_name()) {
         (Some(parent), Some(name)) => Ok((parent, Path::new(name))),
         _ => Err(MountError::new("use", path)(io::Error::from(io::ErrorKind::InvalidInput))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn mounts_below_a_path_are_found_and_the_path_itself_is_none() {
+        // Wherever there is a mount table, it is in /proc.
+        assert!(any_below(Path::new("/")).unwrap());
+        assert!(!any_below(Path::new("/no/such/directory")).unwrap());
+        let directory = tempfile::tempdir().unwrap();
+        let outer = directory.path().join("with blanks");
+        fs::create_dir_all(outer.join("inner")).unwrap();
+        let mount = |at: &Path| {
+            let flags = rustix::mount::MountFlags::empty();
+            rustix::mount::mount("tmpfs", at, "tmpfs", flags, None::<&std::ffi::CStr>).unwrap();
+        };
+        mount(&outer);
+        assert!(any_below(directory.path()).unwrap());
+        let found = any_below(&outer).unwrap();
+        fs::create_dir(outer.join("inner")).unwrap();
+        mount(&outer.join("inner"));
+        let found_inner = any_below(&outer).unwrap();
+        detach(&outer.join("inner")).unwrap();
+        detach(&outer).unwrap();
+        assert!(!found && found_inner);
+    }
+
+    #[test]
+    fn a_place_in_the_mount_table_is_read_as_it_was_written() {
+        for (written, read) in
+            [("/a\\040b", "/a b"), ("/a\\134040", "/a\\040"), ("/a\\04", "/a\\04"), ("/", "/")]
+        {
+            assert_eq!(unescaped(written.as_bytes()), Path::new(read), "{written}");
+        }
     }
 }

@@ -374,7 +374,7 @@ fn mount_volume(
 fn attach_volume(mount: &OwnedFd, at: &OwnedFd, volume: &Volume) -> io::Result<()> {
     match volume.read_only {
         ReadOnly::No => {}
-        ReadOnly::Top => mounts::set_read_only(mount, false)?,
+        ReadOnly::Top | ReadOnly::TopOfTree => mounts::set_read_only(mount, false)?,
         ReadOnly::Recursive => mounts::set_read_only(mount, true)?,
     }
     let propagation = match volume.propagation {

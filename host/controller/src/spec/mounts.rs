@@ -9,7 +9,7 @@ use pericarp_protos::guest::{ETC_DIR, SHARE_DIR, SHM_DIR, VOLUMES};
 use serde_json::{Map, Value, json};
 
 use super::{Error, MAPPINGS, Pod, huge_pages, is_given, text, unsupported};
-use crate::user_namespace::IdMap;
+use crate::{mounts, user_namespace::IdMap};
 
 /// Files that are the pod's, not the image's.
 const POD_FILES: [&str; 3] = ["hosts", "resolv.conf", "hostname"];
@@ -54,8 +54,11 @@ pub enum Ids {
 pub enum ReadOnly {
     /// It may.
     No,
-    /// It may not; mounts below it keep their own setting, as with runc.
+    /// It may not.
     Top,
+    /// It may not, but mounts below it keep their own setting, as with runc. The host alone sees to it: what the guest
+    /// mounts by itself below a read-only mount is read-only.
+    TopOfTree,
     /// Neither it nor any mount below it.
     Recursive,
 }
@@ -101,6 +104,10 @@ pub(super) fn translate(
             } else {
                 let path = format!("{SHARE_DIR}/{VOLUMES}/{}", volume.name);
                 mount.insert("source".into(), path.into());
+                if volume.read_only == ReadOnly::TopOfTree {
+                    let options = options.iter().filter(|option| *option != "ro");
+                    mount.insert("options".into(), options.cloned().collect());
+                }
                 volumes.push(volume);
             }
             forget_ids(mount);
@@ -177,6 +184,7 @@ fn volume(
     }
     let ids = ids(mount, &destination, options, id_map)?;
     let has = |name: &str| options.iter().any(|option| option == name);
+    let recursive = has("rbind") || text(mount, "type") == "rbind";
     if has("rshared") || has("shared") {
         return refuse_shared(&destination);
     }
@@ -184,17 +192,18 @@ fn volume(
     let mode = options.iter().rev().find(|option| matches!(option.as_str(), "ro" | "rw" | "rro"));
     let read_only = match mode.map(String::as_str) {
         Some("rro") => ReadOnly::Recursive,
+        // The table of mounts can always be read.
+        Some("ro") if recursive && mounts::any_below(&source).unwrap_or(false) => ReadOnly::TopOfTree,
         Some("ro") => ReadOnly::Top,
         _ => ReadOnly::No,
     };
-    let recursive = has("rbind") || text(mount, "type") == "rbind";
     let propagation = if has("rslave") || has("slave") { Propagation::Slave } else { Propagation::Private };
     let name = name(&source, recursive, read_only, propagation, ids);
     Ok(Volume { name, source, destination, recursive, read_only, propagation, ids })
 }
 
-/// The same for the same source with the same mounts below it. Whether the top may be written makes no difference: the
-/// containers' own mounts see to that.
+/// The same for the same source with the same mounts below it. Whether the top may be written makes no difference where
+/// the containers' own mounts see to that.
 fn name(source: &Path, recursive: bool, read_only: ReadOnly, propagation: Propagation, ids: Ids) -> String {
     let mut hash = Fnv::default();
     hash.add(source.as_os_str().as_bytes());
@@ -204,6 +213,9 @@ fn name(source: &Path, recursive: bool, read_only: ReadOnly, propagation: Propag
         Ids::Host => {}
         Ids::Pod => hash.add(b"ids"),
         Ids::PodRecursive => hash.add(b"all ids"),
+    }
+    if read_only == ReadOnly::TopOfTree {
+        hash.add(b"top");
     }
     format!("{:016x}", hash.0)
 }

@@ -223,6 +223,33 @@ fn read_only_and_propagation_are_read_from_the_options() {
 }
 
 #[test]
+fn a_read_only_volume_with_mounts_below_it_is_read_only_on_the_host_alone() {
+    // Below / there are always some.
+    let (spec, volumes) = changed(|spec| {
+        for (destination, source) in [("/tree", "/"), ("/leaf", "/no/such/source")] {
+            let options = json!(["rbind", "rprivate", "ro"]);
+            add_mount(
+                spec,
+                json!({ "destination": destination, "type": "bind", "source": source, "options": options }),
+            );
+        }
+    })
+    .unwrap();
+    assert_eq!((volumes[1].read_only, volumes[2].read_only), (ReadOnly::TopOfTree, ReadOnly::Top));
+    assert_eq!(mount(&spec, "/tree").unwrap()["options"], json!(["rbind", "rprivate"]));
+    assert_eq!(mount(&spec, "/leaf").unwrap()["options"], json!(["rbind", "rprivate", "ro"]));
+    // A container that may write has it under another name, so this one stays as it is.
+    let (_, others) = changed(|spec| {
+        add_mount(
+            spec,
+            json!({ "destination": "/tree", "type": "bind", "source": "/", "options": ["rbind"] }),
+        );
+    })
+    .unwrap();
+    assert_ne!(volumes[1].name, others[1].name);
+}
+
+#[test]
 fn mounts_that_would_have_to_reach_the_host_are_refused() {
     refused(
         |spec| {
