@@ -1,9 +1,9 @@
-//! Exec and attach.
+//! Exec.
 
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use pericarp_tests::{ExecOutput, on_node, streaming::Terminal};
+use pericarp_tests::{ExecOutput, on_node, on_pericarp, streaming::Terminal};
 use tonic::Code;
 
 #[test]
@@ -47,8 +47,24 @@ fn exec_with_a_time_limit_is_ended_at_it() -> Result<()> {
     })
 }
 
+/// Under runc its children live on, and containerd waits for them for as long as they have the output open.
 #[test]
-fn exec_of_a_missing_command_fails_and_says_so() -> Result<()> {
+fn what_a_command_has_started_ends_with_it_at_its_time_limit() -> Result<()> {
+    on_pericarp(async |node| {
+        let pod = node.pod("group").run().await?;
+        let container = pod.idle_container("idle").await?;
+        let script = "sleep 31337 & (sleep 31338; true) & echo > /dev/shm/started; wait";
+        let error = container.try_exec(["sh", "-c", script], Duration::from_secs(3)).await.unwrap_err();
+        assert_eq!(error.code(), Code::DeadlineExceeded, "{error}");
+        let left =
+            container.shell("cat /dev/shm/started; ps -o args | grep '^sleep 3133' || echo none").await?;
+        assert_eq!(left.trim(), "none");
+        Ok(())
+    })
+}
+
+#[test]
+fn exec_of_a_missing_command_or_into_a_dead_container_fails_and_says_so() -> Result<()> {
     on_node(async |node| {
         let pod = node.pod("missing").run().await?;
         let container = pod.idle_container("idle").await?;
@@ -56,6 +72,10 @@ fn exec_of_a_missing_command_fails_and_says_so() -> Result<()> {
         assert!(error.message().contains("no-such-command"), "{error}");
         assert!(error.message().contains("executable file not found in $PATH"), "{error}");
         container.shell("true").await?;
+
+        container.stop(0).await?;
+        let error = container.try_exec(["true"], Duration::ZERO).await.unwrap_err();
+        assert!(error.message().contains("CONTAINER_EXITED"), "{error}");
         Ok(())
     })
 }
@@ -112,72 +132,6 @@ fn a_command_without_a_terminal_reads_its_stdin_and_keeps_its_streams_apart() ->
         let finished = session.finish().await?;
         assert_eq!((finished.stdout.as_str(), finished.stderr.as_str()), ("got one two\n", "warned\n"));
         assert_eq!(finished.exit_code, 5);
-        Ok(())
-    })
-}
-
-#[test]
-fn stdin_of_several_megabytes_arrives_in_order() -> Result<()> {
-    on_node(async |node| {
-        let pod = node.pod("order").run().await?;
-        let container = pod.idle_container("idle").await?;
-        let lines: Vec<String> = (0..400_000).map(|n| format!("{n:06}\n")).collect();
-        let text = lines.concat();
-        let script = format!("head -c {} | md5sum", text.len());
-        let mut session = container.exec_stream(["sh", "-c", &script], Terminal::No).await?;
-        for chunk in text.as_bytes().chunks(30_000) {
-            session.write(std::str::from_utf8(chunk)?).await?;
-        }
-        let sum = session.finish().await?.stdout;
-        let expected = container.shell("seq -w 0 399999 | md5sum").await?;
-        assert_eq!(sum.trim_end(), expected);
-        Ok(())
-    })
-}
-
-#[test]
-fn attach_reaches_the_containers_own_process() -> Result<()> {
-    on_node(async |node| {
-        let pod = node.pod("attach").run().await?;
-        let container = pod
-            .container("reader")
-            .script("while read line; do echo read $line; [ $line = end ] && exit 6; done")
-            .with(|config| {
-                config.stdin = true;
-            })
-            .start()
-            .await?;
-        let mut session = container.attach(Terminal::No).await?;
-        session.write("first\n").await?;
-        session.read_until("read first").await?;
-        session.close().await?;
-
-        let mut session = container.attach(Terminal::No).await?;
-        session.write("end\n").await?;
-        session.read_until("read end").await?;
-        assert_eq!(container.exited().await?.exit_code, 6);
-        assert_eq!(container.log()?.stdout(), "read first\nread end\n");
-        Ok(())
-    })
-}
-
-#[test]
-fn a_container_with_a_terminal_can_be_attached_to() -> Result<()> {
-    on_node(async |node| {
-        let pod = node.pod("tty").run().await?;
-        let container = pod
-            .container("shell")
-            .command(["sh"])
-            .with(|config| {
-                config.stdin = true;
-                config.tty = true;
-            })
-            .start()
-            .await?;
-        let mut session = container.attach(Terminal::Yes).await?;
-        session.write("tty; exit 3\n").await?;
-        session.read_until("/dev/pts/0").await?;
-        assert_eq!(container.exited().await?.exit_code, 3);
         Ok(())
     })
 }

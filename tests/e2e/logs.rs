@@ -1,6 +1,7 @@
 //! Container logs in CRI's format.
 
 use anyhow::Result;
+use futures::{StreamExt, TryStreamExt, stream};
 use pericarp_tests::{log::Stream, on_node};
 
 use crate::exec::check_sequence;
@@ -83,6 +84,29 @@ fn a_rotated_log_goes_on_in_a_new_file() -> Result<()> {
         container.stop(0).await?;
         let both = pericarp_tests::log::Log::read(&old)?.stdout() + &container.log()?.stdout();
         check_sequence(&both, both.lines().count().try_into()?);
+        Ok(())
+    })
+}
+
+#[test]
+fn containers_that_write_at_once_lose_nothing() -> Result<()> {
+    const LINES: u32 = 5_000;
+    on_node(async |node| {
+        let pod = node.pod("many").run().await?;
+        // All wait to open the gate for reading; while somebody has it open for writing, they can.
+        let gate = pod.container("gate").script("mkfifo /dev/shm/gate; sleep infinity").start().await?;
+        gate.shell("until [ -p /dev/shm/gate ]; do sleep 0.1; done").await?;
+        let script = format!("true < /dev/shm/gate; seq {LINES}; seq {LINES} >&2");
+        // Fifty would take long to start; the agent has as many in its own test.
+        let start = (0..8).map(|n| pod.container(&format!("writer-{n}")).script(&script).start());
+        let writers: Vec<_> = stream::iter(start).buffered(4).try_collect().await?;
+        gate.shell("sleep 1000 > /dev/shm/gate 2>&1 &").await?;
+        for writer in &writers {
+            assert_eq!(writer.exited().await?.exit_code, 0);
+            let log = writer.log()?;
+            check_sequence(&log.stdout(), LINES);
+            check_sequence(&log.stderr(), LINES);
+        }
         Ok(())
     })
 }

@@ -2,6 +2,7 @@
 //!
 //! With `PERICARP_TEST_RUNTIME=runc` the same tests run against containerd's default runtime, which proves what they expect.
 
+mod attach;
 mod containers;
 mod controller;
 mod devices;
@@ -16,5 +17,8 @@ mod parity;
 mod pods;
 mod port_forward;
 mod resize;
+mod starvation;
+mod stdin;
 mod user_namespaces;
+mod validation;
 mod volumes;

@@ -8,6 +8,7 @@
 //! * `peer udp ADDRESS:PORT TEXT` sends a datagram and prints the one that comes back.
 //! * `peer portrait` prints all that the container it runs in can tell of itself.
 //! * `peer files DIRECTORY` prints what the file system there can do.
+//! * `peer bomb` starts itself over and over, and each of them does; it says `full` when it cannot for the first time.
 //! * `peer map FILE TEXT` maps a file of one huge page of 2 MiB, prints the text in it, and writes another.
 //! * `peer hold-lock FILE` locks a file until its stdin ends; `peer try-lock FILE` says whether it could be locked.
 
@@ -18,7 +19,7 @@ use std::{
     env, fs,
     io::{self, BufRead as _, BufReader, Read as _, Write as _},
     net::{Shutdown, TcpListener, TcpStream, UdpSocket},
-    process::ExitCode,
+    process::{Command, ExitCode},
     thread,
     time::Duration,
 };
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
         ["map", path, text] => files::map_huge(path, text),
         ["hold-lock", path] => files::hold_lock(path),
         ["try-lock", path] => files::try_lock(path),
+        ["bomb"] => bomb(),
         ["portrait"] => {
             portrait::print();
             Ok(())
@@ -53,6 +55,17 @@ fn main() -> ExitCode {
         Err(error) => {
             eprintln!("peer: {}: {error}", arguments.join(" "));
             ExitCode::FAILURE
+        }
+    }
+}
+
+fn bomb() -> ! {
+    let mut is_full = false;
+    loop {
+        // Nobody waits for what is started: the dead count, too.
+        if Command::new("/proc/self/exe").arg("bomb").spawn().is_err() && !is_full {
+            is_full = true;
+            println!("full");
         }
     }
 }

@@ -1,0 +1,173 @@
+//! Pods and containers: their life, what is listed and counted of them, and what is told of it.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use anyhow::{Context, Result};
+use pericarp_tests::{Container, ExecOutput, Node, Pod, api, on_node};
+use tokio::task::JoinHandle;
+
+fn output(stdout: &str) -> ExecOutput {
+    ExecOutput { stdout: stdout.to_owned(), stderr: String::new(), exit_code: 0 }
+}
+
+/// The ids of the containers that a filter finds.
+async fn listed(node: &Node, filter: api::ContainerFilter) -> Result<Vec<String>> {
+    let request = api::ListContainersRequest { filter: Some(filter) };
+    let containers = node.cri.runtime().list_containers(request).await?.into_inner().containers;
+    Ok(containers.into_iter().map(|container| container.id).collect())
+}
+
+/// The same of statistics, which have to be there.
+async fn counted(node: &Node, filter: Option<api::ContainerStatsFilter>) -> Result<Vec<String>> {
+    let request = api::ListContainerStatsRequest { filter };
+    let stats = node.cri.runtime().list_container_stats(request).await?.into_inner().stats;
+    Ok(stats.into_iter().filter_map(|stats| stats.attributes).map(|attributes| attributes.id).collect())
+}
+
+fn labelled(value: &str) -> HashMap<String, String> {
+    [("foo".to_owned(), value.to_owned())].into()
+}
+
+#[test]
+fn a_pod_that_names_nothing_has_a_life_like_any_other() -> Result<()> {
+    use api::ContainerEventType::{
+        ContainerCreatedEvent as Created, ContainerDeletedEvent as Deleted, ContainerStartedEvent as Started,
+        ContainerStoppedEvent as Stopped,
+    };
+    on_node(async |node| {
+        let told = Told::listen(node);
+        let pod = node.pod("bare").bare().run().await?;
+        assert!(pod.is_ready().await?);
+        let by_id = api::PodSandboxFilter { id: pod.id.clone(), ..Default::default() };
+        let request = api::ListPodSandboxRequest { filter: Some(by_id) };
+        let pods = node.cri.runtime().list_pod_sandbox(request).await?.into_inner().items;
+        assert_eq!(pods.len(), 1, "{pods:?}");
+
+        let container = pod.container("default").bare().with(|config| config.labels = labelled("bar"));
+        let container = container.start().await?;
+        runs_commands(&container).await?;
+        is_listed_and_counted(node, &pod, &container).await?;
+
+        let created = pod.container("created").bare().create().await?;
+        created.remove().await?;
+        // Running it is, and removed all the same.
+        container.remove().await?;
+        for gone in [&created, &container] {
+            let filter = api::ContainerFilter { id: gone.id.clone(), ..Default::default() };
+            assert_eq!(listed(node, filter).await?, Vec::<String>::new());
+        }
+        let stopped = pod.container("stopped").bare().command(["sh", "-c", "top"]).start().await?;
+        stopped.stop(60).await?;
+        assert_eq!(stopped.status().await?.state(), api::ContainerState::ContainerExited);
+        stopped.remove().await?;
+        stopped.remove().await.context("remove a container that has been removed")?;
+
+        pod.stop().await?;
+        pod.stop().await.context("stop a pod that has been stopped")?;
+        pod.remove().await?;
+        let life = [Created, Started, Stopped, Deleted];
+        assert_eq!(told.of(&pod.id).await?, life);
+        assert_eq!(told.of(&container.id).await?, life);
+        assert_eq!(told.of(&stopped.id).await?, life);
+        Ok(())
+    })
+}
+
+async fn runs_commands(container: &Container) -> Result<()> {
+    assert_eq!(container.exec(["echo", "-n", "hello"]).await?, output("hello"));
+    let node_name = rustix::system::uname();
+    assert_eq!(container.shell("hostname").await?, node_name.nodename().to_str()?);
+    assert!(container.shell("cat /proc/sysvipc/shm").await?.contains("shmid"));
+    // The PID namespace is the pod's, so somebody else is its first process.
+    assert!(!container.shell("cat /proc/1/cmdline").await?.contains("top"));
+    let late = container.try_exec(["sleep", "4321"], Duration::from_secs(1)).await;
+    assert_eq!(late.as_ref().map_err(tonic::Status::code), Err(tonic::Code::DeadlineExceeded), "{late:?}");
+    assert_eq!(container.exec(["sh", "-c", "ps -o args | grep '^sleep 4321' || true"]).await?, output(""));
+    let refused = container.exec(["mkdir", "/sys/fs/cgroup/critest"]).await?;
+    assert!(refused.exit_code == 1 && refused.stderr.contains("Read-only file system"), "{refused:?}");
+    // No profile is asked for, so there is none.
+    assert_eq!(container.shell("grep ^Seccomp: /proc/self/status").await?, "Seccomp:\t0");
+    Ok(())
+}
+
+async fn is_listed_and_counted(node: &Node, pod: &Pod, container: &Container) -> Result<()> {
+    let of_pod = api::ContainerFilter { pod_sandbox_id: pod.id.clone(), ..Default::default() };
+    assert_eq!(listed(node, of_pod).await?, [container.id.as_str()]);
+    let by_id = api::ContainerStatsFilter { id: container.id.clone(), ..Default::default() };
+    assert_eq!(counted(node, Some(by_id)).await?, [container.id.as_str()]);
+    assert!(counted(node, None).await?.contains(&container.id));
+    for (label, expected) in [("bar", true), ("baz", false)] {
+        let filter = api::ContainerStatsFilter { label_selector: labelled(label), ..Default::default() };
+        assert_eq!(counted(node, Some(filter)).await?.contains(&container.id), expected, "{label}");
+    }
+    let stats = container.stats().await?;
+    let name = stats.attributes.and_then(|attributes| attributes.metadata).context("metadata")?.name;
+    assert_eq!(name, "default");
+    assert_ne!(stats.cpu.context("processor time")?.timestamp, 0);
+    assert_ne!(stats.memory.context("memory")?.timestamp, 0);
+    Ok(())
+}
+
+#[test]
+fn what_is_not_there_can_be_stopped_and_removed() -> Result<()> {
+    on_node(async |node| {
+        let nobody = || "5d1b5e0c-0000-0000-0000-000000000000".to_owned();
+        let mut runtime = node.cri.runtime();
+        runtime.stop_pod_sandbox(api::StopPodSandboxRequest { pod_sandbox_id: nobody() }).await?;
+        runtime.remove_pod_sandbox(api::RemovePodSandboxRequest { pod_sandbox_id: nobody() }).await?;
+        runtime.stop_container(api::StopContainerRequest { container_id: nobody(), timeout: 0 }).await?;
+        runtime.remove_container(api::RemoveContainerRequest { container_id: nobody() }).await?;
+        Ok(())
+    })
+}
+
+/// What CRI's own event stream (`GetContainerEvents`) tells, by the pod or container that it is about.
+struct Told {
+    events: Arc<Mutex<HashMap<String, Vec<api::ContainerEventType>>>>,
+    task: JoinHandle<()>,
+}
+
+impl Told {
+    /// Listens from now on. (The answer comes with the first event, so there is nothing to wait for.)
+    fn listen(node: &Node) -> Told {
+        let events: Arc<Mutex<HashMap<_, Vec<_>>>> = Arc::default();
+        let (mut runtime, told) = (node.cri.runtime(), Arc::clone(&events));
+        let task = tokio::spawn(async move {
+            let Ok(answer) = runtime.get_container_events(api::GetEventsRequest::default()).await else {
+                return;
+            };
+            let mut stream = answer.into_inner();
+            while let Ok(Some(event)) = stream.message().await {
+                let kind = event.container_event_type();
+                let mut told = told.lock().unwrap_or_else(PoisonError::into_inner);
+                told.entry(event.container_id).or_default().push(kind);
+            }
+        });
+        Told { events, task }
+    }
+
+    /// All that has been told of one, once it is as much as is ever told.
+    async fn of(&self, id: &str) -> Result<Vec<api::ContainerEventType>> {
+        let known = || {
+            self.events.lock().unwrap_or_else(PoisonError::into_inner).get(id).cloned().unwrap_or_default()
+        };
+        let deleted = async {
+            while known().last() != Some(&api::ContainerEventType::ContainerDeletedEvent) {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        let waited = tokio::time::timeout(Duration::from_secs(20), deleted).await;
+        waited.with_context(|| format!("of {id} is told {:?}", known()))?;
+        Ok(known())
+    }
+}
+
+impl Drop for Told {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
