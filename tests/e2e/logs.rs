@@ -100,7 +100,8 @@ fn containers_that_write_at_once_lose_nothing() -> Result<()> {
         // Fifty would take long to start; the agent has as many in its own test.
         let start = (0..8).map(|n| pod.container(&format!("writer-{n}")).script(&script).start());
         let writers: Vec<_> = stream::iter(start).buffered(4).try_collect().await?;
-        gate.shell("sleep 1000 > /dev/shm/gate 2>&1 &").await?;
+        // Not by a command in the background: it would have the command's output open for as long as it waits for a reader.
+        pod.container("opener").script("exec sleep infinity > /dev/shm/gate").start().await?;
         for writer in &writers {
             assert_eq!(writer.exited().await?.exit_code, 0);
             let log = writer.log()?;
