@@ -194,11 +194,14 @@ impl Cgroup {
             .map_err(|error| limits(&error))
     }
 
-    /// Every process in the cgroup and in those below it, as the guest numbers them.
+    /// Every process in the cgroup and in those below it, as the guest numbers them. In one that has been removed there
+    /// is none.
     pub fn pids(&self) -> Result<Vec<u32>, CgroupError> {
         let mut pids = Vec::new();
-        collect_pids(&self.directory, &mut pids).map_err(self.error("list its processes"))?;
-        Ok(pids)
+        match collect_pids(&self.directory, &mut pids) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(pids),
+            collected => collected.map(|()| pids).map_err(self.error("list its processes")),
+        }
     }
 
     /// Sends SIGKILL to every process in it.

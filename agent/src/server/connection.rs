@@ -187,7 +187,7 @@ impl Connection {
     }
 }
 
-/// Runs one unary call. It is carried through when its client goes away (half a container helps
+/// Runs one unary call. It is carried through when its client goes away or its deadline passes (half a container helps
 /// nobody), except for the one call that may wait for ever.
 async fn call(
     services: Arc<Services>,
@@ -196,30 +196,44 @@ async fn call(
     outgoing: mpsc::Sender<Vec<u8>>,
     mut disconnected: watch::Receiver<bool>,
 ) {
-    let Some(method) =
-        services.unary.get(&request.service).and_then(|service| service.methods.get(&request.method))
-    else {
-        return;
-    };
     let abandonable = request.method == "Wait";
     let timeout = u64::try_from(request.timeout_nano).ok().filter(|nanoseconds| *nanoseconds > 0);
-    let context = TtrpcContext { mh: header, timeout_nano: request.timeout_nano, ..Default::default() };
     let deadline = async {
         match timeout {
             Some(nanoseconds) => tokio::time::sleep(Duration::from_nanos(nanoseconds)).await,
             None => std::future::pending().await,
         }
     };
+    let mut running = tokio::spawn(handle(services, header, request));
+    let abandon = running.abort_handle();
     let answer = tokio::select! {
-        answer = method.handler(context, request) => answer,
-        () = deadline => Err(super::status(Code::DEADLINE_EXCEEDED, "the caller's deadline has passed")),
-        _ = disconnected.wait_for(|gone| *gone), if abandonable => return,
+        // An error is a panic's.
+        answer = &mut running => answer.unwrap_or_else(|_| Err(super::status(Code::INTERNAL, "the agent failed"))),
+        () = deadline => {
+            if abandonable {
+                abandon.abort();
+            }
+            Err(super::status(Code::DEADLINE_EXCEEDED, "the caller's deadline has passed"))
+        }
+        _ = disconnected.wait_for(|gone| *gone), if abandonable => {
+            abandon.abort();
+            return;
+        }
     };
     let payload = answer.unwrap_or_else(|error| match error {
         ttrpc::Error::RpcStatus(status) => response(status),
         other => response(ttrpc::get_status(Code::UNKNOWN, other)),
     });
     let _ = outgoing.send(response_message(header.stream_id, &payload)).await;
+}
+
+async fn handle(services: Arc<Services>, header: MessageHeader, request: Request) -> ttrpc::Result<Response> {
+    let service = services.unary.get(&request.service);
+    let Some(method) = service.and_then(|service| service.methods.get(&request.method)) else {
+        return Err(super::status(Code::UNIMPLEMENTED, format!("there is no {}", request.method)));
+    };
+    let context = TtrpcContext { mh: header, timeout_nano: request.timeout_nano, ..Default::default() };
+    method.handler(context, request).await
 }
 
 /// Writes what is queued, each message in one piece, until nobody can queue any more.

@@ -1,7 +1,7 @@
 //! Containers and execs, from their making to their end.
 
 use containerd_shim_protos::{api, types::task::Status};
-use pericarp_protos::ttrpc::Code;
+use pericarp_protos::ttrpc::{self, Code};
 
 use crate::harness::{Agent, context, process, status, topic};
 
@@ -120,6 +120,20 @@ async fn a_created_container_can_be_deleted() {
     agent.add_container("c1", &["sleep", "1000"]);
     agent.create("c1", &[]).await;
     assert_eq!(agent.delete("c1", "").await.unwrap().exit_status, 137);
+}
+
+#[tokio::test]
+async fn a_container_is_deleted_though_nobody_waits_for_it() {
+    let agent = Agent::start().await;
+    agent.add_container("c1", &["sleep", "1000"]);
+    agent.create("c1", &[]).await;
+    let mut request = api::DeleteRequest::new();
+    request.id = "c1".into();
+    let moment = std::time::Duration::from_millis(1);
+    agent.task.delete(ttrpc::context::with_duration(moment), &request).await.unwrap_err();
+    agent.task_events("/tasks/delete").await;
+    assert_eq!(status(&agent.state("c1").await.unwrap_err()).0, Code::NOT_FOUND);
+    assert_eq!(*agent.host.released.lock().unwrap(), ["c1"]);
 }
 
 #[tokio::test]
