@@ -15,12 +15,14 @@ const TREES: [&str; 5] = ["/run/pericarp", "/run/containerd", "/run/netns", "/ru
 const NODE_CONTROLLER: &str = "pericarp serve";
 
 /// What the first pod makes and all later ones share.
-const SHARED: [&str; 13] = [
+const SHARED: [&str; 14] = [
     "link cni0",
     // The kernel's module makes these two when it is loaded for the first pod with limited bandwidth.
     "link ifb0",
     "link ifb1",
     "cgroup /kubepods",
+    // runc's, for pods that name no cgroup.
+    "cgroup /k8s.io",
     "path /run/pods",
     "path /run/cni/ipam",
     "path /run/containerd/io.containerd.grpc.v1.cri/containers",
