@@ -10,6 +10,14 @@ fn reader(pod: &Pod) -> ContainerBuilder {
         .with(|config| config.stdin = true)
 }
 
+/// A shell at a terminal.
+fn shell(pod: &Pod) -> ContainerBuilder {
+    pod.container("shell").command(["sh"]).with(|config| {
+        config.stdin = true;
+        config.tty = true;
+    })
+}
+
 #[test]
 fn attach_reaches_the_containers_own_process() -> Result<()> {
     on_node(async |node| {
@@ -59,15 +67,7 @@ fn stdin_that_is_to_be_open_once_ends_with_its_client() -> Result<()> {
 fn a_terminal_outlives_clients_that_are_lost() -> Result<()> {
     on_node(async |node| {
         let pod = node.pod("lost").run().await?;
-        let container = pod
-            .container("shell")
-            .command(["sh"])
-            .with(|config| {
-                config.stdin = true;
-                config.tty = true;
-            })
-            .start()
-            .await?;
+        let container = shell(&pod).start().await?;
         let mut client = container.attach(Terminal::Yes).await?;
         client.write("kept=yes; echo at-$((2 + 2))\n").await?;
         client.read_until("at-4").await?;
@@ -91,15 +91,7 @@ fn a_terminal_outlives_clients_that_are_lost() -> Result<()> {
 fn a_container_with_a_terminal_can_be_attached_to() -> Result<()> {
     on_node(async |node| {
         let pod = node.pod("tty").run().await?;
-        let container = pod
-            .container("shell")
-            .command(["sh"])
-            .with(|config| {
-                config.stdin = true;
-                config.tty = true;
-            })
-            .start()
-            .await?;
+        let container = shell(&pod).start().await?;
         let mut session = container.attach(Terminal::Yes).await?;
         session.write("tty; exit 3\n").await?;
         session.read_until("/dev/pts/0").await?;

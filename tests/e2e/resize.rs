@@ -1,14 +1,14 @@
 //! A machine follows what its containers may use.
 
 use std::{
-    ffi::CStr,
     fs,
     path::{Path, PathBuf},
 };
 
 use anyhow::Result;
 use pericarp_tests::{Container, Pod, api, on_pericarp};
-use rustix::mount::{MountFlags, UnmountFlags};
+
+use crate::volumes::Mounted;
 
 fn resources(cpus: i64, mib: i64) -> api::LinuxContainerResources {
     api::LinuxContainerResources {
@@ -108,30 +108,11 @@ fn a_machine_stays_on_the_cpus_of_its_containers() -> Result<()> {
     })
 }
 
-/// A file system of huge pages on the node, as kubelet makes one for an emptyDir.
-struct HugeDirectory(String);
-
-impl HugeDirectory {
-    fn new(at: String) -> Result<Self> {
-        const OPTIONS: &CStr = c"pagesize=2M,mode=0750,gid=1000";
-        fs::create_dir_all(&at)?;
-        rustix::mount::mount("none", at.as_str(), "hugetlbfs", MountFlags::empty(), OPTIONS)?;
-        Ok(Self(at))
-    }
-}
-
-impl Drop for HugeDirectory {
-    fn drop(&mut self) {
-        if let Err(error) = rustix::mount::unmount(self.0.as_str(), UnmountFlags::DETACH) {
-            println!("cannot unmount {}: {error}", self.0);
-        }
-    }
-}
-
 #[test]
 fn huge_pages_are_the_guests_own_and_shared_by_its_containers() -> Result<()> {
     on_pericarp(async |node| {
-        let directory = HugeDirectory::new(node.directory_for("huge")?)?;
+        let directory = node.directory_for("huge")?;
+        let _mounted = Mounted::huge_pages(&directory, "mode=0750,gid=1000")?;
         let huge = |size: &str, mib: u64| api::LinuxContainerResources {
             hugepage_limits: vec![
                 api::HugepageLimit { page_size: size.to_owned(), limit: mib << 20 },
@@ -145,7 +126,7 @@ fn huge_pages_are_the_guests_own_and_shared_by_its_containers() -> Result<()> {
         assert_eq!(plain.shell(pages).await?.trim(), "0");
         let memory = seen(&plain).await?.1;
 
-        let volume = |name: &str| pod.container(name).mount(&directory.0, "/huge", false);
+        let volume = |name: &str| pod.container(name).mount(&directory, "/huge", false);
         let first = volume("first").resources(huge("2MB", 4)).start().await?;
         let second = volume("second").resources(huge("2MB", 2)).start().await?;
         assert_eq!(plain.shell(pages).await?.trim(), "3");

@@ -15,6 +15,8 @@ use tokio::{
     time::timeout,
 };
 
+use crate::volumes::Mounted;
+
 /// No connection on a node takes longer.
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -174,28 +176,22 @@ fn recursive_read_only_volumes_are_read_only_all_the_way_down() -> Result<()> {
         let node = node.with_features();
         let directory = node.directory_for("tree")?;
         let below = node.directory_for("tree/below")?;
-        rustix::mount::mount("below", &below, "tmpfs", rustix::mount::MountFlags::empty(), None)?;
-        let written = async {
-            let pod = node.pod("tree").run().await?;
-            let mut mount = volume(&directory, "/tree");
-            mount.uid_mappings.clear();
-            mount.gid_mappings.clear();
-            let writable = mount.clone();
-            mount.readonly = true;
-            mount.recursive_read_only = true;
-            let mut written = Vec::new();
-            for (name, mount) in [("writable", writable), ("read-only", mount)] {
-                let container =
-                    pod.container(name).with(|config| config.mounts = vec![mount]).start().await?;
-                let script = "touch /tree/x; echo $?; touch /tree/below/x; echo $?";
-                written.push(container.shell(script).await?);
-            }
-            pod.stop().await?;
-            anyhow::Ok(written)
-        };
-        let written = written.await;
-        rustix::mount::unmount(&below, rustix::mount::UnmountFlags::DETACH)?;
-        assert_eq!(written?, ["0\n0", "1\n1"]);
+        let _below = Mounted::tmpfs(&below, "1m")?;
+        let pod = node.pod("tree").run().await?;
+        let mut mount = volume(&directory, "/tree");
+        mount.uid_mappings.clear();
+        mount.gid_mappings.clear();
+        let writable = mount.clone();
+        mount.readonly = true;
+        mount.recursive_read_only = true;
+        let mut written = Vec::new();
+        for (name, mount) in [("writable", writable), ("read-only", mount)] {
+            let container = pod.container(name).with(|config| config.mounts = vec![mount]).start().await?;
+            let script = "touch /tree/x; echo $?; touch /tree/below/x; echo $?";
+            written.push(container.shell(script).await?);
+        }
+        pod.stop().await?;
+        assert_eq!(written, ["0\n0", "1\n1"]);
         Ok(())
     })
 }

@@ -116,9 +116,19 @@ impl Mounted {
 
     /// A new one in memory.
     pub fn tmpfs(at: &str, size: &str) -> Result<Self> {
-        fs::create_dir_all(at)?;
         let options = std::ffi::CString::new(format!("size={size}"))?;
-        rustix::mount::mount("tmpfs", at, "tmpfs", MountFlags::empty(), options.as_c_str())?;
+        Self::new(at, "tmpfs", &options)
+    }
+
+    /// A new one of huge pages, as kubelet makes it for an emptyDir.
+    pub fn huge_pages(at: &str, owner: &str) -> Result<Self> {
+        let options = std::ffi::CString::new(format!("pagesize=2M,{owner}"))?;
+        Self::new(at, "hugetlbfs", &options)
+    }
+
+    fn new(at: &str, kind: &str, options: &std::ffi::CStr) -> Result<Self> {
+        fs::create_dir_all(at)?;
+        rustix::mount::mount(kind, at, kind, MountFlags::empty(), options)?;
         Ok(Self(at.to_owned()))
     }
 }

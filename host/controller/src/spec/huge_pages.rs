@@ -34,10 +34,8 @@ impl HugeDirectory {
     }
 
     /// Makes a bind mount of it into a mount of the guest's own; containers that name the same have the same.
-    pub(super) fn mount(&self, mount: &mut Map<String, Value>, name: &str) {
+    pub(super) fn mount(&self, mount: &mut Map<String, Value>, name: &str, read_only: bool) {
         let HugeDirectory { mode, uid, gid } = self;
-        let read_only =
-            super::mounts::options(mount).is_ok_and(|options| options.iter().any(|it| it == "ro"));
         let mut options = vec![
             "pagesize=2M".to_owned(),
             format!("mode={mode:o}"),

@@ -100,7 +100,7 @@ pub(super) fn translate(
         {
             let volume = volume(mount, destination.clone(), &options, pod.id_map.as_ref())?;
             if let Some(directory) = huge_directory.and_then(|find| find(&volume.source)) {
-                directory.mount(mount, &volume.name);
+                directory.mount(mount, &volume.name, volume.read_only != ReadOnly::No);
             } else {
                 let path = format!("{SHARE_DIR}/{VOLUMES}/{}", volume.name);
                 mount.insert("source".into(), path.into());
@@ -128,7 +128,7 @@ pub(super) fn translate(
     Ok(volumes)
 }
 
-pub(super) fn options(mount: &Map<String, Value>) -> Result<Vec<String>, Error> {
+fn options(mount: &Map<String, Value>) -> Result<Vec<String>, Error> {
     match mount.get("options") {
         None | Some(Value::Null) => Ok(Vec::new()),
         Some(Value::Array(list)) => list
