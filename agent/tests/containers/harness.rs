@@ -57,6 +57,8 @@ pub struct Agent {
 pub struct FakeHost {
     pub specs: Mutex<HashMap<String, Value>>,
     pub released: Mutex<Vec<String>>,
+    /// While a test holds it, no container is released.
+    pub release: tokio::sync::Mutex<()>,
     ready: Mutex<Option<mpsc::Sender<()>>>,
 }
 
@@ -89,6 +91,7 @@ impl Host for FakeHost {
         _: &TtrpcContext,
         request: ReleaseContainerRequest,
     ) -> ttrpc::Result<ReleaseContainerResponse> {
+        let _allowed = self.release.lock().await;
         self.released.lock().unwrap().push(request.container_id);
         Ok(ReleaseContainerResponse::new())
     }

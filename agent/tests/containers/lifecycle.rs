@@ -1,7 +1,10 @@
 //! Containers and execs, from their making to their end.
 
 use containerd_shim_protos::{api, types::task::Status};
-use pericarp_protos::ttrpc::{self, Code};
+use pericarp_protos::{
+    protobuf::Message,
+    ttrpc::{self, Code, proto},
+};
 
 use crate::harness::{Agent, context, process, status, topic};
 
@@ -127,10 +130,24 @@ async fn a_container_is_deleted_though_nobody_waits_for_it() {
     let agent = Agent::start().await;
     agent.add_container("c1", &["sleep", "1000"]);
     agent.create("c1", &[]).await;
-    let mut request = api::DeleteRequest::new();
-    request.id = "c1".into();
-    let moment = std::time::Duration::from_millis(1);
-    agent.task.delete(ttrpc::context::with_duration(moment), &request).await.unwrap_err();
+    // Our own client would not send a request whose time is over.
+    let mut delete = api::DeleteRequest::new();
+    delete.id = "c1".into();
+    let request = ttrpc::Request {
+        service: "containerd.task.v3.Task".into(),
+        method: "Delete".into(),
+        timeout_nano: 1,
+        payload: delete.write_to_bytes().unwrap(),
+        ..Default::default()
+    };
+    let held = agent.host.release.lock().await;
+    let mut socket = tokio::net::UnixStream::connect(agent.path().join("agent.sock")).await.unwrap();
+    let message = proto::Message::new_request(1, request).unwrap();
+    proto::GenMessage::try_from(message).unwrap().write_to(&mut socket).await.unwrap();
+    let answer = proto::GenMessage::read_from(&mut socket).await.unwrap();
+    let answer = ttrpc::Response::parse_from_bytes(&answer.payload).unwrap();
+    assert_eq!(answer.status.code(), Code::DEADLINE_EXCEEDED);
+    drop(held);
     agent.task_events("/tasks/delete").await;
     assert_eq!(status(&agent.state("c1").await.unwrap_err()).0, Code::NOT_FOUND);
     assert_eq!(*agent.host.released.lock().unwrap(), ["c1"]);
