@@ -80,6 +80,33 @@ fn enable_controllers(root: &Path, below: &Path) {
 /// What limits, counts or pins a machine.
 const CONTROLLERS: [&str; 5] = ["cpu", "cpuset", "io", "memory", "pids"];
 
+/// Looks for a sandbox's cgroup in the whole hierarchy.
+pub fn find(id: &str) -> io::Result<Option<PathBuf>> {
+    find_below(Path::new(ROOT), &name(id), DEPTH_MAX)
+}
+
+fn find_below(directory: &Path, name: &str, depth: u32) -> io::Result<Option<PathBuf>> {
+    if depth == 0 {
+        return Ok(None);
+    }
+    for entry in fs::read_dir(directory)? {
+        let entry = entry?;
+        if !entry.file_type()?.is_dir() {
+            continue;
+        }
+        if entry.file_name() == name {
+            return Ok(Some(entry.path()));
+        }
+        // One that is removed meanwhile has nothing in it.
+        match find_below(&entry.path(), name, depth - 1) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Ok(None) => {}
+            found => return found,
+        }
+    }
+    Ok(None)
+}
+
 /// Removes the cgroup, and the parent if it is our own and empty.
 pub fn remove(path: &Path) -> io::Result<()> {
     match fs::remove_dir(path) {
@@ -95,6 +122,13 @@ pub fn remove(path: &Path) -> io::Result<()> {
 
 /// Parent for pods that name none.
 const OWN_PARENT: &str = "pericarp";
+
+/// kubelet's pods are in the fourth level at most.
+const DEPTH_MAX: u32 = 8;
+
+fn name(id: &str) -> String {
+    format!("pericarp-{id}")
+}
 
 /// The cgroup's path below the root. A systemd slice stands for the path of all its prefixes
 /// (systemd.slice(5)): `a-b.slice` lies in `a.slice`.
@@ -116,7 +150,7 @@ fn relative(parent: &str, id: &str) -> PathBuf {
     if path.as_os_str().is_empty() {
         path.push(OWN_PARENT);
     }
-    path.push(format!("pericarp-{id}"));
+    path.push(name(id));
     path
 }
 

@@ -44,11 +44,7 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::{Channel, Endpoint, Server};
 
 use crate::{
-    config::Config,
-    events::Forwarder,
-    pod::{Node, record},
-    server::Sandboxes,
-    size::Host,
+    config::Config, events::Forwarder, notify::Manager, pod::Node, server::Sandboxes, size::Host,
     source::Containerd,
 };
 
@@ -103,23 +99,27 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
         host: Host::read(),
         config,
     });
-    let adopted = record::adopt_all(&node).await.map_err(|source| ServeError::Adopt { path, source })?;
+    let adopted = pod::adopt_all(&node).await.map_err(|source| ServeError::Adopt { path, source })?;
 
     let socket = node.config.controller_socket();
     let listener = listen(&socket).map_err(|source| ServeError::Listen { path: socket.clone(), source })?;
     let mut terminate = signal(SignalKind::terminate()).map_err(ServeError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(ServeError::Signals)?;
     tracing::info!(socket = %socket.display(), pods = adopted.len(), "serving containerd");
-    notify::ready();
+    let manager = Manager::from_environment();
+    manager.ready();
     let server = Server::builder()
         .add_service(ControllerServer::new(Sandboxes::new(node, adopted)))
         .serve_with_incoming(UnixListenerStream::new(listener));
     // Not a graceful shutdown: that would wait for containerd's open `Wait` calls, which it makes again.
-    tokio::select! {
+    let result = tokio::select! {
         result = server => result.map_err(ServeError::Serve),
+        () = manager.keep_alive() => Ok(()),
         _ = terminate.recv() => Ok(()),
         _ = interrupt.recv() => Ok(()),
-    }
+    };
+    manager.stopping();
+    result
 }
 
 /// One controller to a run directory. The lock ends with the process.

@@ -28,6 +28,7 @@ use pericarp_vmm::{Forward, MachineConfig};
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
 };
+use serde::{Deserialize, Serialize};
 use tokio::io::{Interest, unix::AsyncFd};
 
 /// Names of a pod's files in its directory.
@@ -46,7 +47,8 @@ pub mod file {
 const CONTROL_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How a machine's process ended, as far as that can be known.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Exit {
     /// It exited by itself, with this code.
     Code(i32),

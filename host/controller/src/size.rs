@@ -1,6 +1,7 @@
 //! How large a pod's machine is.
 
 use pericarp_protos::cri::{LinuxContainerResources, PodSandboxConfig};
+use serde::{Deserialize, Serialize};
 
 use crate::{config::Config, cpuset::CpuSet, spec::HUGE_PAGE};
 
@@ -17,7 +18,7 @@ pub const MINIMUM_MEMORY_MIB: u32 = 64;
 const MIB: u64 = 1 << 20;
 
 /// The size of one machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Size {
     /// Number of vCPUs.
     pub vcpus: u8,
@@ -102,6 +103,11 @@ impl std::fmt::Display for Limiter {
 }
 
 impl Size {
+    /// For a pod of which nothing is known.
+    pub fn default_of(config: &Config) -> Size {
+        Size { vcpus: config.defaults.vcpus, memory_mib: config.defaults.memory_mib }
+    }
+
     /// The size for one pod: its annotations, else its resources plus overhead, else the defaults.
     pub fn of(pod: &PodSandboxConfig, config: &Config, host: Host) -> Result<Size, Error> {
         let linux = pod.linux.as_ref();

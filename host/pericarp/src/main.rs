@@ -163,6 +163,10 @@ fn vmm(
     process_start_ns: u64,
 ) -> anyhow::Result<()> {
     log_to_stderr("info");
+    // When the host runs out of memory the controller is spared (its unit file says so), but not the machine.
+    if let Err(error) = fs::write("/proc/self/oom_score_adj", "0") {
+        tracing::warn!(%error, "the machine keeps the controller's OOM score");
+    }
     let text = fs::read_to_string(config).with_context(|| format!("cannot read {}", config.display()))?;
     let config: MachineConfig = serde_json::from_str(&text)
         .with_context(|| format!("{} is not a machine's description", config.display()))?;

@@ -16,7 +16,10 @@ use pericarp_vmm::{
 use thiserror::Error;
 use tokio::sync::oneshot;
 
-use super::{Ended, Phase, Pod, PodError, Ready, record};
+use super::{
+    Ended, Phase, Pod, PodError, Ready,
+    record::{End, Record, Stage},
+};
 use crate::{
     cgroup::{self, Cgroup},
     errors::chain,
@@ -125,7 +128,7 @@ impl Pod {
         }
         self.follow_events();
         self.watch_network();
-        record::write(self, pid, record::Stage::Running).map_err(make("state file"))?;
+        self.write_record(pid, Stage::Running).map_err(make("state file"))?;
         Ok(pid)
     }
 
@@ -184,8 +187,12 @@ impl Pod {
         let pidfd = machine.pidfd().map_err(make("machine process"))?;
         running.push("end the pod's machine", move || machine::kill(&pidfd));
         // From here a controller that starts after a crash finds the machine and ends it.
-        record::write(self, machine.pid(), record::Stage::Starting).map_err(make("state file"))?;
+        self.write_record(machine.pid(), Stage::Starting).map_err(make("state file"))?;
         Ok((machine, host_service))
+    }
+
+    pub(super) fn write_record(&self, pid: u32, stage: Stage) -> io::Result<()> {
+        Record::of(self, pid, stage)?.write(&self.directory)
     }
 
     /// The step that removes the pod's directory.
@@ -243,13 +250,17 @@ impl Pod {
     }
 
     /// Why the machine ended, in its own last words if it had any.
-    fn last_words(&self) -> String {
-        let log = machine::tail(&self.directory.join(file::LOG), QUOTE_MAX);
-        let words = log.lines().rev().find_map(|line| line.strip_prefix("error: ")).map(str::to_owned);
-        words.unwrap_or_else(|| {
+    pub(super) fn last_words(&self) -> String {
+        self.own_last_words().unwrap_or_else(|| {
             let console = machine::tail(&self.directory.join(file::CONSOLE), QUOTE_MAX);
             format!("the last its guest printed: {console:?}")
         })
+    }
+
+    /// The error with which the machine has ended by itself.
+    pub(super) fn own_last_words(&self) -> Option<String> {
+        let log = machine::tail(&self.directory.join(file::LOG), QUOTE_MAX);
+        log.lines().rev().find_map(|line| line.strip_prefix("error: ")).map(str::to_owned)
     }
 
     /// Records the end of the machine when it comes.
@@ -280,9 +291,24 @@ impl Pod {
             tracing::warn!(pod = self.id, ?exit, words, "machine ended unexpectedly");
             state.reason = Some(format!("the machine ended unexpectedly ({exit:?}): {words}"));
         }
+        let reason = state.reason.clone();
         drop(state);
-        self.ended.send_replace(Some(Ended { exit, at: std::time::SystemTime::now() }));
+        let ended = Ended { exit, at: std::time::SystemTime::now() };
+        self.record_end(End::new(ended, reason));
+        self.ended.send_replace(Some(ended));
         expected
+    }
+
+    /// For a controller that is started before containerd has removed the pod.
+    fn record_end(&self, end: End) {
+        let written =
+            Record::read(&self.directory).map_err(io::Error::other).and_then(|record| match record {
+                Some(record) => record.with_end(end).write(&self.directory),
+                None => Ok(()),
+            });
+        if let Err(error) = written {
+            tracing::warn!(pod = self.id, %error, "the end of a machine is not on record");
+        }
     }
 
     /// Asks the machine for its part of the timeline, after containerd has its answer.

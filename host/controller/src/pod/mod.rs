@@ -1,15 +1,16 @@
 //! A pod: its machine, its directory, its containers' file systems.
 //!
 //! [`boot`] starts it, [`containers`] serves the guest's requests, [`teardown`] ends it, [`record`] is what is
-//! on disk about it.
+//! on disk about it, [`adopt`] goes on with it from there.
 
+mod adopt;
 mod boot;
 mod configuration;
 mod containers;
 mod disks;
 mod network;
 mod progress;
-pub mod record;
+mod record;
 mod refusals;
 mod resize;
 mod teardown;
@@ -26,8 +27,8 @@ use serde_json::json;
 use thiserror::Error;
 use tokio::sync::{Mutex as AsyncMutex, oneshot, watch};
 
-pub use self::boot::BootError;
-use self::{progress::Progress, refusals::Refusal};
+pub use self::{adopt::adopt_all, boot::BootError};
+use self::{progress::Progress, record::Identity, refusals::Refusal};
 use crate::{
     config::Config,
     cpuset::CpuSet,
@@ -172,12 +173,18 @@ impl Pod {
         if let Some(Refusal { what, remedy }) = refusals::refusal(&config) {
             return Err(PodError::Refused { pod, what, remedy });
         }
-        // Refused above if it is none.
-        let id_map = IdMap::of(&config).ok().flatten();
         let size =
             Size::of(&config, &node.config, node.host).map_err(|source| PodError::Size { pod, source })?;
+        let created_at = SystemTime::now();
+        Ok(Pod::make(Identity { id, namespace, netns, config, created_at }, size, node))
+    }
+
+    fn make(identity: Identity, size: Size, node: Arc<Node>) -> Pod {
+        let Identity { id, namespace, netns, config, created_at } = identity;
         let directory = node.config.run_dir.join(&id);
-        Ok(Pod {
+        // What is no map was refused when the pod was new.
+        let id_map = IdMap::of(&config).ok().flatten();
+        Pod {
             share: AsyncMutex::new(Share::at(directory.join(file::SHARE))),
             directory,
             id,
@@ -186,7 +193,7 @@ impl Pod {
             netns,
             id_map,
             size,
-            created_at: SystemTime::now(),
+            created_at,
             node,
             lifecycle: AsyncMutex::new(()),
             state: Mutex::new(State {
@@ -210,7 +217,17 @@ impl Pod {
                 reason: None,
             }),
             ended: watch::Sender::new(None),
-        })
+        }
+    }
+
+    fn identity(&self) -> Identity {
+        Identity {
+            id: self.id.clone(),
+            namespace: self.namespace.clone(),
+            netns: self.netns.clone(),
+            config: self.config.clone(),
+            created_at: self.created_at,
+        }
     }
 
     /// "pod namespace/name (id)", for messages.

@@ -102,7 +102,7 @@ async fn a_pod_to_which_nothing_can_be_forwarded_says_why_in_its_status() {
     let mut network = PodNetwork { forward: Some(Err(error)), ..PodNetwork::default() };
     assert!(pod.take_forward(&mut network).is_none());
     std::fs::create_dir(directory.path().join("abc")).unwrap();
-    record::write(&pod, std::process::id(), record::Stage::Running).unwrap();
+    pod.write_record(std::process::id(), record::Stage::Running).unwrap();
     let record = std::fs::read_to_string(directory.path().join("abc").join(file::STATE)).unwrap();
     assert!(record.contains("refuses to load a BPF program"), "{record}");
     let info = pod.verbose_info().await;

@@ -1,0 +1,308 @@
+//! Taking over the pods of an earlier controller, which may have been killed at any point.
+//!
+//! A pod whose machine runs goes on, whatever its files look like. One whose machine has ended meanwhile is kept as ended
+//! until containerd removes it. What containerd was never told of is undone.
+
+use std::{
+    fs,
+    io::{self, Read as _},
+    os::unix::fs::MetadataExt as _,
+    path::Path,
+    sync::Arc,
+    time::SystemTime,
+};
+
+use pericarp_protos::cri;
+use pericarp_vmm::MachineConfig;
+use rustix::process::{Pid, PidfdFlags, geteuid, pidfd_open};
+
+use super::{
+    Ended, Node, Phase, Pod,
+    boot::{GuestRequests, host_service_path},
+    progress::Progress,
+    record::{self, End, Identity, Process, Record, Stage},
+};
+use crate::{
+    cgroup,
+    errors::chain,
+    guest,
+    machine::{self, Exit, Machine, file},
+    mounts, network,
+    share::Share,
+    size::Size,
+    undo::Undo,
+};
+
+/// The namespace of kubelet's pods, where nothing tells of another.
+const NAMESPACE: &str = "k8s.io";
+
+/// Longest command line that is looked at.
+const COMMAND_LINE_MAX: u64 = 8192;
+
+/// Takes over every pod in the run directory.
+pub async fn adopt_all(node: &Arc<Node>) -> io::Result<Vec<Arc<Pod>>> {
+    let mut pods = Vec::new();
+    for entry in fs::read_dir(&node.config.run_dir)? {
+        let entry = entry?;
+        if !entry.file_type()?.is_dir() {
+            continue;
+        }
+        let directory = entry.path();
+        match take_over(node, &directory).await {
+            Ok(Some(pod)) => {
+                tracing::info!(pod = pod.id, name = pod.name(), phase = ?pod.phase(), "pod taken over");
+                pods.push(pod);
+            }
+            Ok(None) => tracing::info!(directory = %directory.display(), "removed what a pod had left"),
+            // The others are not to suffer from it.
+            Err(error) => {
+                tracing::error!(directory = %directory.display(), %error, "cannot take a pod over");
+            }
+        }
+    }
+    Ok(pods)
+}
+
+/// Answers with the pod, unless it was only to be undone.
+async fn take_over(node: &Arc<Node>, directory: &Path) -> io::Result<Option<Arc<Pod>>> {
+    let record = match Record::read(directory) {
+        Ok(Some(record)) => Some(record),
+        // A controller was killed before it had written one: see `Pod::spawn`.
+        Ok(None) if !directory.join(file::PROGRESS).exists() => None,
+        unusable => {
+            if let Err(error) = unusable {
+                let aside = record::set_aside(directory, file::STATE)?;
+                let error = chain(&error);
+                tracing::error!(aside = %aside.display(), error, "a pod's record is of no use");
+            }
+            seen(directory)?
+        }
+    };
+    let Some(record) = record else {
+        let machine = find_machine(directory)?;
+        undo(directory, machine.and_then(running), None)?;
+        return Ok(None);
+    };
+    match (record.stage, running(record.machine)) {
+        (Stage::Starting, machine) => {
+            // Whoever asked for it has had an error instead of an answer.
+            undo(directory, machine, Some(&record))?;
+            Ok(None)
+        }
+        (Stage::Running, Some(machine)) => resume(node, record, machine).await.map(Some),
+        (Stage::Running, None) => restore(node, record).map(Some),
+    }
+}
+
+/// The process, if it still is that process.
+fn running(process: Process) -> Option<Machine> {
+    let pid = Pid::from_raw(i32::try_from(process.pid).ok()?)?;
+    let pidfd = pidfd_open(pid, PidfdFlags::NONBLOCK).ok()?;
+    // Checked with the pidfd in hand: from here the process cannot be mistaken for another.
+    (Process::of(process.pid).ok()? == process).then_some(())?;
+    Machine::adopt(pid, pidfd).ok()
+}
+
+/// What can be seen of a pod without its record; `None` if its machine does not run.
+fn seen(directory: &Path) -> io::Result<Option<Record>> {
+    let Some(machine) = find_machine(directory)? else { return Ok(None) };
+    let size = fs::read(directory.join(file::CONFIG))
+        .ok()
+        .and_then(|text| serde_json::from_slice::<MachineConfig>(&text).ok())
+        .map(|config| Size { vcpus: config.vcpus, memory_mib: config.memory_mib });
+    let identity = Identity {
+        id: directory.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+        namespace: NAMESPACE.to_owned(),
+        // Its taps go with it when containerd removes it.
+        netns: String::new(),
+        config: cri::PodSandboxConfig::default(),
+        created_at: SystemTime::now(),
+    };
+    let record = Record::new(identity, size, machine)?;
+    record.write(directory)?;
+    Ok(Some(record))
+}
+
+/// Looks for the process that runs a pod's machine, by its command line.
+fn find_machine(directory: &Path) -> io::Result<Option<Process>> {
+    let config = directory.join(file::CONFIG);
+    let config = config.as_os_str().as_encoded_bytes();
+    for entry in fs::read_dir("/proc")? {
+        let Ok(entry) = entry else { continue };
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
+            continue;
+        };
+        // A process that ends meanwhile is none.
+        let Ok(process) = Process::of(pid) else { continue };
+        let ours = entry.metadata().is_ok_and(|metadata| metadata.uid() == geteuid().as_raw());
+        if ours && is_machine(&entry.path(), config) && Process::of(pid).is_ok_and(|again| again == process) {
+            return Ok(Some(process));
+        }
+    }
+    Ok(None)
+}
+
+fn is_machine(process: &Path, config: &[u8]) -> bool {
+    let mut line = Vec::new();
+    let read = fs::File::open(process.join("cmdline"))
+        .and_then(|file| file.take(COMMAND_LINE_MAX).read_to_end(&mut line));
+    let mut words = line.split(|byte| *byte == 0);
+    read.is_ok() && words.nth(1) == Some(b"vmm") && words.any(|word| word == config)
+}
+
+/// Goes on with a pod whose machine runs.
+async fn resume(node: &Arc<Node>, record: Record, machine: Machine) -> io::Result<Arc<Pod>> {
+    let pod = Arc::new(pod(node, &record));
+    let progress = read_progress(&pod)?;
+    let mut running = undo_running(&pod, &record);
+    let pidfd = machine.pidfd()?;
+    running.push("end the pod's machine", move || machine::kill(&pidfd));
+    let socket = host_service_path(&pod.directory);
+    match fs::remove_file(&socket) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    let service = guest::serve(machine::bind(&socket)?, Arc::new(GuestRequests(pod.clone())))
+        .await
+        .map_err(io::Error::other)?;
+    {
+        let mut state = pod.state();
+        state.phase = Phase::Running { pid: machine.pid() };
+        state.running = running;
+        // It may have been resized, and moved.
+        state.size_now = None;
+        state.pinned = None;
+        state.progress = progress;
+        state.cgroup = record.cgroup;
+        state.interfaces = record.interfaces;
+        state.port_forward = record.port_forward;
+        state.directory = pod.undo_directory();
+        state.host_service = Some(service);
+    }
+    pod.watch(machine);
+    pod.watch_network();
+    pod.follow_events();
+    Ok(pod)
+}
+
+/// Keeps a pod whose machine has ended, for containerd to ask about and to remove.
+fn restore(node: &Arc<Node>, record: Record) -> io::Result<Arc<Pod>> {
+    let pod = Arc::new(pod(node, &record));
+    undo_running(&pod, &record).run()?;
+    let end = record.end.clone().unwrap_or_else(|| observed_end(&pod));
+    {
+        let mut state = pod.state();
+        state.phase = Phase::Ended;
+        state.directory = pod.undo_directory();
+        state.reason.clone_from(&end.reason);
+    }
+    pod.ended.send_replace(Some(end.ended()));
+    record.with_end(end).write(&pod.directory)?;
+    Ok(pod)
+}
+
+/// What the files of a machine tell about its end, which nobody has watched.
+fn observed_end(pod: &Pod) -> End {
+    let written = fs::metadata(pod.directory.join(file::LOG)).and_then(|log| log.modified());
+    let (exit, at) = match pod.own_last_words() {
+        // The last thing that it does is to say so.
+        Some(_) => (Exit::Code(1), written.unwrap_or_else(|_| SystemTime::now())),
+        None => (Exit::Unknown, SystemTime::now()),
+    };
+    let reason = format!("the machine ended while no controller ran: {}", pod.last_words());
+    End::new(Ended { exit, at }, Some(reason))
+}
+
+fn pod(node: &Arc<Node>, record: &Record) -> Pod {
+    // Not checked again: it runs, whatever this controller would have said to it.
+    let size = record.size.or_else(|| Size::of(&record.pod.config, &node.config, node.host).ok());
+    let size = size.unwrap_or_else(|| Size::default_of(&node.config));
+    Pod::make(record.pod.clone(), size, node.clone())
+}
+
+/// How far its events have been handed on. If that cannot be known, all that the guest remembers are told again.
+fn read_progress(pod: &Pod) -> io::Result<Progress> {
+    let mut progress = match Progress::read(&pod.directory) {
+        Ok(progress) => progress,
+        Err(error) => {
+            let aside = record::set_aside(&pod.directory, file::PROGRESS)?;
+            tracing::error!(pod = pod.id, aside = %aside.display(), %error, "events may be told twice");
+            Progress::default()
+        }
+    };
+    // Those of a controller that did not keep such a record.
+    for container in Share::at(pod.directory.join(file::SHARE)).containers() {
+        progress.add(&container);
+    }
+    Ok(progress)
+}
+
+/// The steps that take down what a pod has on the host beside its machine.
+fn undo_running(pod: &Pod, record: &Record) -> Undo {
+    let mut running = Undo::default();
+    if !pod.netns.is_empty() {
+        network::push_removal(Path::new(&pod.netns), &mut running);
+    }
+    let share = Share::at(pod.directory.join(file::SHARE));
+    running.push("remove the pod's share", move || {
+        share.remove().map_err(|error| io::Error::other(chain(&error)))
+    });
+    if let Some(path) = record.cgroup.clone() {
+        running.push("remove the pod's cgroup", move || cgroup::remove(&path));
+    }
+    running
+}
+
+/// Removes everything of a pod that nobody waits for.
+fn undo(directory: &Path, machine: Option<Machine>, record: Option<&Record>) -> io::Result<()> {
+    let id = directory.file_name().unwrap_or_default().to_string_lossy();
+    let cgroup = match record {
+        Some(record) => record.cgroup.clone(),
+        None => cgroup::find(&id)?,
+    };
+    if let Some(machine) = machine {
+        machine::kill(&machine.pidfd()?)?;
+    }
+    mounts::detach(&directory.join(file::SHARE)).map_err(io::Error::from)?;
+    if let Some(cgroup) = cgroup {
+        cgroup::remove(&cgroup)?;
+    }
+    if let Some(record) = record {
+        network::remove(Path::new(&record.pod.netns))?;
+    }
+    Ok(mounts::remove_tree(directory)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pid_that_was_given_to_another_process_is_not_the_machine() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
+        let _guard = runtime.enter();
+        let own = Process::of(std::process::id()).unwrap();
+        assert!(running(own).is_some());
+        assert!(running(Process { start_time: 1, ..own }).is_none());
+    }
+
+    #[test]
+    fn a_machine_is_found_by_its_command_line() {
+        let directory = tempfile::tempdir().unwrap();
+        assert_eq!(find_machine(directory.path()).unwrap(), None);
+        let config = directory.path().join(file::CONFIG);
+        // A process with that command line that waits for its input.
+        fs::write(directory.path().join("vmm"), "read line\n").unwrap();
+        let mut child = std::process::Command::new("sh")
+            .current_dir(directory.path())
+            .args(["vmm", "--config"])
+            .arg(&config)
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let found = find_machine(directory.path()).unwrap();
+        assert_eq!(found.map(|process| process.pid), Some(child.id()));
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+}
