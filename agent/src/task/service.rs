@@ -410,7 +410,12 @@ impl shim_async::Task for Tasks {
 
     async fn pids(&self, _: &TtrpcContext, request: api::PidsRequest) -> ttrpc::Result<api::PidsResponse> {
         let container = self.container(&request.id)?;
-        let pids = container.cgroup.pids().map_err(cgroup_error(&request.id))?;
+        let mut pids = container.cgroup.pids().map_err(cgroup_error(&request.id))?;
+        if pids.is_empty() {
+            // A containerd that was started again takes a task without processes for one that was never made, and deletes
+            // it without having looked at its exit (`ShimManager.loadShims`).
+            pids.push(container.init.pid().cast_unsigned());
+        }
         let mut response = api::PidsResponse::new();
         for pid in pids {
             let mut info = ProcessInfo::new();
@@ -563,7 +568,6 @@ fn cgroup_error(id: &str) -> impl FnOnce(CgroupError) -> TaskError {
     move |source| TaskError::Cgroup { id: id.to_owned(), source }
 }
 
-/// Reads the JSON that containerd puts into an `Any`.
 /// Sets aside what a new container may use, and makes the volumes of it that it names.
 async fn set_huge_pages(reserved: &Reserved, spec: &mut Spec) -> Result<(), HugePagesError> {
     if let Some(resources) = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()) {
@@ -572,6 +576,7 @@ async fn set_huge_pages(reserved: &Reserved, spec: &mut Spec) -> Result<(), Huge
     huge_pages::mount_volumes(spec)
 }
 
+/// Reads the JSON that containerd puts into an `Any`.
 fn parse<T>(
     id: &str,
     what: &str,

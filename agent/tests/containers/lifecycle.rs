@@ -126,6 +126,21 @@ async fn a_created_container_can_be_deleted() {
 }
 
 #[tokio::test]
+async fn a_container_that_has_exited_is_not_taken_for_one_that_never_was() {
+    let agent = Agent::start().await;
+    agent.add_container("c1", &["true"]);
+    let pid = agent.create("c1", &[]).await;
+    agent.start_task("c1").await;
+    assert_eq!(agent.wait("c1", "").await, 0);
+    // containerd deletes tasks without processes when it is started again.
+    let mut request = api::PidsRequest::new();
+    request.id = "c1".into();
+    let pids = agent.task.pids(context(), &request).await.unwrap().processes;
+    assert_eq!(pids.iter().map(|process| process.pid).collect::<Vec<_>>(), [pid]);
+    agent.delete("c1", "").await.unwrap();
+}
+
+#[tokio::test]
 async fn a_container_is_deleted_though_nobody_waits_for_it() {
     let agent = Agent::start().await;
     agent.add_container("c1", &["sleep", "1000"]);
