@@ -19,7 +19,10 @@ use std::{
 use async_trait::async_trait;
 use nix::mount::MsFlags;
 use pericarp_protos::{
-    agent::{Agent, ConfigureRequest, ConfigureResponse, Dns, Interface, ResizeRequest, ResizeResponse},
+    agent::{
+        Agent, CheckRequest, CheckResponse, ConfigureRequest, ConfigureResponse, Dns, Interface,
+        ResizeRequest, ResizeResponse,
+    },
     guest::{ETC_DIR, SHM_DIR},
     ttrpc::{self, Code, r#async::TtrpcContext},
 };
@@ -202,6 +205,10 @@ impl Agent for Pod {
 
     async fn resize(&self, _: &TtrpcContext, request: ResizeRequest) -> ttrpc::Result<ResizeResponse> {
         devices::resize(request).await.map_err(|error| server::status(Code::INTERNAL, error.to_string()))
+    }
+
+    async fn check(&self, _: &TtrpcContext, _: CheckRequest) -> ttrpc::Result<CheckResponse> {
+        Ok(CheckResponse::new())
     }
 }
 

@@ -80,6 +80,12 @@ fn enable_controllers(root: &Path, below: &Path) {
 /// What limits, counts or pins a machine.
 const CONTROLLERS: [&str; 5] = ["cpu", "cpuset", "io", "memory", "pids"];
 
+/// Whether the kernel has killed a process of a cgroup because there was no memory for it (`memory.events`).
+pub fn was_out_of_memory(path: &Path) -> bool {
+    let events = fs::read_to_string(path.join("memory.events")).unwrap_or_default();
+    events.lines().filter_map(|line| line.strip_prefix("oom_kill ")).any(|count| count != "0")
+}
+
 /// Looks for a sandbox's cgroup in the whole hierarchy.
 pub fn find(id: &str) -> io::Result<Option<PathBuf>> {
     find_below(Path::new(ROOT), &name(id), DEPTH_MAX)

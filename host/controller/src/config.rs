@@ -24,6 +24,8 @@ pub struct Config {
     pub containerd_address: PathBuf,
     /// How long a pod's machine may take from its start until the agent is ready, in seconds.
     pub ready_timeout_seconds: u64,
+    /// How long a guest may give no answer before its machine is ended, in seconds. 0: for ever.
+    pub guest_timeout_seconds: u64,
     /// The size that a pod's console log never exceeds, in KiB.
     pub console_limit_kib: u64,
     /// What is logged: a `tracing` filter such as "info" or "`pericarp_controller=debug`".
@@ -63,6 +65,7 @@ impl Default for Config {
             kernel_cmdline: String::new(),
             containerd_address: "/run/containerd/containerd.sock".into(),
             ready_timeout_seconds: 10,
+            guest_timeout_seconds: 60,
             console_limit_kib: 256,
             log: "info".into(),
             defaults: Defaults::default(),
@@ -154,6 +157,11 @@ impl Config {
     /// How long a machine may take until its agent is ready.
     pub fn ready_timeout(&self) -> Duration {
         Duration::from_secs(self.ready_timeout_seconds)
+    }
+
+    /// How long a guest may give no answer; `None` if that is no reason to end it.
+    pub fn guest_timeout(&self) -> Option<Duration> {
+        (self.guest_timeout_seconds > 0).then(|| Duration::from_secs(self.guest_timeout_seconds))
     }
 
     /// The socket on which containerd calls the controller.

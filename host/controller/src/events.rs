@@ -12,7 +12,7 @@ use pericarp_protos::{
 use prost::Message as _;
 use tonic::{Code, transport::Channel};
 
-use crate::{errors::chain, event_stream::EventStream, pod::Pod, source::in_namespace};
+use crate::{errors::chain, event_stream::EventStream, fault, pod::Pod, source::in_namespace};
 
 /// Characters of a topic that are logged.
 const TOPIC_MAX: usize = 64;
@@ -99,8 +99,8 @@ fn container_of(task: &TaskEvent) -> Option<String> {
 enum Handed {
     /// containerd has it, or will never take it.
     Over,
-    /// containerd does not answer: to be tried again.
-    NotYet,
+    /// containerd does not answer, and this is why: to be tried again.
+    NotYet(String),
 }
 
 impl Pod {
@@ -109,15 +109,24 @@ impl Pod {
         let pod = self.clone();
         tokio::spawn(async move {
             let mut pause = PAUSE_MIN;
+            // Whether it was said already: what repeats is said once.
+            let mut interrupted = false;
             while pod.end().is_none() {
                 let before = pod.last_event();
-                if let Err(error) = pod.take_events().await
-                    && pod.end().is_none()
-                {
-                    tracing::warn!(pod = pod.id, %error, "the guest's events are interrupted");
-                }
+                let taken = pod.take_events().await;
                 // What has not been taken waits in the guest, not here.
                 pause = if pod.last_event() > before { PAUSE_MIN } else { PAUSE_MAX.min(2 * pause) };
+                if interrupted && pod.last_event() > before {
+                    interrupted = false;
+                    tracing::info!(pod = pod.id, "the guest's events are handed on again");
+                }
+                if let Err(reason) = taken
+                    && !interrupted
+                    && pod.end().is_none()
+                {
+                    interrupted = true;
+                    tracing::warn!(pod = pod.id, reason, "the guest's events wait");
+                }
                 tokio::select! {
                     () = tokio::time::sleep(pause) => {}
                     _ended = pod.wait() => {}
@@ -127,12 +136,13 @@ impl Pod {
     }
 
     /// Takes events until there are no more on this connection, or containerd does not take one.
-    async fn take_events(&self) -> io::Result<()> {
-        let mut events = EventStream::open(&self.vsock(), self.last_event()).await?;
-        while let Some(event) = events.next().await? {
+    async fn take_events(&self) -> Result<(), String> {
+        let lost = |error: io::Error| error.to_string();
+        let mut events = EventStream::open(&self.vsock(), self.last_event()).await.map_err(lost)?;
+        while let Some(event) = events.next().await.map_err(lost)? {
             match self.take_event(&event).await {
                 Handed::Over => {}
-                Handed::NotYet => return Ok(()),
+                Handed::NotYet(reason) => return Err(reason),
             }
         }
         Ok(())
@@ -158,9 +168,10 @@ impl Pod {
                     self.progress(|progress| progress.last_event = event.sequence);
                     return Handed::Over;
                 };
-                if let Handed::NotYet = self.hand_on(event, task).await {
-                    return Handed::NotYet;
+                if let Handed::NotYet(reason) = self.hand_on(event, task).await {
+                    return Handed::NotYet(reason);
                 }
+                fault::point("event-handed-on");
                 ended = (task.topic == "/tasks/delete").then_some(container);
             }
             Some(event::Event::Timing(timing)) => self.take_timing(timing),
@@ -198,18 +209,8 @@ impl Pod {
                 tracing::warn!(pod = self.id, topic = task.topic, %status, "containerd does not take an event");
                 Handed::Over
             }
-            Ok(Err(status)) => {
-                tracing::warn!(pod = self.id, topic = task.topic, %status, "containerd takes no events now");
-                Handed::NotYet
-            }
-            Err(_) => {
-                tracing::warn!(
-                    pod = self.id,
-                    topic = task.topic,
-                    "containerd does not take an event in time"
-                );
-                Handed::NotYet
-            }
+            Ok(Err(status)) => Handed::NotYet(format!("containerd takes no events now: {status}")),
+            Err(_) => Handed::NotYet("containerd does not take an event in time".to_owned()),
         }
     }
 

@@ -14,7 +14,7 @@ use std::{
 
 use async_trait::async_trait;
 use pericarp_protos::{
-    agent::{AgentClient, ConfigureRequest, ResizeRequest},
+    agent::{AgentClient, CheckRequest, ConfigureRequest, ResizeRequest},
     guest,
     host::{
         Disk, FitResourcesRequest, FitResourcesResponse, Host, PrepareContainerRequest,
@@ -181,6 +181,18 @@ impl Agent {
             io::Error::new(io::ErrorKind::TimedOut, "the guest's agent does not accept the connection")
         })??;
         Ok(Agent { client: AgentClient::new(Client::new(Socket::from(stream))) })
+    }
+
+    /// Whether a guest answers within a time limit, on a connection like those that containerd makes.
+    pub async fn check(socket: &Path, limit: Duration) -> io::Result<()> {
+        let timed_out = |_| io::Error::new(io::ErrorKind::TimedOut, "the guest's agent does not answer");
+        let check = async {
+            let stream = dial(socket, guest::AGENT_PORT).await?;
+            let client = AgentClient::new(Client::new(Socket::from(stream)));
+            let answer = client.check(context::with_duration(limit), &CheckRequest::default()).await;
+            answer.map(drop).map_err(io::Error::other)
+        };
+        tokio::time::timeout(limit, check).await.map_err(timed_out)?
     }
 
     /// Makes the guest into the pod, within a time limit.

@@ -8,14 +8,17 @@ pub mod errors;
 
 mod cgroup;
 mod cpuset;
+mod delete;
 mod event_stream;
 mod events;
+mod fault;
 mod guest;
 mod machine;
 mod metrics;
 mod mounts;
 mod network;
 mod notify;
+mod orphans;
 mod pod;
 mod rootfs;
 mod server;
@@ -35,6 +38,7 @@ use std::{
     sync::Arc,
 };
 
+pub use self::delete::{Deleted, delete};
 pub use self::network::steer::{SteerError, probe as probe_port_forward};
 
 use pericarp_protos::sandbox::controller_server::ControllerServer;

@@ -158,6 +158,11 @@ impl Machine {
         self.pidfd.get_ref().try_clone()
     }
 
+    /// Kills the process without waiting for its end.
+    pub fn signal_kill(&self) -> io::Result<()> {
+        Ok(pidfd_send_signal(self.pidfd.get_ref(), Signal::KILL)?)
+    }
+
     /// Waits for the end of the process and takes its exit status.
     pub async fn exited(&self) -> io::Result<Exit> {
         // Readable means ended, and stays so.

@@ -1,9 +1,6 @@
 //! `containerd.services.sandbox.v1.Controller`: what containerd asks of the controller.
 
-use std::{
-    collections::HashMap,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-};
+use std::{collections::HashMap, sync::Arc};
 
 use pericarp_protos::{
     cri,
@@ -22,7 +19,8 @@ use tonic::{Code, Request, Response, Status, metadata::MetadataMap};
 
 use crate::{
     errors::chain,
-    metrics,
+    fault, metrics,
+    orphans::Pods,
     pod::{BootError, Node, Phase, Pod, PodError},
 };
 
@@ -34,23 +32,23 @@ const POD_CONFIG_TYPE: &str = "runtime.v1.PodSandboxConfig";
 /// All pods of this node, served to containerd.
 pub struct Sandboxes {
     node: Arc<Node>,
-    pods: Mutex<HashMap<String, Arc<Pod>>>,
+    pods: Pods,
 }
 
 impl Sandboxes {
     /// Starts with the pods that were taken over.
     pub fn new(node: Arc<Node>, adopted: Vec<Arc<Pod>>) -> Sandboxes {
-        let pods = adopted.into_iter().map(|pod| (pod.id.clone(), pod)).collect();
-        Sandboxes { node, pods: Mutex::new(pods) }
-    }
-
-    fn pods(&self) -> MutexGuard<'_, HashMap<String, Arc<Pod>>> {
-        // Each change is one call on the map: it is sound even if a thread has panicked.
-        self.pods.lock().unwrap_or_else(PoisonError::into_inner)
+        let pods = Pods::default();
+        for pod in adopted {
+            pods.lock().insert(pod.id.clone(), pod.clone());
+            pods.remove_unless_claimed(&pod);
+        }
+        Sandboxes { node, pods }
     }
 
     fn pod(&self, id: &str) -> Result<Arc<Pod>, Status> {
-        self.pods()
+        self.pods
+            .lock()
             .get(id)
             .cloned()
             .ok_or_else(|| Status::not_found(format!("there is no pod sandbox {id:?}")))
@@ -119,7 +117,7 @@ impl Controller for Sandboxes {
         let config = pod_config(&request)?;
         let id = request.sandbox_id;
         let pod = Pod::new(id.clone(), namespace, config, request.netns_path, self.node.clone())?;
-        match self.pods().entry(id.clone()) {
+        match self.pods.lock().entry(id.clone()) {
             std::collections::hash_map::Entry::Occupied(known) => {
                 Err(Status::already_exists(format!("{} exists already", known.get().name())))
             }
@@ -147,10 +145,11 @@ impl Controller for Sandboxes {
             let status = Status::from(error);
             tracing::warn!(pod = id, error = status.message(), "pod failed to start");
             if forget {
-                self.pods().remove(&id);
+                self.pods.lock().remove(&id);
             }
             return Err(status);
         }
+        self.pods.remove_unless_claimed(&pod);
         let pid = match pod.phase() {
             Phase::Running { pid } => pid,
             _ => 0,
@@ -190,7 +189,9 @@ impl Controller for Sandboxes {
         &self,
         request: Request<ControllerWaitRequest>,
     ) -> Result<Response<ControllerWaitResponse>, Status> {
-        let ended = self.pod(&request.into_inner().sandbox_id)?.wait().await;
+        let pod = self.pod(&request.into_inner().sandbox_id)?;
+        pod.claim();
+        let ended = pod.wait().await;
         Ok(Response::new(ControllerWaitResponse {
             exit_status: ended.exit.status(),
             exited_at: Some(Timestamp::from(ended.at)),
@@ -231,7 +232,8 @@ impl Controller for Sandboxes {
         let id = request.into_inner().sandbox_id;
         let pod = self.pod(&id)?;
         pod.shutdown().await?;
-        self.pods().remove(&id);
+        fault::point("pod-removed");
+        self.pods.lock().remove(&id);
         tracing::info!(pod = id, name = pod.name(), "pod removed");
         Ok(Response::new(ControllerShutdownResponse {}))
     }

@@ -1,9 +1,12 @@
 //! Where containers come from: the look-up of what a guest only names.
 
 use async_trait::async_trait;
-use pericarp_protos::containerd::{
-    containers::{GetContainerRequest, containers_client::ContainersClient},
-    snapshots::{MountsRequest, snapshots_client::SnapshotsClient},
+use pericarp_protos::{
+    containerd::{
+        containers::{GetContainerRequest, containers_client::ContainersClient},
+        snapshots::{MountsRequest, snapshots_client::SnapshotsClient},
+    },
+    sandbox::{StoreGetRequest, store_client::StoreClient},
 };
 use thiserror::Error;
 use tonic::{Code, Request, Status, transport::Channel};
@@ -29,9 +32,9 @@ pub struct ContainerRecord {
 /// The records are not to be had.
 #[derive(Debug, Error)]
 pub enum SourceError {
-    #[error("there is no container {id}")]
+    #[error("there is no {id}")]
     NotFound { id: String },
-    #[error("containerd does not answer when asked for {what} of container {id}")]
+    #[error("containerd does not answer when asked for {what} of {id}")]
     Unavailable {
         what: &'static str,
         id: String,
@@ -47,6 +50,9 @@ pub enum SourceError {
 pub trait ContainerSource: Send + Sync {
     /// The record of container `id` in a namespace of containerd.
     async fn container(&self, namespace: &str, id: &str) -> Result<ContainerRecord, SourceError>;
+
+    /// Whether there is a sandbox `id` in a namespace of containerd: an error if not.
+    async fn sandbox(&self, namespace: &str, id: &str) -> Result<(), SourceError>;
 }
 
 /// Containers as stock containerd keeps them.
@@ -109,5 +115,14 @@ impl ContainerSource for Containerd {
             None => spec.value,
         };
         Ok(ContainerRecord { sandbox: container.sandbox, spec, snapshotter, rootfs })
+    }
+
+    async fn sandbox(&self, namespace: &str, id: &str) -> Result<(), SourceError> {
+        let failed = |status: Status| match status.code() {
+            Code::NotFound => SourceError::NotFound { id: id.into() },
+            _ => SourceError::Unavailable { what: "the record", id: id.into(), source: Box::new(status) },
+        };
+        let request = in_namespace(StoreGetRequest { sandbox_id: id.into() }, namespace).map_err(failed)?;
+        StoreClient::new(self.channel.clone()).get(request).await.map(drop).map_err(failed)
     }
 }

@@ -2,6 +2,8 @@
 
 use std::io;
 
+use crate::fault;
+
 /// A list of undo steps. Whoever makes a resource adds its step at once; dropping the list, or
 /// [`run`](Undo::run)ning it, takes the steps in reverse order.
 ///
@@ -29,6 +31,7 @@ impl Undo {
     /// tried again; what it was about is in the error.
     pub fn run(&mut self) -> io::Result<()> {
         while let Some(mut step) = self.steps.pop() {
+            fault::point(&step.what);
             if let Err(error) = (step.action)() {
                 let error = io::Error::new(error.kind(), format!("cannot {}: {error}", step.what));
                 self.steps.push(step);

@@ -128,7 +128,7 @@ fn main() -> ExitCode {
 fn run(process_start_ns: u64) -> anyhow::Result<ExitCode> {
     let mut arguments = env::args_os();
     if shim::is_called(arguments.next().as_deref()) {
-        shim::run(&mut arguments)?;
+        shim::run(arguments, Path::new(CONFIG))?;
         return Ok(ExitCode::SUCCESS);
     }
     match Arguments::parse().command {
@@ -173,7 +173,9 @@ fn vmm(
     let inherited = Inherited { control: control.listener()?, forward: forward.forward()? };
     let reason = pericarp_vmm::run(&config, inherited, process_start_ns)?;
     match reason {
-        ExitReason::GuestReset | ExitReason::Shutdown => tracing::info!(%reason, "the machine has ended"),
+        ExitReason::GuestReset | ExitReason::Shutdown => {
+            tracing::info!(%reason, "{}", pericarp_vmm::LAST_WORDS);
+        }
         ExitReason::TripleFault(_) | ExitReason::Kvm(_) => bail!("{reason}"),
     }
     // Threads of the machine may still run; they end with the process.

@@ -1,16 +1,18 @@
 //! What containerd asks of the program that it takes for a runtime's shim: `containerd-shim-pericarp-v1` is a link to
-//! this one. No shim runs: `-info` is a question with one answer.
+//! this one. No shim runs: `-info` is a question with one answer, `delete` ends a container that containerd has given up.
 
 use std::{
-    ffi::OsStr,
+    ffi::{OsStr, OsString},
+    fs,
     io::{self, Read as _, Write as _},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use anyhow::{Context as _, bail};
+use pericarp_controller::{Deleted, config::Config};
 use pericarp_protos::containerd::types::{RuntimeInfo, RuntimeVersion};
 use prost::Message as _;
-use prost_types::Any;
+use prost_types::{Any, Timestamp};
 use serde_json::{Value, json};
 
 /// How containerd derives the program's name from a runtime's: `io.containerd.pericarp.v1`.
@@ -71,19 +73,55 @@ pub fn is_called(program: Option<&OsStr>) -> bool {
     program.and_then(|program| Path::new(program).file_name()) == Some(OsStr::new(PROGRAM))
 }
 
-/// Answers containerd.
-pub fn run(mut arguments: impl Iterator<Item = impl AsRef<OsStr>>) -> anyhow::Result<()> {
-    match arguments.next() {
-        Some(question) if question.as_ref() == "-info" => {
-            let mut options = Vec::new();
-            io::stdin().take(OPTIONS_MAX).read_to_end(&mut options).context("cannot read the options")?;
-            let answer = info(&options).context("the options are not an Any")?.encode_to_vec();
-            io::stdout().write_all(&answer).context("cannot write the answer")
-        }
-        _ => bail!(
-            "{PROGRAM} is no shim and answers -info only: its pods are the controller's, `pericarp serve`"
-        ),
+/// Answers containerd. `config` is the controller's configuration.
+pub fn run(arguments: impl Iterator<Item = OsString>, config: &Path) -> anyhow::Result<()> {
+    let arguments: Vec<_> = arguments.collect();
+    let answer = if arguments.first().is_some_and(|first| first == "-info") {
+        let mut options = Vec::new();
+        io::stdin().take(OPTIONS_MAX).read_to_end(&mut options).context("cannot read the options")?;
+        info(&options).context("the options are not an Any")?.encode_to_vec()
+    } else if arguments.last().is_some_and(|last| last == "delete") {
+        delete(&arguments, config)?.encode_to_vec()
+    } else {
+        bail!(
+            "{PROGRAM} is no shim and answers -info and delete only: its pods are the controller's, `pericarp serve`"
+        );
+    };
+    io::stdout().write_all(&answer).context("cannot write the answer")
+}
+
+/// containerd's answer to `delete`: `containerd.runtime.task.v2.DeleteResponse` (`api/runtime/task/v2/shim.proto`).
+#[derive(Clone, PartialEq, prost::Message)]
+struct DeleteResponse {
+    #[prost(uint32, tag = "1")]
+    pid: u32,
+    #[prost(uint32, tag = "2")]
+    exit_status: u32,
+    #[prost(message, optional, tag = "3")]
+    exited_at: Option<Timestamp>,
+}
+
+fn delete(arguments: &[OsString], config: &Path) -> anyhow::Result<DeleteResponse> {
+    let id = value_of(arguments, "-id").and_then(OsStr::to_str).context("delete without an -id")?;
+    let bundle = PathBuf::from(value_of(arguments, "-bundle").context("delete without a -bundle")?);
+    // containerd writes it before the task is made (`ShimManager.Start`).
+    let sandbox = bundle.join("sandbox");
+    let sandbox = fs::read_to_string(&sandbox)
+        .with_context(|| format!("cannot read {}: no pod is known for {id}", sandbox.display()))?;
+    if sandbox.is_empty() || sandbox.contains(['/', '.']) {
+        bail!("{sandbox:?} is not the id of a pod");
     }
+    let config = Config::load(config, true)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let Deleted { exit_status, exited_at } =
+        runtime.block_on(pericarp_controller::delete(&config, &sandbox, id));
+    Ok(DeleteResponse { pid: 0, exit_status, exited_at: Some(exited_at.into()) })
+}
+
+/// The value of a flag: containerd gives each two words.
+fn value_of<'a>(arguments: &'a [OsString], flag: &str) -> Option<&'a OsStr> {
+    let words = arguments.windows(2).find(|words| words[0] == flag)?;
+    Some(&words[1])
 }
 
 fn info(options: &[u8]) -> Result<RuntimeInfo, prost::DecodeError> {
@@ -147,9 +185,30 @@ mod tests {
 
     #[test]
     fn any_other_question_is_refused() {
-        for arguments in [vec![], vec!["start"], vec!["-namespace", "k8s.io", "delete"]] {
-            let error = run(arguments.iter()).unwrap_err();
+        for arguments in [vec![], vec!["start"], vec!["-namespace", "k8s.io", "-id", "x", "start"]] {
+            let error = run(arguments.into_iter().map(OsString::from), Path::new("/none")).unwrap_err();
             assert!(error.to_string().contains("pericarp serve"), "{error}");
         }
+    }
+
+    fn delete_with(bundle: &Path, config: &Path) -> anyhow::Result<DeleteResponse> {
+        let words = ["-namespace", "k8s.io", "-id", "c1", "-bundle"].map(OsString::from);
+        let words: Vec<_> = words.into_iter().chain([bundle.into(), "delete".into()]).collect();
+        delete(&words, config)
+    }
+
+    #[test]
+    fn a_container_whose_machine_is_gone_is_told_as_killed() {
+        let directory = tempfile::tempdir().unwrap();
+        let config = directory.path().join("config.toml");
+        fs::write(&config, format!("run_dir = '{}'", directory.path().display())).unwrap();
+        let error = delete_with(directory.path(), &config).unwrap_err();
+        assert!(error.to_string().contains("no pod is known for c1"), "{error}");
+        fs::write(directory.path().join("sandbox"), "../elsewhere").unwrap();
+        delete_with(directory.path(), &config).unwrap_err();
+        fs::write(directory.path().join("sandbox"), "0123abc").unwrap();
+        let answer = delete_with(directory.path(), &config).unwrap();
+        assert_eq!(answer.exit_status, 137);
+        assert!(answer.exited_at.is_some());
     }
 }

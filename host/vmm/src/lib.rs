@@ -16,6 +16,9 @@ mod probe;
 mod vcpu;
 mod virtio;
 
+/// What a machine that was not killed says at its end: the controller looks for it.
+pub const LAST_WORDS: &str = "the machine has ended";
+
 pub use config::{ConsoleConfig, MachineConfig, NetConfig, ShareConfig, VsockConfig};
 pub use machine::{Error, ExitReason, Inherited, monotonic_ns, run};
 pub use probe::{ProbeError, Progress, probe};

@@ -12,7 +12,7 @@ use std::{
     time::SystemTime,
 };
 
-use pericarp_protos::cri;
+use pericarp_protos::{cri, ttrpc::asynchronous::Server};
 use pericarp_vmm::MachineConfig;
 use rustix::process::{Pid, PidfdFlags, geteuid, pidfd_open};
 
@@ -25,7 +25,7 @@ use super::{
 use crate::{
     cgroup,
     errors::chain,
-    guest,
+    fault, guest,
     machine::{self, Exit, Machine, file},
     mounts, network,
     share::Share,
@@ -48,6 +48,7 @@ pub async fn adopt_all(node: &Arc<Node>) -> io::Result<Vec<Arc<Pod>>> {
             continue;
         }
         let directory = entry.path();
+        fault::point("adopting");
         match take_over(node, &directory).await {
             Ok(Some(pod)) => {
                 tracing::info!(pod = pod.id, name = pod.name(), phase = ?pod.phase(), "pod taken over");
@@ -119,7 +120,10 @@ fn seen(directory: &Path) -> io::Result<Option<Record>> {
         created_at: SystemTime::now(),
     };
     let record = Record::new(identity, size, machine)?;
-    record.write(directory)?;
+    if let Err(error) = record.write(directory) {
+        // It can be seen again by the next controller.
+        tracing::warn!(directory = %directory.display(), %error, "a pod is not on record");
+    }
     Ok(Some(record))
 }
 
@@ -157,14 +161,14 @@ async fn resume(node: &Arc<Node>, record: Record, machine: Machine) -> io::Resul
     let mut running = undo_running(&pod, &record);
     let pidfd = machine.pidfd()?;
     running.push("end the pod's machine", move || machine::kill(&pidfd));
-    let socket = host_service_path(&pod.directory);
-    match fs::remove_file(&socket) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let service = guest::serve(machine::bind(&socket)?, Arc::new(GuestRequests(pod.clone())))
-        .await
-        .map_err(io::Error::other)?;
+    let service = match serve_guest(&pod).await {
+        Ok(service) => Some(service),
+        // What runs is not to suffer from it.
+        Err(error) => {
+            tracing::error!(pod = pod.id, %error, "this pod gets no more containers");
+            None
+        }
+    };
     {
         let mut state = pod.state();
         state.phase = Phase::Running { pid: machine.pid() };
@@ -177,12 +181,24 @@ async fn resume(node: &Arc<Node>, record: Record, machine: Machine) -> io::Resul
         state.interfaces = record.interfaces;
         state.port_forward = record.port_forward;
         state.directory = pod.undo_directory();
-        state.host_service = Some(service);
+        state.host_service = service;
     }
     pod.watch(machine);
     pod.watch_network();
     pod.follow_events();
     Ok(pod)
+}
+
+/// Serves a guest's requests in the place of an earlier controller. It fails on a host without disk or descriptors.
+async fn serve_guest(pod: &Arc<Pod>) -> io::Result<Server> {
+    let socket = host_service_path(&pod.directory);
+    match fs::remove_file(&socket) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    guest::serve(machine::bind(&socket)?, Arc::new(GuestRequests(pod.clone())))
+        .await
+        .map_err(io::Error::other)
 }
 
 /// Keeps a pod whose machine has ended, for containerd to ask about and to remove.
@@ -197,19 +213,27 @@ fn restore(node: &Arc<Node>, record: Record) -> io::Result<Arc<Pod>> {
         state.reason.clone_from(&end.reason);
     }
     pod.ended.send_replace(Some(end.ended()));
-    record.with_end(end).write(&pod.directory)?;
+    if let Err(error) = record.with_end(end).write(&pod.directory) {
+        tracing::warn!(pod = pod.id, %error, "the end of a machine is not on record");
+    }
     Ok(pod)
 }
 
 /// What the files of a machine tell about its end, which nobody has watched.
 fn observed_end(pod: &Pod) -> End {
-    let written = fs::metadata(pod.directory.join(file::LOG)).and_then(|log| log.modified());
-    let (exit, at) = match pod.own_last_words() {
-        // The last thing that it does is to say so.
-        Some(_) => (Exit::Code(1), written.unwrap_or_else(|_| SystemTime::now())),
-        None => (Exit::Unknown, SystemTime::now()),
+    let log = pod.directory.join(file::LOG);
+    let written = fs::metadata(&log).and_then(|log| log.modified());
+    // The last thing that it does by itself is to say so.
+    let own = if pod.own_last_words().is_some() {
+        Some(Exit::Code(1))
+    } else {
+        machine::tail(&log, 256).contains(pericarp_vmm::LAST_WORDS).then_some(Exit::Code(0))
     };
-    let reason = format!("the machine ended while no controller ran: {}", pod.last_words());
+    let (exit, at) = match (own, written) {
+        (Some(exit), Ok(written)) => (exit, written),
+        (own, _) => (own.unwrap_or(Exit::Unknown), SystemTime::now()),
+    };
+    let reason = format!("the machine ended while no controller ran: {}", pod.last_words(None));
     End::new(Ended { exit, at }, Some(reason))
 }
 

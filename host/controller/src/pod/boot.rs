@@ -4,6 +4,7 @@ use std::{
     fs::DirBuilder,
     io,
     os::unix::{fs::DirBuilderExt as _, net::UnixListener},
+    path::Path,
     sync::Arc,
     time::Duration,
 };
@@ -23,8 +24,9 @@ use super::{
 use crate::{
     cgroup::{self, Cgroup},
     errors::chain,
+    fault,
     guest::{self as guest_calls, Agent, Prepared, Requests},
-    machine::{self, Machine, file},
+    machine::{self, Exit, Machine, file},
     mounts,
     network::NetworkError,
     share::Share,
@@ -107,6 +109,7 @@ impl Pod {
         // Rather than when the first container needs it.
         self.user_namespace()?;
         let mut network = self.set_up_network().await?;
+        fault::point("network-made");
         let forward = self.take_forward(&mut network);
         let (machine, host_listener) = self.make_machine(std::mem::take(&mut network.nets), forward)?;
         let pid = machine.pid();
@@ -117,6 +120,7 @@ impl Pod {
         self.state().host_service = Some(service);
 
         let ready = self.wait_until_ready(ready).await?;
+        fault::point("guest-ready");
         let agent = Agent::connect(&self.directory.join(file::VSOCK)).await.map_err(BootError::Connect)?;
         let limit = self.node.config.ready_timeout();
         agent.configure(&self.configuration(network), limit).await.map_err(BootError::Configure)?;
@@ -129,6 +133,7 @@ impl Pod {
         self.follow_events();
         self.watch_network();
         self.write_record(pid, Stage::Running).map_err(make("state file"))?;
+        fault::point("pod-recorded");
         Ok(pid)
     }
 
@@ -142,6 +147,7 @@ impl Pod {
         let directory = &self.directory;
         DirBuilder::new().mode(0o700).create(directory).map_err(make("directory"))?;
         self.state().directory = self.undo_directory();
+        fault::point("directory-made");
 
         let mut running = std::mem::take(&mut self.state().running);
         let made = self.spawn(&mut running, nets, forward);
@@ -182,12 +188,14 @@ impl Pod {
         let config = self.machine_config(nets);
         let machine = Machine::spawn(directory, &config, &control, forward.as_ref(), entrance)
             .map_err(make("machine process"))?;
+        fault::point("machine-spawned");
         // The machine's alone: it ends with it.
         drop(forward);
         let pidfd = machine.pidfd().map_err(make("machine process"))?;
         running.push("end the pod's machine", move || machine::kill(&pidfd));
         // From here a controller that starts after a crash finds the machine and ends it.
         self.write_record(machine.pid(), Stage::Starting).map_err(make("state file"))?;
+        fault::point("machine-recorded");
         Ok((machine, host_service))
     }
 
@@ -246,15 +254,21 @@ impl Pod {
     }
 
     fn machine_ended(&self) -> BootError {
-        BootError::MachineEnded { message: self.last_words() }
+        BootError::MachineEnded { message: self.last_words(self.cgroup().as_deref()) }
     }
 
-    /// Why the machine ended, in its own last words if it had any.
-    pub(super) fn last_words(&self) -> String {
-        self.own_last_words().unwrap_or_else(|| {
-            let console = machine::tail(&self.directory.join(file::CONSOLE), QUOTE_MAX);
-            format!("the last its guest printed: {console:?}")
-        })
+    /// Why the machine ended, in its own last words if it had any. `cgroup` is the machine's, if it was in one.
+    pub(super) fn last_words(&self, cgroup: Option<&Path>) -> String {
+        if let Some(words) = self.own_last_words() {
+            return words;
+        }
+        if cgroup.is_some_and(cgroup::was_out_of_memory) {
+            return "the host has killed it because the pod's cgroup was out of memory: give the pod more, or its \
+                    containers less"
+                .to_owned();
+        }
+        let console = machine::tail(&self.directory.join(file::CONSOLE), QUOTE_MAX);
+        format!("the last its guest printed: {console:?}")
     }
 
     /// The error with which the machine has ended by itself.
@@ -268,7 +282,7 @@ impl Pod {
         self.state().watched = true;
         let pod = self.clone();
         tokio::spawn(async move {
-            let exit = machine.exited().await.unwrap_or(machine::Exit::Unknown);
+            let exit = pod.outlive(&machine).await.unwrap_or(Exit::Unknown);
             let expected = pod.has_ended(exit);
             // Nothing of it is of use any more. A start that failed cleans up by itself before this.
             if !expected && let Err(error) = pod.stop().await {
@@ -277,8 +291,21 @@ impl Pod {
         });
     }
 
+    /// Waits for the end of the machine, and brings it about if the guest is stuck.
+    async fn outlive(&self, machine: &Machine) -> io::Result<Exit> {
+        let silent = tokio::select! {
+            exit = machine.exited() => return exit,
+            silent = self.falls_silent() => silent,
+        };
+        let reason = format!("the guest has given no answer for {} s", silent.as_secs());
+        tracing::warn!(pod = self.id, reason, "a stuck machine is ended");
+        self.state().reason = Some(reason);
+        machine.signal_kill()?;
+        machine.exited().await
+    }
+
     /// Answers whether that was to be expected.
-    fn has_ended(&self, exit: machine::Exit) -> bool {
+    fn has_ended(&self, exit: Exit) -> bool {
         let mut state = self.state();
         let expected = state.phase == Phase::Ended;
         state.phase = Phase::Ended;
@@ -287,14 +314,17 @@ impl Pod {
         if expected {
             tracing::info!(pod = self.id, ?exit, "machine stopped");
         } else {
-            let words = self.last_words();
+            let words = self.last_words(state.cgroup.as_deref());
             tracing::warn!(pod = self.id, ?exit, words, "machine ended unexpectedly");
-            state.reason = Some(format!("the machine ended unexpectedly ({exit:?}): {words}"));
+            // A stuck guest's is known.
+            state.reason.get_or_insert_with(|| format!("the machine ended unexpectedly ({exit:?}): {words}"));
         }
         let reason = state.reason.clone();
         drop(state);
+        fault::point("machine-ended");
         let ended = Ended { exit, at: std::time::SystemTime::now() };
         self.record_end(End::new(ended, reason));
+        fault::point("end-recorded");
         self.ended.send_replace(Some(ended));
         expected
     }
@@ -332,7 +362,7 @@ impl Pod {
 }
 
 /// Where the guest's connections to the host service arrive.
-pub(super) fn host_service_path(directory: &std::path::Path) -> std::path::PathBuf {
+pub(super) fn host_service_path(directory: &Path) -> std::path::PathBuf {
     directory.join(format!("{}_{}", file::VSOCK, guest::HOST_PORT))
 }
 

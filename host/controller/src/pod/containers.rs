@@ -8,6 +8,7 @@ use thiserror::Error;
 use super::{Phase, Pod, disks::DiskError, resize::ResizeError};
 use crate::{
     errors::chain,
+    fault,
     guest::Prepared,
     rootfs::ImageLayers,
     share::{Root, Share, ShareError},
@@ -77,6 +78,7 @@ impl Pod {
     pub(super) async fn prepare_container(&self, id: &str) -> Result<Prepared, ContainerError> {
         let begun = Instant::now();
         let record = self.look_up(id).await?;
+        fault::point("container-looked-up");
         let share = self.share.lock().await;
         let Phase::Running { pid } = self.phase() else { return Err(ContainerError::Ended) };
         let (spec, container) = (record.spec.clone(), id.to_owned());
@@ -105,6 +107,7 @@ impl Pod {
                 return Err(error);
             }
         };
+        fault::point("container-prepared");
         let elapsed = begun.elapsed();
         self.state().containers.entry(id.to_owned()).or_default().prepare =
             Some(elapsed.as_secs_f64() * 1000.0);
@@ -120,7 +123,9 @@ impl Pod {
         let share = self.share.lock().await;
         self.state().containers.remove(id);
         self.state().limits.remove(id);
-        self.take_away(id, &share).await
+        self.take_away(id, &share).await?;
+        fault::point("container-released");
+        Ok(())
     }
 
     /// What is on record about a container of this pod. Nothing is believed of an id that a guest names.

@@ -1,13 +1,14 @@
 //! A pod: its machine, its directory, its containers' file systems.
 //!
 //! [`boot`] starts it, [`containers`] serves the guest's requests, [`teardown`] ends it, [`record`] is what is
-//! on disk about it, [`adopt`] goes on with it from there.
+//! on disk about it, [`adopt`] goes on with it from there, [`health`] finds out that it is stuck.
 
 mod adopt;
 mod boot;
 mod configuration;
 mod containers;
 mod disks;
+mod health;
 mod network;
 mod progress;
 mod record;
@@ -27,7 +28,7 @@ use serde_json::json;
 use thiserror::Error;
 use tokio::sync::{Mutex as AsyncMutex, oneshot, watch};
 
-pub use self::{adopt::adopt_all, boot::BootError};
+pub use self::{adopt::adopt_all, boot::BootError, record::end_on_record};
 use self::{progress::Progress, record::Identity, refusals::Refusal};
 use crate::{
     config::Config,
@@ -117,6 +118,8 @@ pub struct Pod {
     share: AsyncMutex<Share>,
     state: Mutex<State>,
     ended: watch::Sender<Option<Ended>>,
+    /// Whether containerd waits, or has waited, for its end.
+    claimed: watch::Sender<bool>,
 }
 
 /// What changes in a pod's life. Never locked across a wait.
@@ -217,6 +220,7 @@ impl Pod {
                 reason: None,
             }),
             ended: watch::Sender::new(None),
+            claimed: watch::Sender::new(false),
         }
     }
 
@@ -255,6 +259,17 @@ impl Pod {
             // The sender is part of this pod, which is borrowed here.
             let _ = ended.changed().await;
         }
+    }
+
+    /// containerd waits for its end: it knows this pod.
+    pub fn claim(&self) {
+        self.claimed.send_replace(true);
+    }
+
+    /// Resolves when containerd has shown that it knows this pod; at once if it has.
+    pub async fn claimed(&self) {
+        // The sender is part of this pod, which is borrowed here.
+        let _ = self.claimed.subscribe().wait_for(|claimed| *claimed).await;
     }
 
     /// When and how the machine ended, if it has.

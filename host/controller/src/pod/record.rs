@@ -13,6 +13,7 @@ use thiserror::Error;
 
 use super::{Ended, Pod};
 use crate::{
+    fault,
     machine::{Exit, file},
     network::InterfaceStatus,
     size::Size,
@@ -174,8 +175,14 @@ impl Record {
         let mut new = File::create(&temporary)?;
         new.write_all(&serde_json::to_vec(self)?)?;
         new.sync_all()?;
+        fault::point("record-written");
         fs::rename(&temporary, &path)
     }
+}
+
+/// How and when a pod's machine ended, if that is on record.
+pub fn end_on_record(directory: &Path) -> Option<Ended> {
+    Record::read(directory).ok().flatten()?.end.map(|end| end.ended())
 }
 
 /// Moves a file that is of no use out of the way, for somebody to look at.

@@ -25,6 +25,10 @@ impl ContainerSource for OneContainer {
             Err(SourceError::NotFound { id: id.into() })
         }
     }
+
+    async fn sandbox(&self, _namespace: &str, id: &str) -> Result<(), SourceError> {
+        Err(SourceError::NotFound { id: id.into() })
+    }
 }
 
 fn node(run_dir: &std::path::Path) -> Arc<Node> {

@@ -1,0 +1,88 @@
+//! What containerd has its one-shot `delete` do: end a container that it has given up.
+//!
+//! containerd asks for it when it was started again and finds no way to a container's task, and when the connection to one
+//! ends. Mostly the machine has ended. If it has not, the container must not run on unseen.
+
+use std::{path::Path, time::Duration, time::SystemTime};
+
+use containerd_shim_protos::{api, shim_async::TaskClient};
+use pericarp_protos::{
+    guest,
+    protobuf::well_known_types::timestamp::Timestamp,
+    ttrpc::{
+        self,
+        asynchronous::{Client, transport::Socket},
+        context,
+    },
+};
+
+use crate::{config::Config, guest::dial, machine::file, pod::end_on_record};
+
+/// For the guest's part. containerd gives the whole of it 5 s (`cleanupTimeout`).
+const LIMIT: Duration = Duration::from_secs(3);
+/// As if it was killed, like runc's.
+const KILLED: u32 = 128 + 9;
+
+/// The end of a container.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Deleted {
+    /// As a shell would report it.
+    pub exit_status: u32,
+    /// When it ended, as far as that is known.
+    pub exited_at: SystemTime,
+}
+
+/// Ends a container of a pod, if it still runs, and tells how it ended.
+pub async fn delete(config: &Config, sandbox: &str, container: &str) -> Deleted {
+    let directory = config.run_dir.join(sandbox);
+    if let Some(end) = end_on_record(&directory) {
+        return Deleted { exit_status: end.exit.status(), exited_at: end.at };
+    }
+    let in_guest = tokio::time::timeout(LIMIT, delete_in_guest(&directory, container)).await;
+    if let Ok(Ok(deleted)) = in_guest {
+        return deleted;
+    }
+    // Perhaps the machine is ending right now.
+    let exited_at = end_on_record(&directory).map_or_else(SystemTime::now, |end| end.at);
+    Deleted { exit_status: KILLED, exited_at }
+}
+
+async fn delete_in_guest(directory: &Path, container: &str) -> ttrpc::Result<Deleted> {
+    let stream = dial(&directory.join(file::VSOCK), guest::AGENT_PORT)
+        .await
+        .map_err(|error| ttrpc::Error::Socket(error.to_string()))?;
+    let task = TaskClient::new(Client::new(Socket::from(stream)));
+    // The agent kills what still runs.
+    let request = api::DeleteRequest { id: container.to_owned(), ..api::DeleteRequest::default() };
+    let response = task.delete(context::with_duration(LIMIT), &request).await?;
+    let exited_at = response.exited_at.as_ref().map_or_else(SystemTime::now, time);
+    Ok(Deleted { exit_status: response.exit_status, exited_at })
+}
+
+/// A guest's word for a time: none before 1970, and none that cannot be counted.
+fn time(timestamp: &Timestamp) -> SystemTime {
+    let seconds = u64::try_from(timestamp.seconds).unwrap_or(0);
+    let nanoseconds = u32::try_from(timestamp.nanos).unwrap_or(0).min(999_999_999);
+    SystemTime::UNIX_EPOCH.checked_add(Duration::new(seconds, nanoseconds)).unwrap_or_else(SystemTime::now)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn any_time_that_a_guest_tells_is_a_time() {
+        let at = |seconds, nanos| time(&Timestamp { seconds, nanos, ..Timestamp::default() });
+        assert_eq!(at(1, 500_000_000), SystemTime::UNIX_EPOCH + Duration::from_millis(1500));
+        assert_eq!(at(-1, -1), SystemTime::UNIX_EPOCH);
+        assert!(at(i64::MAX, i32::MAX) > SystemTime::UNIX_EPOCH);
+    }
+
+    #[tokio::test]
+    async fn a_container_whose_pod_has_gone_was_killed() {
+        let directory = tempfile::tempdir().unwrap();
+        let config = Config { run_dir: directory.path().into(), ..Config::default() };
+        let deleted = delete(&config, "sandbox", "container").await;
+        assert_eq!(deleted.exit_status, 137);
+    }
+}
