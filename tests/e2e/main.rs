@@ -16,6 +16,7 @@ mod network;
 mod parity;
 mod pods;
 mod port_forward;
+mod resilience;
 mod resize;
 mod starvation;
 mod stdin;

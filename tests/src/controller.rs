@@ -11,7 +11,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use pericarp_protos::sandbox::{
     ControllerCreateRequest, ControllerShutdownRequest, ControllerStartRequest, ControllerStartResponse,
-    controller_client::ControllerClient,
+    ControllerWaitRequest, controller_client::ControllerClient,
 };
 use prost::Message;
 use rustix::process::{Pid, Signal, kill_process};
@@ -83,12 +83,21 @@ impl Controller {
         Self::start(&mut unshare, config).await
     }
 
+    /// Starts one whose files are in a directory that is there already. Its path has to be short:
+    /// the sockets' paths in it must fit a socket address.
+    pub async fn serve_at(directory: PathBuf, config: &str) -> Result<Self> {
+        Self::start_at(Command::new("pericarp").arg("serve"), directory, config).await
+    }
+
     async fn start(command: &mut Command, config: &str) -> Result<Self> {
-        // Short: the sockets' paths in it must fit a socket address.
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let run_dir = PathBuf::from(format!("/run/{}.{number}", std::process::id()));
         fs::create_dir_all(&run_dir)?;
+        Self::start_at(command, run_dir, config).await
+    }
+
+    async fn start_at(command: &mut Command, run_dir: PathBuf, config: &str) -> Result<Self> {
         fs::write(
             run_dir.join("config.toml"),
             format!("run_dir = '{}'\n{config}\n", run_dir.join("r").display()),
@@ -115,7 +124,11 @@ impl Controller {
         let socket = run_dir.join("r/controller.sock");
         for _ in 0..200 {
             if let Ok(client) = connect(&socket).await {
-                return Ok(Self { child, run_dir, client });
+                let controller = Self { child, run_dir, client };
+                for id in controller.pod_directories()? {
+                    controller.wait_for(&id);
+                }
+                return Ok(controller);
             }
             if let Some(status) = child.try_wait()? {
                 bail!("pericarp serve ended, {status}: {}", fs::read_to_string(run_dir.join("log"))?);
@@ -149,7 +162,15 @@ impl Controller {
                 _ => {}
             }
         }
+        self.wait_for(id);
         Ok(started?.into_inner())
+    }
+
+    /// `Wait` for a pod in the background, as containerd does: a pod that nobody waits for has been forgotten.
+    fn wait_for(&self, id: &str) {
+        let request = ControllerWaitRequest { sandbox_id: id.to_owned(), ..Default::default() };
+        let mut client = self.client.clone();
+        tokio::spawn(async move { client.wait(request).await });
     }
 
     /// `Shutdown` of one pod.
@@ -157,6 +178,11 @@ impl Controller {
         let request =
             ControllerShutdownRequest { sandbox_id: id.to_owned(), sandboxer: "pericarp".to_owned() };
         self.client.shutdown(request).await.map(drop)
+    }
+
+    /// Its process id.
+    pub fn pid(&self) -> Result<i32> {
+        Ok(self.child.id().context("it has ended")?.cast_signed())
     }
 
     /// Names of the pods' directories, which are all gone when no pod is left.
@@ -172,7 +198,19 @@ impl Controller {
     }
 
     /// Ends it as an init system would, and removes its directory.
-    pub async fn stop(mut self) -> Result<()> {
+    pub async fn stop(self) -> Result<()> {
+        let directory = self.end().await?.0;
+        match fs::remove_dir_all(&directory) {
+            // A mount point's goes with the mount.
+            Err(error) if error.kind() != std::io::ErrorKind::ResourceBusy => {
+                Err(error).context("remove its directory")
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Ends it as an init system would; its pods go on.
+    pub async fn end(mut self) -> Result<StoppedController> {
         let pid =
             self.child.id().and_then(|pid| Pid::from_raw(pid.cast_signed())).context("it ended before")?;
         kill_process(pid, Signal::TERM)?;
@@ -182,7 +220,57 @@ impl Controller {
         if !status.success() {
             bail!("pericarp serve ended with {status}: {}", fs::read_to_string(self.run_dir.join("log"))?);
         }
-        fs::remove_dir_all(&self.run_dir).context("remove its directory")
+        Ok(StoppedController(self.run_dir))
+    }
+}
+
+/// A controller's directory, with its pods, while it is not running.
+pub struct StoppedController(PathBuf);
+
+impl StoppedController {
+    /// Its directory.
+    pub fn run_dir(&self) -> &Path {
+        &self.0
+    }
+
+    /// Starts another in its place, with a variable in its environment.
+    pub async fn start_with_env(self, key: &str, value: &Path) -> Result<Controller> {
+        Controller::start_in(Command::new("pericarp").arg("serve").env(key, value), self.0).await
+    }
+}
+
+/// The file through which a controller is told where to die (`host/controller/src/fault.rs`).
+const FAULT_FILE: &str = "PERICARP_FAULT_FILE";
+
+/// The node's own controller, which will be killed when it comes to a named point.
+pub struct Condemned {
+    file: PathBuf,
+    process: Option<machine::Process>,
+}
+
+impl Condemned {
+    /// Waits until it is dead. An error if it has not come to that point by then.
+    pub async fn dead(mut self) -> Result<NodeController> {
+        let Self { file, process } = &mut self;
+        let process = process.take().context("it was waited for before")?;
+        process.ended().await.with_context(|| format!("it never came to {:?}", fs::read_to_string(file)))?;
+        Ok(NodeController(()))
+    }
+
+    /// Whether it is dead by now; if not, it will not be killed any more.
+    pub async fn dead_by_now(self) -> Result<Option<NodeController>> {
+        match fs::remove_file(&self.file) {
+            Ok(()) => Ok(None),
+            // It has taken the request and is being killed.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => self.dead().await.map(Some),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+impl Drop for Condemned {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.file);
     }
 }
 
@@ -195,6 +283,20 @@ impl NodeController {
         let pid = Pid::from_raw(machine::controller_pid()?).context("the controller's pid")?;
         kill_process(pid, Signal::KILL)?;
         Ok(Self(()))
+    }
+
+    /// It is dead already.
+    pub fn down() -> Self {
+        Self(())
+    }
+
+    /// Has it killed when it comes to a point of its code.
+    pub fn kill_at(point: &str) -> Result<Condemned> {
+        let file =
+            std::env::var_os(FAULT_FILE).context("the node's controller is not told of fault points")?;
+        let process = Some(machine::Process::of(machine::controller_pid()?)?);
+        fs::write(&file, point)?;
+        Ok(Condemned { file: file.into(), process })
     }
 
     /// Starts it again and waits until it serves.

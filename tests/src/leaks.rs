@@ -11,8 +11,8 @@ use anyhow::{Context, Result};
 /// Trees in which every directory and socket counts: the runtimes' and the tests' own.
 const TREES: [&str; 5] = ["/run/pericarp", "/run/containerd", "/run/netns", "/run/cni/ipam", "/run/pods"];
 
-/// The command line of the node's own controller.
-const NODE_CONTROLLER: &str = "pericarp serve";
+/// The command lines of the node's services, which tests start again.
+const SERVICES: [&str; 2] = ["pericarp serve", "containerd"];
 
 /// What the first pod makes and all later ones share.
 const SHARED: [&str; 14] = [
@@ -90,8 +90,8 @@ fn processes(found: &mut BTreeSet<String>) -> Result<()> {
             continue;
         }
         let command = String::from_utf8_lossy(&command).replace('\0', " ");
-        // A test may have put another controller in the place of the node's.
-        let pid = if command.trim_end() == NODE_CONTROLLER { String::new() } else { pid.to_string() };
+        // A test may have put another in its place.
+        let pid = if SERVICES.contains(&command.trim_end()) { String::new() } else { pid.to_string() };
         found.insert(format!("process {pid} {}", command.trim_end()));
     }
     Ok(())

@@ -7,6 +7,7 @@ pub mod bare;
 #[cfg(test)]
 mod compatibility;
 mod container;
+pub mod containerd;
 pub mod controller;
 mod cri;
 pub mod events;
@@ -22,6 +23,8 @@ pub mod streaming;
 pub use container::{BUSYBOX, BUSYBOX_USR1, Container, ContainerBuilder, ExecOutput};
 pub use cri::Cri;
 pub use forward::{Forward, Forwarded};
-pub use node::{Network, Node, Runtime, on_node, on_pericarp, on_pericarp_alone};
+pub use node::{
+    Network, Node, Runtime, on_node, on_node_alone, on_pericarp, on_pericarp_alone, on_pericarp_alone_for,
+};
 pub use pericarp_protos::cri as api;
 pub use pod::{POD_ROOT, Pod, PodBuilder, mapped};

@@ -1,8 +1,12 @@
 //! Machines as the node sees them: processes.
 
-use std::{collections::BTreeMap, fs, time::Duration};
+use std::{collections::BTreeMap, fs, os::fd::OwnedFd, time::Duration};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal},
+};
 
 /// The process of a pod's machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,6 +31,18 @@ impl MachineProcess {
             [machine] => Ok(Some(machine)),
             _ => bail!("pod {id} has {} machines: {found:?}", found.len()),
         }
+    }
+
+    /// The pods that have a machine of the node's controller, by their ids.
+    pub fn all() -> Result<Vec<String>> {
+        let directory = |argument: &String| {
+            let id = argument.strip_prefix("/run/pericarp/")?.split('/').next()?;
+            Some(id.to_owned())
+        };
+        let machines = processes()?
+            .into_iter()
+            .filter(|(_, arguments)| arguments.get(1).is_some_and(|word| word == "vmm"));
+        Ok(machines.filter_map(|(_, arguments)| arguments.iter().find_map(directory)).collect())
     }
 
     /// What each of its threads has used of a CPU so far.
@@ -68,8 +84,13 @@ impl MachineProcess {
 
     /// Kills it, as the kernel would when memory is short.
     pub fn kill(self) -> Result<()> {
-        let pid = rustix::process::Pid::from_raw(self.pid).context("a process id")?;
-        rustix::process::kill_process(pid, rustix::process::Signal::KILL).context("kill the machine")
+        self.signal(Signal::KILL)
+    }
+
+    /// Sends it a signal.
+    pub fn signal(self, signal: Signal) -> Result<()> {
+        let pid = Pid::from_raw(self.pid).context("a process id")?;
+        kill_process(pid, signal).context("signal the machine")
     }
 }
 
@@ -108,10 +129,38 @@ impl CpuTime {
 
 /// The process id of the node's controller.
 pub fn controller_pid() -> Result<i32> {
-    let controller = processes()?
-        .into_iter()
-        .find(|(_, arguments)| arguments.get(1).is_some_and(|argument| argument == "serve"));
-    Ok(controller.context("no `pericarp serve` is running")?.0)
+    process_of(&["pericarp", "serve"])?.context("no `pericarp serve` is running")
+}
+
+/// A process, known for good: its number may be another's once it has ended.
+pub struct Process(OwnedFd);
+
+impl Process {
+    /// The one that has this number now.
+    pub fn of(pid: i32) -> Result<Self> {
+        let pid = Pid::from_raw(pid).context("a process id")?;
+        Ok(Self(pidfd_open(pid, PidfdFlags::empty()).context("find the process")?))
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        pidfd_send_signal(&self.0, signal).context("signal the process")
+    }
+
+    /// Waits for its end; an error if it lives for a minute longer.
+    pub async fn ended(self) -> Result<()> {
+        const LIMIT: Timespec = Timespec { tv_sec: 60, tv_nsec: 0 };
+        let wait = move || poll(&mut [PollFd::new(&self.0, PollFlags::IN)], Some(&LIMIT));
+        ensure!(tokio::task::spawn_blocking(wait).await?? > 0, "the process does not end");
+        Ok(())
+    }
+}
+
+/// The process with this command line.
+pub fn process_of(command: &[&str]) -> Result<Option<i32>> {
+    let is_it =
+        |arguments: &[String]| arguments.iter().map(String::as_str).eq(command.iter().copied().chain([""]));
+    Ok(processes()?.into_iter().find(|(_, arguments)| is_it(arguments)).map(|(pid, _)| pid))
 }
 
 /// Memory of a process in bytes, shared pages divided among those who share them (PSS).

@@ -135,14 +135,25 @@ pub fn on_pericarp(test: impl AsyncFnOnce(&Node) -> Result<()>) -> Result<()> {
 
 /// Like [`on_pericarp`], for a test that takes away what all others need: none runs at the same time.
 pub fn on_pericarp_alone(test: impl AsyncFnOnce(&Node) -> Result<()>) -> Result<()> {
+    on_pericarp_alone_for(TEST_LIMIT, test)
+}
+
+/// Like [`on_pericarp_alone`], for a test that takes as long as it was asked to.
+pub fn on_pericarp_alone_for(limit: Duration, test: impl AsyncFnOnce(&Node) -> Result<()>) -> Result<()> {
     let _alone = NODE_IN_USE.write().unwrap_or_else(PoisonError::into_inner);
     match Runtime::under_test() {
-        Runtime::Pericarp => run_now(Runtime::Pericarp, test),
+        Runtime::Pericarp => run_within(limit, Runtime::Pericarp, test),
         Runtime::Runc => {
             println!("skipped: not for runc");
             Ok(())
         }
     }
+}
+
+/// Like [`on_node`], for a test that takes away what all others need: none runs at the same time.
+pub fn on_node_alone(test: impl AsyncFnOnce(&Node) -> Result<()>) -> Result<()> {
+    let _alone = NODE_IN_USE.write().unwrap_or_else(PoisonError::into_inner);
+    run_now(Runtime::under_test(), test)
 }
 
 fn run(runtime: Runtime, test: impl AsyncFnOnce(&Node) -> Result<()>) -> Result<()> {
@@ -151,13 +162,16 @@ fn run(runtime: Runtime, test: impl AsyncFnOnce(&Node) -> Result<()>) -> Result<
 }
 
 fn run_now(runtime: Runtime, test: impl AsyncFnOnce(&Node) -> Result<()>) -> Result<()> {
+    run_within(TEST_LIMIT, runtime, test)
+}
+
+fn run_within(limit: Duration, runtime: Runtime, test: impl AsyncFnOnce(&Node) -> Result<()>) -> Result<()> {
     let executor = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     executor.block_on(async {
         let start = Instant::now();
         let name = thread::current().name().unwrap_or("test").to_owned();
         let node = Node::connect(runtime, &name).await?;
-        let bounded =
-            async { timeout(TEST_LIMIT, test(&node)).await.context("the test ran into its limit")? };
+        let bounded = async { timeout(limit, test(&node)).await.context("the test ran into its limit")? };
         let outcome = AssertUnwindSafe(bounded).catch_unwind().await;
         let cleanup = timeout(TEST_LIMIT, node.clean_up()).await;
         if let Ok(mut file) = File::options().append(true).create(true).open(DURATIONS) {
@@ -227,13 +241,19 @@ impl Node {
         Ok(self.cri.runtime().list_pod_sandbox(request).await?.into_inner().items)
     }
 
+    /// Stops and removes a pod by its id.
+    pub async fn remove_pod(&self, id: &str) -> Result<()> {
+        let stop = api::StopPodSandboxRequest { pod_sandbox_id: id.to_owned() };
+        self.cri.runtime().stop_pod_sandbox(stop).await.context("StopPodSandbox")?;
+        let remove = api::RemovePodSandboxRequest { pod_sandbox_id: id.to_owned() };
+        self.cri.runtime().remove_pod_sandbox(remove).await.context("RemovePodSandbox")?;
+        Ok(())
+    }
+
     /// Stops and removes every pod of this test, and what kubelet would remove: its cgroup and its logs.
     pub async fn clean_up(&self) -> Result<()> {
         for pod in self.pods().await? {
-            let stop = api::StopPodSandboxRequest { pod_sandbox_id: pod.id.clone() };
-            self.cri.runtime().stop_pod_sandbox(stop).await.context("StopPodSandbox")?;
-            let remove = api::RemovePodSandboxRequest { pod_sandbox_id: pod.id };
-            self.cri.runtime().remove_pod_sandbox(remove).await.context("RemovePodSandbox")?;
+            self.remove_pod(&pod.id).await?;
         }
         for name in children(&PathBuf::from(PODS_CGROUP))? {
             if name.starts_with(&self.unique) {

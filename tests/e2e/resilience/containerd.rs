@@ -1,0 +1,98 @@
+//! containerd is stopped and started again.
+
+use std::{path::Path, time::Duration};
+
+use anyhow::{Context, Result, ensure};
+use pericarp_tests::{
+    Container, Runtime, api, containerd::Stopped, machine::MachineProcess, on_node_alone, on_pericarp_alone,
+};
+use rustix::process::Signal;
+
+use super::{clean_up, not_ready, ready, remains};
+
+/// How many lines of a log that counts came, each once.
+fn counted(container: &Container) -> Result<usize> {
+    let log = container.log()?.stdout();
+    for (expected, line) in log.lines().enumerate() {
+        ensure!(line == expected.to_string(), "{line:?} in the place of {expected}");
+    }
+    Ok(log.lines().count())
+}
+
+#[test]
+fn tasks_are_found_again_when_containerd_was_away() -> Result<()> {
+    on_node_alone(async |node| {
+        for signal in [Signal::TERM, Signal::KILL] {
+            let pod = node.pod(&format!("away-{}", signal.as_raw())).run().await?;
+            let counter = pod
+                .container("counter")
+                .script(
+                    "i=0; while [ ! -e /dev/shm/end ]; do echo $i; i=$((i + 1)); sleep 0.05; done; exit 5",
+                )
+                .start()
+                .await?;
+            let ends = pod
+                .container("ends")
+                .script("until [ -e /dev/shm/go ]; do sleep 0.1; done; echo gone; exit 7")
+                .start()
+                .await?;
+            let idle = pod.idle_container("idle").await?;
+            idle.shell("(sleep 1; touch /dev/shm/go) > /dev/null 2>&1 &").await?;
+            let before = counted(&counter)?;
+            let stopped = Stopped::by(signal).await?;
+            // It ends while nobody can be told.
+            tokio::time::sleep(Duration::from_secs(3)).await;
+            stopped.restart(node).await?;
+            ready(&pod).await?;
+
+            // containerd 2.1 takes runc's for a task that was never made, and deletes it.
+            let code = if node.runtime == Runtime::Runc { 255 } else { 7 };
+            assert_eq!(ends.exited().await?.exit_code, code);
+            assert_eq!(idle.shell("echo alive").await?, "alive");
+            for container in [&counter, &idle] {
+                assert_eq!(container.status().await?.state(), api::ContainerState::ContainerRunning);
+            }
+            while counted(&counter)? < before + 100 {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+            idle.shell("touch /dev/shm/end").await?;
+            assert_eq!(counter.exited().await?.exit_code, 5);
+            counted(&counter)?;
+            assert_eq!(ends.log()?.stdout(), "gone\n");
+            pod.container("new").command(["true"]).run().await?;
+            clean_up(node, &pod.id).await?;
+            if node.runtime == Runtime::Pericarp {
+                assert_eq!(remains(&pod.id)?, Vec::<String>::new());
+            }
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_machine_that_ends_while_containerd_is_away_is_cleaned_up() -> Result<()> {
+    on_pericarp_alone(async |node| {
+        let pod = node.pod("gone").run().await?;
+        let container = pod.idle_container("idle").await?;
+        let other = node.pod("other").run().await?;
+        let others = other.idle_container("idle").await?;
+        let stopped = Stopped::by(Signal::KILL).await?;
+        MachineProcess::of_pod(&pod.id)?.context("a machine")?.kill()?;
+        stopped.restart(node).await?;
+        not_ready(&pod).await?;
+        ready(&other).await?;
+        assert_ne!(container.exited().await?.exit_code, 0);
+        assert_eq!(others.shell("echo alive").await?, "alive");
+        // What containerd had of the task was removed by the one-shot `delete`.
+        let bundle = format!("/run/containerd/io.containerd.runtime.v2.task/k8s.io/{}", container.id);
+        assert!(!Path::new(&bundle).exists(), "{bundle} is there still");
+        clean_up(node, &pod.id).await?;
+        assert_eq!(remains(&pod.id)?, Vec::<String>::new());
+
+        // This connection was made by the new containerd, which deletes what is at its end.
+        MachineProcess::of_pod(&other.id)?.context("a machine")?.kill()?;
+        not_ready(&other).await?;
+        assert_ne!(others.exited().await?.exit_code, 0);
+        clean_up(node, &other.id).await
+    })
+}

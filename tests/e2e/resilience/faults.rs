@@ -1,0 +1,170 @@
+//! The controller is killed in the middle of something: that is finished or undone.
+
+use anyhow::{Context, Result};
+use pericarp_tests::{Node, Pod, controller::NodeController, machine::MachineProcess, on_pericarp_alone};
+
+use super::{clean_up, directory, ready, remains};
+
+/// Points of a pod's start at which containerd has had no answer yet.
+const OF_START: [&str; 7] = [
+    "network-made",
+    "directory-made",
+    "machine-spawned",
+    "record-written",
+    "machine-recorded",
+    "guest-ready",
+    "pod-recorded",
+];
+
+/// Steps of `StopPodSandbox`, in their order.
+const OF_STOP: [&str; 4] = [
+    "end the pod's machine",
+    "remove the pod's cgroup",
+    "remove the pod's share",
+    "take the pod's network from its machine",
+];
+
+/// Steps of `RemovePodSandbox` after that.
+const OF_REMOVAL: [&str; 2] = ["remove the pod's directory", "pod-removed"];
+
+/// Pods' directories.
+fn directories() -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir("/run/pericarp")? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            names.push(entry.file_name().to_string_lossy().into_owned());
+        }
+    }
+    Ok(names)
+}
+
+#[test]
+fn a_pod_whose_start_was_cut_off_is_undone() -> Result<()> {
+    on_pericarp_alone(async |node| {
+        let bystander = node.pod("bystander").run().await?;
+        let before = directories()?;
+        for point in OF_START {
+            let condemned = NodeController::kill_at(point)?;
+            let name = point.to_lowercase();
+            let error =
+                node.pod(&name).try_run().await?.err().with_context(|| format!("{point}: it started"))?;
+            condemned.dead().await?.restart().await?;
+            ready(&bystander).await.with_context(|| format!("after {point}: {error}"))?;
+            // containerd knows of no pod, so the controller must not either; what it has to ask containerd for takes time.
+            for pod in node.pods().await?.iter().filter(|pod| pod.id != bystander.id) {
+                clean_up(node, &pod.id).await.with_context(|| format!("after {point}"))?;
+            }
+            let mut left = directories()?;
+            for _ in 0..80 {
+                if left == before {
+                    break;
+                }
+                tokio::time::sleep(std::time::Duration::from_millis(250)).await;
+                left = directories()?;
+            }
+            assert_eq!(left, before, "after {point}: {error}");
+        }
+        // Kubelet tries again with the same name.
+        node.pod(OF_START[0]).run().await?;
+        Ok(())
+    })
+}
+
+#[test]
+fn a_pod_whose_end_was_cut_off_is_finished() -> Result<()> {
+    on_pericarp_alone(async |node| {
+        for (point, removes) in
+            OF_STOP.map(|point| (point, false)).into_iter().chain(OF_REMOVAL.map(|point| (point, true)))
+        {
+            let name: String = point.chars().filter(char::is_ascii_alphabetic).take(20).collect();
+            let pod = node.pod(&name.to_lowercase()).run().await?;
+            pod.idle_container("idle").await?;
+            if removes {
+                pod.stop().await?;
+            }
+            let condemned = NodeController::kill_at(point)?;
+            let cut_off = if removes { pod.remove().await } else { pod.stop().await };
+            condemned.dead().await.with_context(|| format!("{point}: {cut_off:?}"))?.restart().await?;
+            clean_up(node, &pod.id).await.with_context(|| format!("after {point}: {cut_off:?}"))?;
+            assert_eq!(remains(&pod.id)?, Vec::<String>::new(), "after {point}");
+            assert_eq!(pod.status().await?, None, "after {point}");
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn a_container_whose_start_or_end_was_cut_off_can_be_tried_again() -> Result<()> {
+    on_pericarp_alone(async |node| {
+        let pod = node.pod("again").run().await?;
+        for (number, point) in ["container-looked-up", "container-prepared"].into_iter().enumerate() {
+            let container = pod.container(&format!("start-{number}")).create().await?;
+            let condemned = NodeController::kill_at(point)?;
+            let started = container.try_start().await;
+            condemned.dead().await?.restart().await?;
+            ready(&pod).await?;
+            if started.is_err() {
+                // Kubelet makes a new one.
+                container.remove().await?;
+                let again = pod.idle_container(&format!("again-{number}")).await?;
+                assert_eq!(again.shell("echo alive").await?, "alive");
+                again.stop(0).await?;
+            } else {
+                assert_eq!(container.shell("echo alive").await?, "alive");
+                container.stop(0).await?;
+            }
+        }
+        for (number, point) in ["event-handed-on", "container-released"].into_iter().enumerate() {
+            let container = pod.idle_container(&format!("end-{number}")).await?;
+            let condemned = NodeController::kill_at(point)?;
+            let _ = container.stop(0).await;
+            condemned.dead().await?.restart().await?;
+            ready(&pod).await?;
+            container.stop(0).await?;
+            container.remove().await?;
+            wait_until_released(&pod, &container.id).await?;
+        }
+        Ok(())
+    })
+}
+
+/// Waits until nothing of a container is mounted for its guest.
+async fn wait_until_released(pod: &Pod, container: &str) -> Result<()> {
+    let share = directory(&pod.id).join("share");
+    for _ in 0..200 {
+        let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
+        if !mounts.lines().any(|line| line.contains(&share.display().to_string()) && line.contains(container))
+        {
+            return Ok(());
+        }
+        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    }
+    anyhow::bail!("container {container} is mounted for its guest still")
+}
+
+#[test]
+fn a_controller_that_is_killed_while_it_takes_pods_over_is_followed_by_one_that_does() -> Result<()> {
+    on_pericarp_alone(async |node: &Node| {
+        let pods = [node.pod("first").run().await?, node.pod("second").run().await?];
+        let container = pods[1].idle_container("idle").await?;
+        let killed = NodeController::kill()?;
+        std::fs::write(std::env::var_os("PERICARP_FAULT_FILE").context("the fault file")?, "adopting")?;
+        // The next one dies as soon as it has found a pod.
+        drop(killed);
+        while std::env::var_os("PERICARP_FAULT_FILE").is_some_and(|file| std::path::Path::new(&file).exists())
+        {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+        while pericarp_tests::machine::controller_pid().is_ok() {
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+        NodeController::down().restart().await?;
+        for pod in &pods {
+            ready(pod).await?;
+            assert!(MachineProcess::of_pod(&pod.id)?.is_some());
+        }
+        assert_eq!(container.shell("echo alive").await?, "alive");
+        Ok(())
+    })
+}

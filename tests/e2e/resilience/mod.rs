@@ -1,0 +1,71 @@
+//! Nothing lost and nothing left behind, whoever dies.
+
+mod containerd;
+mod controller;
+mod faults;
+mod guest;
+mod model;
+
+mod node;
+mod records;
+
+use std::{fs, path::PathBuf, time::Duration};
+
+use anyhow::{Result, bail};
+use pericarp_tests::{Node, Pod, machine::MachineProcess};
+
+/// A pod's directory.
+fn directory(id: &str) -> PathBuf {
+    PathBuf::from("/run/pericarp").join(id)
+}
+
+/// What of a pod is still there although it was removed.
+fn remains(id: &str) -> Result<Vec<String>> {
+    let mut remains = Vec::new();
+    if let Some(machine) = MachineProcess::of_pod(id)? {
+        remains.push(format!("process {}", machine.pid));
+    }
+    if directory(id).exists() {
+        remains.push(directory(id).display().to_string());
+    }
+    for line in fs::read_to_string("/proc/self/mountinfo")?.lines().filter(|line| line.contains(id)) {
+        remains.push(format!("mount {line}"));
+    }
+    Ok(remains)
+}
+
+/// Waits until a pod is no longer READY; it has as long as a kubelet would be patient.
+async fn not_ready(pod: &Pod) -> Result<()> {
+    for _ in 0..200 {
+        // containerd takes its time to dial a new controller.
+        if pod.is_ready().await.is_ok_and(|ready| !ready) {
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    bail!("pod {} is READY still", pod.id)
+}
+
+/// Waits until a pod is READY, in the eyes of a containerd that has to dial a new controller.
+async fn ready(pod: &Pod) -> Result<()> {
+    for _ in 0..200 {
+        if pod.is_ready().await.is_ok_and(|ready| ready) {
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    bail!("pod {} is not READY", pod.id)
+}
+
+/// Stops and removes a pod as kubelet does: again and again until it is gone, and once more than needed.
+async fn clean_up(node: &Node, pod: &str) -> Result<()> {
+    let mut attempt = 0;
+    while let Err(error) = node.remove_pod(pod).await {
+        attempt += 1;
+        if attempt == 20 {
+            return Err(error);
+        }
+        tokio::time::sleep(Duration::from_millis(250)).await;
+    }
+    node.remove_pod(pod).await
+}
