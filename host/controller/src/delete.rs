@@ -3,7 +3,10 @@
 //! containerd asks for it when it was started again and finds no way to a container's task, and when the connection to one
 //! ends. Mostly the machine has ended. If it has not, the container must not run on unseen.
 
-use std::{path::Path, time::Duration, time::SystemTime};
+use std::{
+    path::Path,
+    time::{Duration, SystemTime},
+};
 
 use containerd_shim_protos::{api, shim_async::TaskClient};
 use pericarp_protos::{
@@ -20,8 +23,10 @@ use crate::{config::Config, guest::dial, machine::file, pod::end_on_record};
 
 /// For the guest's part. containerd gives the whole of it 5 s (`cleanupTimeout`).
 const LIMIT: Duration = Duration::from_secs(3);
+/// SIGKILL.
+const KILL: u32 = 9;
 /// As if it was killed, like runc's.
-const KILLED: u32 = 128 + 9;
+const KILLED: u32 = 128 + KILL;
 
 /// The end of a container.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,8 +57,16 @@ async fn delete_in_guest(directory: &Path, container: &str) -> ttrpc::Result<Del
         .await
         .map_err(|error| ttrpc::Error::Socket(error.to_string()))?;
     let task = TaskClient::new(Client::new(Socket::from(stream)));
-    // The agent kills what still runs.
-    let request = api::DeleteRequest { id: container.to_owned(), ..api::DeleteRequest::default() };
+    let id = || container.to_owned();
+    let kill = api::KillRequest { id: id(), signal: KILL, all: true, ..api::KillRequest::default() };
+    match task.kill(context::with_duration(LIMIT), &kill).await {
+        // It has exited by itself.
+        Err(ttrpc::Error::RpcStatus(_)) | Ok(_) => {}
+        Err(error) => return Err(error),
+    }
+    let wait = api::WaitRequest { id: id(), ..api::WaitRequest::default() };
+    task.wait(context::with_duration(LIMIT), &wait).await?;
+    let request = api::DeleteRequest { id: id(), ..api::DeleteRequest::default() };
     let response = task.delete(context::with_duration(LIMIT), &request).await?;
     let exited_at = response.exited_at.as_ref().map_or_else(SystemTime::now, time);
     Ok(Deleted { exit_status: response.exit_status, exited_at })

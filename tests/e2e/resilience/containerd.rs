@@ -3,10 +3,14 @@
 use std::{path::Path, time::Duration};
 
 use anyhow::{Context, Result, ensure};
+use containerd_shim_protos::api::DeleteResponse;
+use pericarp_protos::protobuf::Message;
 use pericarp_tests::{
-    Container, Runtime, api, containerd::Stopped, machine::MachineProcess, on_node_alone, on_pericarp_alone,
+    Container, Runtime, api, containerd::Stopped, machine::MachineProcess, on_node_alone, on_pericarp,
+    on_pericarp_alone,
 };
 use rustix::process::Signal;
+use tokio::process::Command;
 
 use super::{clean_up, not_ready, ready, remains};
 
@@ -94,5 +98,33 @@ fn a_machine_that_ends_while_containerd_is_away_is_cleaned_up() -> Result<()> {
         not_ready(&other).await?;
         assert_ne!(others.exited().await?.exit_code, 0);
         clean_up(node, &other.id).await
+    })
+}
+
+#[test]
+fn a_container_that_containerd_has_given_up_is_ended_by_the_one_shot_delete() -> Result<()> {
+    on_pericarp(async |node| {
+        let pod = node.pod("given-up").run().await?;
+        let container = pod.idle_container("idle").await?;
+        let other = pod.idle_container("other").await?;
+        let bundle = format!("/run/containerd/io.containerd.runtime.v2.task/k8s.io/{}", container.id);
+        let delete = || {
+            Command::new("containerd-shim-pericarp-v1")
+                .args(["-namespace", "k8s.io", "-address", "/run/containerd/containerd.sock"])
+                .args(["-id", &container.id, "-bundle", &bundle, "delete"])
+                .output()
+        };
+        let output = delete().await?;
+        ensure!(output.status.success(), "{output:?}");
+        let answer = DeleteResponse::parse_from_bytes(&output.stdout)?;
+        assert_eq!(answer.exit_status, 137);
+        assert!(answer.exited_at.seconds > 0);
+        assert_eq!(container.exited().await?.exit_code, 137);
+        assert_eq!(other.shell("echo alive").await?, "alive");
+        container.remove().await?;
+        // Its bundle is containerd's, which has removed it.
+        let output = delete().await?;
+        assert!(String::from_utf8_lossy(&output.stderr).contains("no pod is known"), "{output:?}");
+        Ok(())
     })
 }

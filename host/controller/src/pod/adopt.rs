@@ -91,7 +91,7 @@ async fn take_over(node: &Arc<Node>, directory: &Path) -> io::Result<Option<Arc<
             Ok(None)
         }
         (Stage::Running, Some(machine)) => resume(node, record, machine).await.map(Some),
-        (Stage::Running, None) => restore(node, record).map(Some),
+        (Stage::Running, None) => Ok(Some(restore(node, record))),
     }
 }
 
@@ -202,13 +202,18 @@ async fn serve_guest(pod: &Arc<Pod>) -> io::Result<Server> {
 }
 
 /// Keeps a pod whose machine has ended, for containerd to ask about and to remove.
-fn restore(node: &Arc<Node>, record: Record) -> io::Result<Arc<Pod>> {
+fn restore(node: &Arc<Node>, record: Record) -> Arc<Pod> {
     let pod = Arc::new(pod(node, &record));
-    undo_running(&pod, &record).run()?;
+    let mut running = undo_running(&pod, &record);
+    if let Err(error) = running.run() {
+        // Tried again when containerd has it stopped.
+        tracing::error!(pod = pod.id, %error, "cannot clean up after a machine");
+    }
     let end = record.end.clone().unwrap_or_else(|| observed_end(&pod));
     {
         let mut state = pod.state();
         state.phase = Phase::Ended;
+        state.running = running;
         state.directory = pod.undo_directory();
         state.reason.clone_from(&end.reason);
     }
@@ -216,7 +221,7 @@ fn restore(node: &Arc<Node>, record: Record) -> io::Result<Arc<Pod>> {
     if let Err(error) = record.with_end(end).write(&pod.directory) {
         tracing::warn!(pod = pod.id, %error, "the end of a machine is not on record");
     }
-    Ok(pod)
+    pod
 }
 
 /// What the files of a machine tell about its end, which nobody has watched.

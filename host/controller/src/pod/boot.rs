@@ -300,7 +300,9 @@ impl Pod {
         let reason = format!("the guest has given no answer for {} s", silent.as_secs());
         tracing::warn!(pod = self.id, reason, "a stuck machine is ended");
         self.state().reason = Some(reason);
-        machine.signal_kill()?;
+        if let Err(error) = machine.signal_kill() {
+            tracing::error!(pod = self.id, %error, "cannot end a stuck machine");
+        }
         machine.exited().await
     }
 
