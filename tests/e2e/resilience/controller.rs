@@ -158,7 +158,9 @@ fn the_service_is_ready_when_its_pods_are_taken_over_and_ends_at_once() -> Resul
         let started = controller.start_pod(&id, &pod_config("service"), &netns).await?;
         let begun = Instant::now();
         let stopped = controller.end().await?;
-        assert!(begun.elapsed() < Duration::from_secs(1), "it took {:?}", begun.elapsed());
+        println!("the controller ended after {:?}", begun.elapsed());
+        // Much more than it takes, because this node does other things as well.
+        assert!(begun.elapsed() < Duration::from_secs(10), "it took {:?}", begun.elapsed());
         assert!(
             Path::new(&format!("/proc/{}", started.pid)).exists(),
             "the machine has ended with the controller"
