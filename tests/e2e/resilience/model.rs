@@ -212,7 +212,13 @@ impl Model<'_> {
         let container = self.pods[at].pod.container(&name).script(script).create().await?;
         let (started, hit) = during(fault, container.try_start()).await?;
         match started {
-            Ok(()) => self.pods[at].containers.push(ModelContainer { container, runs: true }),
+            Ok(()) => {
+                // Before that, nothing in it minds a TERM.
+                while container.log()?.stdout() != "started\n" {
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                }
+                self.pods[at].containers.push(ModelContainer { container, runs: true });
+            }
             Err(error) => {
                 ensure!(hit, "StartContainer without a fault: {error}");
                 container.remove().await?;
