@@ -286,9 +286,34 @@ pub fn tail(path: &Path, limit: u64) -> String {
         .to_owned()
 }
 
+/// What a guest has printed last: its kernel's panic if there is one, without the trace that follows it.
+pub fn last_printed(console: &Path) -> String {
+    const PANIC: &str = "Kernel panic - not syncing";
+    /// More than a kernel's trace.
+    const LOOKED_AT: u64 = 16 << 10;
+    const QUOTED: usize = 600;
+    let text = tail(console, LOOKED_AT);
+    // The first: one panic may lead to another.
+    match text.lines().find(|line| line.contains(PANIC)) {
+        Some(line) => line.chars().take(QUOTED).collect(),
+        None => text.chars().skip(text.chars().count().saturating_sub(QUOTED)).collect(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_panic_is_quoted_without_what_follows_it() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let trace = "[ 1.0]  ? some_function+0x1/0x2\n".repeat(200);
+        fs::write(file.path(), format!("boot\n[ 1.0] Kernel panic - not syncing: no init\n{trace}")).unwrap();
+        assert_eq!(last_printed(file.path()), "[ 1.0] Kernel panic - not syncing: no init");
+        fs::write(file.path(), "ä".repeat(1000)).unwrap();
+        assert_eq!(last_printed(file.path()), "ä".repeat(600));
+        assert_eq!(last_printed(Path::new("/no/such/console")), "");
+    }
 
     #[test]
     fn the_tail_of_a_log_is_bounded_and_has_no_control_characters() {

@@ -247,7 +247,7 @@ impl Pod {
             ready = ready => ready.map_err(|_| self.machine_ended()),
             _ended = self.wait() => Err(self.machine_ended()),
             () = tokio::time::sleep(timeout) => {
-                let console = machine::tail(&self.directory.join(file::CONSOLE), QUOTE_MAX);
+                let console = machine::last_printed(&self.directory.join(file::CONSOLE));
                 Err(BootError::NotReady { seconds: timeout.as_secs(), console })
             }
         }
@@ -267,7 +267,7 @@ impl Pod {
                     containers less"
                 .to_owned();
         }
-        let console = machine::tail(&self.directory.join(file::CONSOLE), QUOTE_MAX);
+        let console = machine::last_printed(&self.directory.join(file::CONSOLE));
         format!("the last its guest printed: {console:?}")
     }
 
