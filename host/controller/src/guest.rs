@@ -281,7 +281,7 @@ mod tests {
                 let header = MessageHeader::new_response(question.header.stream_id, length);
                 GenMessage { header, payload }.write_to(&mut stream).await.unwrap();
             }
-            std::future::pending::<()>().await
+            std::future::pending::<()>().await;
         };
         tokio::select! {
             answer = Agent::check(&path, Duration::from_millis(300)) => answer,
