@@ -31,6 +31,21 @@ pub const NODE_CONTROLLER: &str = "/run/pericarp/controller.sock";
 /// A connection to a controller.
 pub type Client = ControllerClient<InterceptedService<Channel, InNamespace>>;
 
+/// The run directory of the node's own controller.
+pub const NODE_RUN_DIR: &str = "/run/pericarp";
+
+/// Names of the pods' directories in a run directory, which are all gone when no pod is left.
+pub fn pod_directories(run_dir: &Path) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(run_dir)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            names.push(entry.file_name().to_string_lossy().into_owned());
+        }
+    }
+    Ok(names)
+}
+
 /// Sends CRI's namespace with every call, as containerd does.
 #[derive(Clone, Copy, Debug)]
 pub struct InNamespace;
@@ -187,14 +202,7 @@ impl Controller {
 
     /// Names of the pods' directories, which are all gone when no pod is left.
     pub fn pod_directories(&self) -> Result<Vec<String>> {
-        let mut names = Vec::new();
-        for entry in fs::read_dir(self.run_dir.join("r"))? {
-            let entry = entry?;
-            if entry.file_type()?.is_dir() {
-                names.push(entry.file_name().to_string_lossy().into_owned());
-            }
-        }
-        Ok(names)
+        pod_directories(&self.run_dir.join("r"))
     }
 
     /// Ends it as an init system would, and removes its directory.

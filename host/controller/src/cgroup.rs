@@ -9,6 +9,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use crate::metrics;
+
 const ROOT: &str = "/sys/fs/cgroup";
 
 /// A pod's cgroup (version 2).
@@ -83,7 +85,7 @@ const CONTROLLERS: [&str; 5] = ["cpu", "cpuset", "io", "memory", "pids"];
 /// Whether the kernel has killed a process of a cgroup because there was no memory for it (`memory.events`).
 pub fn was_out_of_memory(path: &Path) -> bool {
     let events = fs::read_to_string(path.join("memory.events")).unwrap_or_default();
-    events.lines().filter_map(|line| line.strip_prefix("oom_kill ")).any(|count| count != "0")
+    metrics::field(&events, "oom_kill") > 0
 }
 
 /// Looks for a sandbox's cgroup in the whole hierarchy.

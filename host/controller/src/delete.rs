@@ -10,16 +10,11 @@ use std::{
 
 use containerd_shim_protos::{api, shim_async::TaskClient};
 use pericarp_protos::{
-    guest,
     protobuf::well_known_types::timestamp::Timestamp,
-    ttrpc::{
-        self,
-        asynchronous::{Client, transport::Socket},
-        context,
-    },
+    ttrpc::{self, context},
 };
 
-use crate::{config::Config, guest::dial, machine::file, pod::end_on_record};
+use crate::{config::Config, guest::dial_agent, machine::file, pod::end_on_record};
 
 /// For the guest's part. containerd gives the whole of it 5 s (`cleanupTimeout`).
 const LIMIT: Duration = Duration::from_secs(3);
@@ -53,10 +48,10 @@ pub async fn delete(config: &Config, sandbox: &str, container: &str) -> Deleted 
 }
 
 async fn delete_in_guest(directory: &Path, container: &str) -> ttrpc::Result<Deleted> {
-    let stream = dial(&directory.join(file::VSOCK), guest::AGENT_PORT)
+    let client = dial_agent(&directory.join(file::VSOCK))
         .await
         .map_err(|error| ttrpc::Error::Socket(error.to_string()))?;
-    let task = TaskClient::new(Client::new(Socket::from(stream)));
+    let task = TaskClient::new(client);
     let id = || container.to_owned();
     let kill = api::KillRequest { id: id(), signal: KILL, all: true, ..api::KillRequest::default() };
     match task.kill(context::with_duration(LIMIT), &kill).await {

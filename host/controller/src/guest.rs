@@ -176,19 +176,17 @@ pub struct Agent {
 impl Agent {
     /// Connects through the machine's vsock socket.
     pub async fn connect(socket: &Path) -> io::Result<Agent> {
-        let connect = dial(socket, guest::AGENT_PORT);
-        let stream = tokio::time::timeout(CALL_TIMEOUT, connect).await.map_err(|_| {
+        let client = tokio::time::timeout(CALL_TIMEOUT, dial_agent(socket)).await.map_err(|_| {
             io::Error::new(io::ErrorKind::TimedOut, "the guest's agent does not accept the connection")
         })??;
-        Ok(Agent { client: AgentClient::new(Client::new(Socket::from(stream))) })
+        Ok(Agent { client: AgentClient::new(client) })
     }
 
     /// Whether a guest answers within a time limit, on a connection like those that containerd makes.
     pub async fn check(socket: &Path, limit: Duration) -> io::Result<()> {
         let timed_out = |_| io::Error::new(io::ErrorKind::TimedOut, "the guest's agent does not answer");
         let check = async {
-            let stream = dial(socket, guest::AGENT_PORT).await?;
-            let client = AgentClient::new(Client::new(Socket::from(stream)));
+            let client = AgentClient::new(dial_agent(socket).await?);
             match client.check(context::with_duration(limit), &CheckRequest::default()).await {
                 // An agent that is older than this controller does not know the call, but it has answered.
                 Ok(_) | Err(ttrpc::Error::RpcStatus(_)) => Ok(()),
@@ -208,6 +206,11 @@ impl Agent {
         let request = ResizeRequest { vcpus: u32::from(vcpus), memory_device, ..ResizeRequest::default() };
         Ok(self.client.resize(context::with_duration(CALL_TIMEOUT), &request).await?.vcpus)
     }
+}
+
+/// Connects to the port on which the agent serves containerd and the controller.
+pub async fn dial_agent(socket: &Path) -> io::Result<Client> {
+    Ok(Client::new(Socket::from(dial(socket, guest::AGENT_PORT).await?)))
 }
 
 /// Connects to a port of the guest: `CONNECT <port>\n`, then `OK …\n`, then the stream.

@@ -160,7 +160,7 @@ impl Machine {
 
     /// Kills the process without waiting for its end.
     pub fn signal_kill(&self) -> io::Result<()> {
-        Ok(pidfd_send_signal(self.pidfd.get_ref(), Signal::KILL)?)
+        signal_kill(self.pidfd.get_ref())
     }
 
     /// Waits for the end of the process and takes its exit status.
@@ -184,15 +184,20 @@ fn reap(pidfd: &OwnedFd) -> io::Result<Exit> {
     }
 }
 
+/// Sends it; a process that has ended already is no error.
+fn signal_kill(pidfd: &OwnedFd) -> io::Result<()> {
+    match pidfd_send_signal(pidfd, Signal::KILL) {
+        Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
 /// Kills a machine and waits until it is gone. Blocks for the milliseconds that the kernel needs to free a
 /// guest's memory.
 pub fn kill(pidfd: &OwnedFd) -> io::Result<()> {
     /// Far more than any machine takes to die; reached only if the host's kernel is stuck.
     const LIMIT: rustix::event::Timespec = rustix::event::Timespec { tv_sec: 10, tv_nsec: 0 };
-    match pidfd_send_signal(pidfd, Signal::KILL) {
-        Ok(()) | Err(rustix::io::Errno::SRCH) => {}
-        Err(errno) => return Err(errno.into()),
-    }
+    signal_kill(pidfd)?;
     let mut poll = [rustix::event::PollFd::new(pidfd, rustix::event::PollFlags::IN)];
     loop {
         match rustix::event::poll(&mut poll, Some(&LIMIT)) {

@@ -142,7 +142,8 @@ impl Metrics {
     }
 }
 
-fn field(stat: &str, key: &str) -> u64 {
+/// A number in one of a cgroup's files of keys and values; 0 if it is not there.
+pub fn field(stat: &str, key: &str) -> u64 {
     stat.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(' ')?.trim().parse().ok()).unwrap_or(0)
 }
 

@@ -12,7 +12,7 @@ use pericarp_tests::{
 use rustix::process::Signal;
 use tokio::process::Command;
 
-use super::{clean_up, not_ready, ready, remains};
+use super::{Counted, clean_up, not_ready, ready, remains};
 
 /// Lines that may be on their way to a containerd that dies: a second's.
 const LINES_LOST_MAX: usize = 20;
@@ -20,16 +20,7 @@ const LINES_LOST_MAX: usize = 20;
 /// The last number in a log that counts, in which none comes twice and none is missing but what was on its way to a
 /// containerd that died.
 fn counted(container: &Container) -> Result<usize> {
-    let log = container.log()?.stdout();
-    let (mut next, mut gaps) = (0, Vec::new());
-    for line in log.lines() {
-        let number: usize = line.parse().with_context(|| format!("{line:?} in the log"))?;
-        ensure!(number >= next, "{number} comes after {next}");
-        if number > next {
-            gaps.push(number - next);
-        }
-        next = number + 1;
-    }
+    let Counted { next, gaps } = Counted::by(container)?;
     ensure!(gaps.len() <= 1 && gaps.iter().all(|gap| *gap <= LINES_LOST_MAX), "lines are missing: {gaps:?}");
     Ok(next)
 }

@@ -17,15 +17,13 @@ use pericarp_tests::{
     streaming::Terminal,
 };
 
-use super::{clean_up, directory, not_ready, ready, remains};
+use super::{Counted, clean_up, directory, not_ready, ready, remains};
 
-/// Fails if a line of a log that counts is missing or came twice.
+/// How many lines came of a log that counts; an error if one is missing or came twice.
 fn counts_on(container: &Container) -> Result<usize> {
-    let log = container.log()?.stdout();
-    for (expected, line) in log.lines().enumerate() {
-        ensure!(line == expected.to_string(), "{line:?} in the place of {expected}");
-    }
-    Ok(log.lines().count())
+    let Counted { next, gaps } = Counted::by(container)?;
+    ensure!(gaps.is_empty(), "lines are missing: {gaps:?}");
+    Ok(next)
 }
 
 #[test]

@@ -1,12 +1,19 @@
 //! The controller is killed in the middle of something: that is finished or undone.
 
+use std::path::Path;
+
 use anyhow::{Context, Result};
-use pericarp_tests::{Node, Pod, controller::NodeController, machine::MachineProcess, on_pericarp_alone};
+use pericarp_tests::{
+    Node, Pod,
+    controller::{NODE_RUN_DIR, NodeController, pod_directories},
+    machine::MachineProcess,
+    on_pericarp_alone,
+};
 
 use super::{clean_up, directory, ready, remains};
 
 /// Points of a pod's start at which containerd has had no answer yet.
-const OF_START: [&str; 7] = [
+pub(super) const OF_START: [&str; 7] = [
     "network-made",
     "directory-made",
     "machine-spawned",
@@ -17,7 +24,7 @@ const OF_START: [&str; 7] = [
 ];
 
 /// Steps of `StopPodSandbox`, in their order.
-const OF_STOP: [&str; 4] = [
+pub(super) const OF_STOP: [&str; 4] = [
     "end the pod's machine",
     "remove the pod's cgroup",
     "remove the pod's share",
@@ -25,18 +32,11 @@ const OF_STOP: [&str; 4] = [
 ];
 
 /// Steps of `RemovePodSandbox` after that.
-const OF_REMOVAL: [&str; 2] = ["remove the pod's directory", "pod-removed"];
+pub(super) const OF_REMOVAL: [&str; 2] = ["remove the pod's directory", "pod-removed"];
 
 /// Pods' directories.
 fn directories() -> Result<Vec<String>> {
-    let mut names = Vec::new();
-    for entry in std::fs::read_dir("/run/pericarp")? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            names.push(entry.file_name().to_string_lossy().into_owned());
-        }
-    }
-    Ok(names)
+    pod_directories(Path::new(NODE_RUN_DIR))
 }
 
 #[test]

@@ -11,8 +11,8 @@ mod records;
 
 use std::{fs, path::PathBuf, time::Duration};
 
-use anyhow::{Result, bail};
-use pericarp_tests::{Node, Pod, machine::MachineProcess};
+use anyhow::{Context, Result, bail, ensure};
+use pericarp_tests::{Container, Node, Pod, machine::MachineProcess};
 
 /// A pod's directory.
 fn directory(id: &str) -> PathBuf {
@@ -36,25 +36,47 @@ fn remains(id: &str) -> Result<Vec<String>> {
 
 /// Waits until a pod is no longer READY; it has as long as a kubelet would be patient.
 async fn not_ready(pod: &Pod) -> Result<()> {
-    for _ in 0..200 {
-        // containerd takes its time to dial a new controller.
-        if pod.is_ready().await.is_ok_and(|ready| !ready) {
-            return Ok(());
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    bail!("pod {} is READY still", pod.id)
+    becomes(pod, false).await
 }
 
 /// Waits until a pod is READY, in the eyes of a containerd that has to dial a new controller.
 async fn ready(pod: &Pod) -> Result<()> {
+    becomes(pod, true).await
+}
+
+async fn becomes(pod: &Pod, ready: bool) -> Result<()> {
     for _ in 0..200 {
-        if pod.is_ready().await.is_ok_and(|ready| ready) {
+        // containerd takes its time to dial a new controller.
+        if pod.is_ready().await.is_ok_and(|is_ready| is_ready == ready) {
             return Ok(());
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    bail!("pod {} is not READY", pod.id)
+    bail!("pod {} is {}READY still", pod.id, if ready { "not " } else { "" })
+}
+
+/// What a container has written that counts from 0 on, a number a line.
+struct Counted {
+    /// The number that is to come.
+    next: usize,
+    /// How many are missing, at each place where some are. None has come twice.
+    gaps: Vec<usize>,
+}
+
+impl Counted {
+    fn by(container: &Container) -> Result<Self> {
+        let mut counted = Self { next: 0, gaps: Vec::new() };
+        for line in container.log()?.stdout().lines() {
+            let number: usize = line.parse().with_context(|| format!("{line:?} in the log"))?;
+            ensure!(line == number.to_string(), "{line:?} in the log");
+            ensure!(number >= counted.next, "{number} in the place of {}", counted.next);
+            if number > counted.next {
+                counted.gaps.push(number - counted.next);
+            }
+            counted.next = number + 1;
+        }
+        Ok(counted)
+    }
 }
 
 /// Stops and removes a pod as kubelet does: again and again until it is gone, and once more than needed.

@@ -5,6 +5,7 @@
 use std::{
     collections::BTreeSet,
     env, fs,
+    path::Path,
     time::{Duration, Instant, SystemTime, UNIX_EPOCH},
 };
 
@@ -12,13 +13,17 @@ use anyhow::{Context, Result, ensure};
 use pericarp_tests::{
     Container, Node, Pod, api,
     containerd::Stopped,
-    controller::NodeController,
+    controller::{NODE_RUN_DIR, NodeController, pod_directories},
     machine::{self, MachineProcess},
     on_pericarp_alone_for,
 };
 use rustix::process::Signal;
 
-use super::{clean_up, directory, ready};
+use super::{
+    clean_up, directory,
+    faults::{OF_REMOVAL, OF_START, OF_STOP},
+    ready,
+};
 
 /// Of each of the two runs if no more are asked for.
 const OPERATIONS: u32 = 100;
@@ -29,25 +34,12 @@ const CONTAINERS_MAX: usize = 3;
 /// By how much the controller may grow, in bytes.
 const GROWTH_MAX: f64 = 2.0 * 1024.0 * 1024.0;
 
-/// Where a controller can be killed while something is asked of it.
-const POINTS: [&str; 19] = [
-    "network-made",
-    "directory-made",
-    "machine-spawned",
-    "record-written",
-    "machine-recorded",
-    "guest-ready",
-    "pod-recorded",
+/// Where a controller can be killed besides, while something is asked of it.
+const OTHER_POINTS: [&str; 6] = [
     "container-looked-up",
     "container-prepared",
     "container-released",
     "event-handed-on",
-    "end the pod's machine",
-    "remove the pod's cgroup",
-    "remove the pod's share",
-    "take the pod's network from its machine",
-    "remove the pod's directory",
-    "pod-removed",
     "machine-ended",
     "end-recorded",
 ];
@@ -136,9 +128,10 @@ impl Model<'_> {
             96..98 => Operation::RestartContainerd(Signal::TERM),
             _ => Operation::RestartContainerd(Signal::KILL),
         };
+        let points = [&OF_START[..], &OF_STOP, &OF_REMOVAL, &OTHER_POINTS].concat();
         let fault = match self.random.below(6) {
             _ if operation.is_a_fault() => Fault::None,
-            0 | 1 if with_faults => Fault::At(POINTS[self.random.below(POINTS.len())]),
+            0 | 1 if with_faults => Fault::At(points[self.random.below(points.len())]),
             2 if with_faults => Fault::After(self.random.next() % 1500),
             _ => Fault::None,
         };
@@ -334,13 +327,7 @@ impl Model<'_> {
         if machines != running {
             found.push(format!("machines of {machines:?}; expected of {running:?}"));
         }
-        let mut directories = BTreeSet::new();
-        for entry in fs::read_dir("/run/pericarp")? {
-            let entry = entry?;
-            if entry.file_type()?.is_dir() {
-                directories.insert(entry.file_name().to_string_lossy().into_owned());
-            }
-        }
+        let directories = pod_directories(Path::new(NODE_RUN_DIR))?;
         if directories.iter().any(|id| !expected.contains(id)) {
             found.push(format!("directories of {directories:?}; pods are {expected:?}"));
         }

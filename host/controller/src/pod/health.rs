@@ -20,10 +20,12 @@ impl Pod {
         let mut silence = Silence::default();
         loop {
             let next = Instant::now() + each;
-            if silence.lasts(self.answers(each).await) {
+            let answered = self.answers(each).await;
+            // A guest that refuses has as long as one that is silent.
+            sleep_until(next).await;
+            if silence.lasts(answered) {
                 return limit;
             }
-            sleep_until(next).await;
         }
     }
 
@@ -32,12 +34,9 @@ impl Pod {
         if !matches!(self.phase(), Phase::Running { .. }) {
             return true;
         }
-        let begun = Instant::now();
         let answer = Agent::check(&self.vsock(), limit).await;
         if let Err(error) = &answer {
             tracing::debug!(pod = self.id, %error, "the guest does not answer");
-            // One that refuses has as long as one that is silent.
-            sleep_until(begun + limit).await;
         }
         answer.is_ok()
     }
