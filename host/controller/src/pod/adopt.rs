@@ -321,14 +321,17 @@ mod tests {
         assert_eq!(find_machine(directory.path()).unwrap(), None);
         let config = directory.path().join(file::CONFIG);
         // A process with that command line that waits for its input.
-        fs::write(directory.path().join("vmm"), "read line\n").unwrap();
+        fs::write(directory.path().join("vmm"), "echo started\nread line\n").unwrap();
         let mut child = std::process::Command::new("sh")
             .current_dir(directory.path())
             .args(["vmm", "--config"])
             .arg(&config)
             .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
             .spawn()
             .unwrap();
+        // The kernel ends `vfork` a moment before the new program's command line can be read.
+        child.stdout.take().unwrap().read_exact(&mut [0]).unwrap();
         let found = find_machine(directory.path()).unwrap();
         assert_eq!(found.map(|process| process.pid), Some(child.id()));
         child.kill().unwrap();
