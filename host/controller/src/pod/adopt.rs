@@ -6,8 +6,8 @@
 use std::{
     fs,
     io::{self, Read as _},
-    os::unix::fs::MetadataExt as _,
-    path::Path,
+    os::{fd::OwnedFd, unix::fs::MetadataExt as _},
+    path::{Path, PathBuf},
     sync::Arc,
     time::SystemTime,
 };
@@ -158,9 +158,7 @@ fn is_machine(process: &Path, config: &[u8]) -> bool {
 async fn resume(node: &Arc<Node>, record: Record, machine: Machine) -> io::Result<Arc<Pod>> {
     let pod = Arc::new(pod(node, &record));
     let progress = read_progress(&pod)?;
-    let mut running = undo_running(&pod, &record);
-    let pidfd = machine.pidfd()?;
-    running.push("end the pod's machine", move || machine::kill(&pidfd));
+    let running = undo_running(&pod.directory, Some(machine.pidfd()?), &pod.netns, record.cgroup.clone());
     let service = match serve_guest(&pod).await {
         Ok(service) => Some(service),
         // What runs is not to suffer from it.
@@ -204,7 +202,7 @@ async fn serve_guest(pod: &Arc<Pod>) -> io::Result<Server> {
 /// Keeps a pod whose machine has ended, for containerd to ask about and to remove.
 fn restore(node: &Arc<Node>, record: Record) -> Arc<Pod> {
     let pod = Arc::new(pod(node, &record));
-    let mut running = undo_running(&pod, &record);
+    let mut running = undo_running(&pod.directory, None, &pod.netns, record.cgroup.clone());
     if let Err(error) = running.run() {
         // Tried again when containerd has it stopped.
         tracing::error!(pod = pod.id, %error, "cannot clean up after a machine");
@@ -266,18 +264,19 @@ fn read_progress(pod: &Pod) -> io::Result<Progress> {
     Ok(progress)
 }
 
-/// The steps that take down what a pod has on the host beside its machine.
-fn undo_running(pod: &Pod, record: &Record) -> Undo {
+/// The steps that take down what a pod has on the host beside its directory.
+fn undo_running(directory: &Path, machine: Option<OwnedFd>, netns: &str, cgroup: Option<PathBuf>) -> Undo {
     let mut running = Undo::default();
-    if !pod.netns.is_empty() {
-        network::push_removal(Path::new(&pod.netns), &mut running);
-    }
-    let share = Share::at(pod.directory.join(file::SHARE));
+    network::push_removal(Path::new(netns), &mut running);
+    let share = Share::at(directory.join(file::SHARE));
     running.push("remove the pod's share", move || {
         share.remove().map_err(|error| io::Error::other(chain(&error)))
     });
-    if let Some(path) = record.cgroup.clone() {
+    if let Some(path) = cgroup {
         running.push("remove the pod's cgroup", move || cgroup::remove(&path));
+    }
+    if let Some(pidfd) = machine {
+        running.push("end the pod's machine", move || machine::kill(&pidfd));
     }
     running
 }
@@ -285,20 +284,12 @@ fn undo_running(pod: &Pod, record: &Record) -> Undo {
 /// Removes everything of a pod that nobody waits for.
 fn undo(directory: &Path, machine: Option<Machine>, record: Option<&Record>) -> io::Result<()> {
     let id = directory.file_name().unwrap_or_default().to_string_lossy();
-    let cgroup = match record {
-        Some(record) => record.cgroup.clone(),
-        None => cgroup::find(&id)?,
+    let (netns, cgroup) = match record {
+        Some(record) => (record.pod.netns.as_str(), record.cgroup.clone()),
+        None => ("", cgroup::find(&id)?),
     };
-    if let Some(machine) = machine {
-        machine::kill(&machine.pidfd()?)?;
-    }
-    mounts::detach(&directory.join(file::SHARE)).map_err(io::Error::from)?;
-    if let Some(cgroup) = cgroup {
-        cgroup::remove(&cgroup)?;
-    }
-    if let Some(record) = record {
-        network::remove(Path::new(&record.pod.netns))?;
-    }
+    let machine = machine.map(|machine| machine.pidfd()).transpose()?;
+    undo_running(directory, machine, netns, cgroup).run()?;
     Ok(mounts::remove_tree(directory)?)
 }
 
