@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Result;
-use pericarp_tests::{BUSYBOX, BUSYBOX_USR1, api, on_node};
+use pericarp_tests::{BUSYBOX, BUSYBOX_USR1, api, on_node, until};
 
 #[test]
 fn a_container_tells_its_exit_code_and_times() -> Result<()> {
@@ -55,14 +55,12 @@ fn stopping_a_container_sends_term_first_and_kill_after_the_grace_period() -> Re
             .start()
             .await?;
         for container in [&obedient, &deaf] {
-            while container.log()?.stdout() != "ready\n" {
-                tokio::time::sleep(Duration::from_millis(50)).await;
-            }
+            until("the container to be ready", async || Ok(container.log()?.stdout() == "ready\n")).await?;
         }
 
         let start = Instant::now();
-        obedient.stop(20).await?;
-        assert!(start.elapsed() < Duration::from_secs(15), "it took {:?}", start.elapsed());
+        obedient.stop(100).await?;
+        assert!(start.elapsed() < Duration::from_secs(90), "it took {:?}", start.elapsed());
         let status = obedient.status().await?;
         assert_eq!((status.state(), status.exit_code), (api::ContainerState::ContainerExited, 3));
         assert_eq!(obedient.log()?.stdout(), "ready\nbye\n");
@@ -85,9 +83,7 @@ fn a_container_is_stopped_by_the_signal_of_its_image() -> Result<()> {
             .image(BUSYBOX_USR1)
             .start()
             .await?;
-        while container.log()?.stdout() != "ready\n" {
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
+        until("the container to be ready", async || Ok(container.log()?.stdout() == "ready\n")).await?;
         container.stop(20).await?;
         assert_eq!(container.status().await?.exit_code, 4);
         Ok(())

@@ -1,12 +1,10 @@
 //! What containerd's clients are told of containers.
 
-use std::time::Duration;
-
 use anyhow::Result;
 use pericarp_tests::{
     controller::NodeController,
     events::{Events, TaskEvent},
-    on_node, on_pericarp_alone,
+    on_node, on_pericarp_alone, until,
 };
 
 fn topics(events: &[TaskEvent]) -> Vec<&str> {
@@ -82,9 +80,7 @@ fn every_event_is_told_once_though_the_controller_is_killed_meanwhile() -> Resul
         let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
         assert!(!mounts.contains(&ending[0].id), "{mounts}");
         // containerd takes its time to dial the controller again.
-        while !matches!(pod.is_ready().await, Ok(true)) {
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
+        until("the pod to be READY", async || pod.is_ready().await).await?;
         pod.container("new").command(["true"]).run().await?;
         Ok(())
     })

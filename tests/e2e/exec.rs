@@ -41,7 +41,7 @@ fn exec_with_a_time_limit_is_ended_at_it() -> Result<()> {
         let start = Instant::now();
         let error = container.try_exec(["sleep", "31337"], Duration::from_secs(1)).await.unwrap_err();
         assert_eq!(error.code(), Code::DeadlineExceeded, "{error}");
-        assert!(start.elapsed() < Duration::from_secs(15), "it took {:?}", start.elapsed());
+        assert!(start.elapsed() < Duration::from_secs(60), "it took {:?}", start.elapsed());
         assert!(!container.shell("ps -o args").await?.contains("31337"), "the command lives on");
         Ok(())
     })

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use futures::{StreamExt, TryStreamExt, stream};
-use pericarp_tests::{log::Stream, on_node};
+use pericarp_tests::{log::Stream, on_node, until};
 
 use crate::exec::check_sequence;
 
@@ -72,15 +72,11 @@ fn a_rotated_log_goes_on_in_a_new_file() -> Result<()> {
             .script("n=0; while :; do n=$((n+1)); echo $n; sleep 0.1; done")
             .start()
             .await?;
-        while container.log()?.lines.len() < 3 {
-            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-        }
+        until("three lines", async || Ok(container.log()?.lines.len() >= 3)).await?;
         let old = container.log_path().with_extension("old");
         std::fs::rename(container.log_path(), &old)?;
         container.reopen_log().await?;
-        while container.log()?.lines.len() < 3 {
-            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
-        }
+        until("three lines", async || Ok(container.log()?.lines.len() >= 3)).await?;
         container.stop(0).await?;
         let both = pericarp_tests::log::Log::read(&old)?.stdout() + &container.log()?.stdout();
         check_sequence(&both, both.lines().count().try_into()?);

@@ -61,10 +61,10 @@ fn killing_the_machine_ends_its_containers_and_the_pod() -> Result<()> {
         let status = container.exited().await?;
         assert_ne!(status.exit_code, 0);
         while pod.is_ready().await? {
-            assert!(start.elapsed() < Duration::from_secs(10), "the pod is READY without its machine");
+            assert!(start.elapsed() < Duration::from_secs(30), "the pod is READY without its machine");
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
-        assert!(start.elapsed() < Duration::from_secs(10), "it took {:?}", start.elapsed());
+        assert!(start.elapsed() < Duration::from_secs(30), "it took {:?}", start.elapsed());
         assert!(container.exec(["true"]).await.is_err());
         assert!(bystander.is_ready().await?);
 

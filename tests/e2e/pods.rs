@@ -1,10 +1,8 @@
 //! Pods: their life, and what their containers share.
 
-use std::time::Duration;
-
 use anyhow::{Context, Result, ensure};
 use futures::future::try_join_all;
-use pericarp_tests::{api, on_node};
+use pericarp_tests::{HANG_LIMIT, api, on_node};
 use tokio::time::timeout;
 
 #[test]
@@ -222,8 +220,7 @@ fn ten_pods_run_at_once() -> Result<()> {
             assert_eq!(name, pod.config.hostname);
             anyhow::Ok(pod)
         });
-        let pods =
-            timeout(Duration::from_secs(250), try_join_all(run)).await.context("ten pods in time")??;
+        let pods = timeout(HANG_LIMIT, try_join_all(run)).await.context("ten pods in time")??;
         assert_eq!(node.pods().await?.len(), 10);
         try_join_all(pods.iter().map(async |pod| {
             assert!(pod.is_ready().await?);

@@ -12,9 +12,9 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use futures::future::try_join_all;
 use pericarp_tests::{
-    Container, Forwarded, Node, Pod, Runtime,
+    Container, Forwarded, HANG_LIMIT, Node, Pod, Runtime,
     controller::{Controller, NetworkNamespace, pod_config},
-    on_node, on_pericarp,
+    on_node, on_pericarp, until,
 };
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use tokio::{
@@ -23,22 +23,13 @@ use tokio::{
     time::timeout,
 };
 
-/// No connection on a node takes longer.
-const LIMIT: Duration = Duration::from_secs(30);
 /// Where nobody listens.
 const NOBODY: u16 = 9;
 
 /// A container that answers at an address of its pod.
 async fn serve(pod: &Pod, name: &str, address: &str) -> Result<Container> {
     let container = pod.container(name).command(["peer", "serve", address]).start().await?;
-    timeout(LIMIT, async {
-        while container.log()?.stdout() != "ready\n" {
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-        anyhow::Ok(())
-    })
-    .await
-    .context("the pod's server is not ready")??;
+    until("the pod's server", async || Ok(container.log()?.stdout() == "ready\n")).await?;
     Ok(container)
 }
 
@@ -83,7 +74,7 @@ fn dial(netns: &str, address: &str) -> io::Result<TcpStream> {
     let dialled = thread::spawn(move || {
         let netns = File::open(netns)?;
         move_into_link_name_space(netns.as_fd(), Some(LinkNameSpaceType::Network))?;
-        let stream = std::net::TcpStream::connect_timeout(&address, LIMIT)?;
+        let stream = std::net::TcpStream::connect_timeout(&address, HANG_LIMIT)?;
         stream.set_nonblocking(true)?;
         Ok(stream)
     });
@@ -155,14 +146,14 @@ fn the_end_of_either_sides_data_reaches_the_other() -> Result<()> {
             stream.write_all(&pattern(1, 1_000_000)).await?;
             stream.shutdown().await?;
             let mut text = String::new();
-            timeout(LIMIT, stream.read_to_string(&mut text)).await??;
+            timeout(HANG_LIMIT, stream.read_to_string(&mut text)).await??;
             assert_eq!(text, "1000000\n", "{address}");
 
             // The server ends; the client still has its side open.
             let mut stream = dial(&netns, address)?;
             stream.write_all(b"source 1000000\n").await?;
             let mut bytes = Vec::new();
-            timeout(LIMIT, stream.read_to_end(&mut bytes)).await??;
+            timeout(HANG_LIMIT, stream.read_to_end(&mut bytes)).await??;
             assert_eq!(bytes.len(), 1_000_000, "{address}");
         }
         Ok(())
@@ -180,7 +171,7 @@ fn a_client_that_goes_away_is_seen_by_the_server() -> Result<()> {
         let count = "grep -c ':1F90 [^ ]* 01' /proc/net/tcp || true";
         assert_eq!(server.shell(count).await?, "1");
         forward.close().await?;
-        timeout(LIMIT, async {
+        timeout(HANG_LIMIT, async {
             while server.shell(count).await? != "0" {
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
@@ -218,7 +209,7 @@ async fn is_taken_to_a_machine(netns: &str) -> Result<bool> {
         let mut stream = dial(netns, &format!("127.0.0.1:{NOBODY}"))?;
         stream.read(&mut [0; 1]).await
     };
-    match timeout(LIMIT, read).await? {
+    match timeout(HANG_LIMIT, read).await? {
         Err(error) if error.kind() == ErrorKind::ConnectionRefused => Ok(false),
         Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok(true),
         other => bail!("neither refused nor reset, but {other:?}"),

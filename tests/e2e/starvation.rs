@@ -4,11 +4,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use futures::future::select;
-use pericarp_tests::{Container, PodBuilder, api, on_node, on_pericarp};
+use pericarp_tests::{Container, HANG_LIMIT, PodBuilder, api, on_node, on_pericarp};
 use tokio::time::timeout;
-
-/// Calls that have to work meanwhile take no longer.
-const LIMIT: Duration = Duration::from_secs(30);
 
 /// A machine that is soon used up.
 fn small(pod: PodBuilder) -> PodBuilder {
@@ -19,7 +16,7 @@ fn small(pod: PodBuilder) -> PodBuilder {
 
 /// Whether a container can be looked into.
 async fn answers(container: &Container) -> Result<()> {
-    let answer = timeout(LIMIT, container.shell("echo fine")).await.context("an exec meanwhile")??;
+    let answer = timeout(HANG_LIMIT, container.shell("echo fine")).await.context("an exec meanwhile")??;
     assert_eq!(answer, "fine");
     Ok(())
 }
@@ -64,7 +61,7 @@ fn a_fork_bomb_takes_only_its_own_container_with_or_without_a_limit() -> Result<
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
             answers(&neighbour).await?;
-            timeout(LIMIT, container.stop(0)).await.context("stop it")??;
+            timeout(HANG_LIMIT, container.stop(0)).await.context("stop it")??;
             assert_eq!(container.status().await?.exit_code, 128 + 9);
             container.remove().await?;
         }

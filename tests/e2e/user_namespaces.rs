@@ -4,11 +4,12 @@ use std::{
     fs,
     net::SocketAddr,
     os::unix::fs::{MetadataExt as _, PermissionsExt as _},
-    time::Duration,
 };
 
 use anyhow::{Context as _, Result};
-use pericarp_tests::{Container, Node, POD_ROOT, Pod, Runtime, api, mapped, on_node, on_pericarp};
+use pericarp_tests::{
+    Container, HANG_LIMIT, Node, POD_ROOT, Pod, Runtime, api, mapped, on_node, on_pericarp, until,
+};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
@@ -16,9 +17,6 @@ use tokio::{
 };
 
 use crate::volumes::Mounted;
-
-/// No connection on a node takes longer.
-const LIMIT: Duration = Duration::from_secs(30);
 
 fn volume(host_path: &str, container_path: &str) -> api::Mount {
     mapped(api::Mount {
@@ -112,14 +110,7 @@ fn a_pod_with_a_user_namespace_is_on_the_network_and_can_be_forwarded_to() -> Re
     on_node(async |node| {
         let pod = node.pod("served").in_user_namespace().run().await?;
         let server = pod.container("server").command(["peer", "serve", "0.0.0.0:80"]).start().await?;
-        timeout(LIMIT, async {
-            while server.log()?.stdout() != "ready\n" {
-                tokio::time::sleep(Duration::from_millis(50)).await;
-            }
-            anyhow::Ok(())
-        })
-        .await
-        .context("the server is not ready")??;
+        until("the server", async || Ok(server.log()?.stdout() == "ready\n")).await?;
         let address = *pod.addresses().await?.first().context("the pod has no address")?;
         let mut answer = String::new();
         let asked = async {
@@ -127,7 +118,7 @@ fn a_pod_with_a_user_namespace_is_on_the_network_and_can_be_forwarded_to() -> Re
             stream.write_all(b"name\n").await?;
             stream.read_to_string(&mut answer).await
         };
-        timeout(LIMIT, asked).await??;
+        timeout(HANG_LIMIT, asked).await??;
         assert_eq!(answer, "served\n");
         let shown = server.shell("ip -4 -o address show dev eth0; ip route; hostname").await?;
         assert!(shown.contains(&format!("inet {address}/16")) && shown.contains("default via"), "{shown}");

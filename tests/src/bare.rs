@@ -30,10 +30,9 @@ use pericarp_protos::{
     vmm::MachineClient,
 };
 use serde_json::{Value, json};
-use tokio::sync::mpsc;
+use tokio::{sync::mpsc, time::timeout};
 
-/// No call takes longer, and no start.
-const LIMIT: Duration = Duration::from_secs(60);
+use crate::HANG_LIMIT;
 
 /// A running machine, configured and without containers.
 pub struct Bare {
@@ -114,7 +113,7 @@ impl Bare {
             .arg(path.join("vmm.sock"))
             .stdin(Stdio::null())
             .spawn()?;
-        let ready = tokio::time::timeout(LIMIT, ready.recv()).await;
+        let ready = timeout(HANG_LIMIT, ready.recv()).await;
         let console = || fs::read_to_string(path.join("console.log")).unwrap_or_default();
         ready.with_context(|| format!("the guest is not ready: {}", console()))?;
         let boot = began.elapsed();
@@ -233,7 +232,7 @@ impl Drop for Bare {
 
 /// A limit for one call.
 pub fn limit() -> context::Context {
-    context::with_duration(LIMIT)
+    context::with_duration(HANG_LIMIT)
 }
 
 fn configuration(path: &Path, change: &Value) -> Result<Value> {

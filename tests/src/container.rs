@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use tonic::Status;
 
 use crate::{
-    Pod, api,
+    HANG_LIMIT, Pod, api,
     log::Log,
     streaming::{Finished, Session, Terminal},
 };
@@ -225,7 +225,7 @@ impl Container {
             if status.state() == api::ContainerState::ContainerExited {
                 return Ok(status);
             }
-            if start.elapsed() > Duration::from_secs(180) {
+            if start.elapsed() > HANG_LIMIT {
                 bail!("container {} has not exited: {status:?}", self.id);
             }
             tokio::time::sleep(Duration::from_millis(100)).await;

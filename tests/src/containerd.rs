@@ -3,13 +3,12 @@
 use std::{
     fs::File,
     process::{Command, Stdio},
-    time::Duration,
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use rustix::process::Signal;
 
-use crate::{Node, api, machine};
+use crate::{Node, api, machine, until};
 
 /// containerd while it is down.
 pub struct Stopped(());
@@ -27,18 +26,13 @@ impl Stopped {
     /// Starts it again and waits until it serves CRI.
     pub async fn restart(self, node: &Node) -> Result<()> {
         drop(self);
-        for _ in 0..600 {
-            let status = node.cri.runtime().status(api::StatusRequest::default()).await;
+        until("a containerd that serves CRI again", async || {
+            let status = node.cri.runtime().status(api::StatusRequest::default()).await?.into_inner().status;
             let ready =
                 |condition: &api::RuntimeCondition| condition.r#type == "RuntimeReady" && condition.status;
-            if status.is_ok_and(|status| {
-                status.into_inner().status.is_some_and(|status| status.conditions.iter().any(ready))
-            }) {
-                return Ok(());
-            }
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
-        bail!("containerd does not serve CRI again")
+            Ok(status.is_some_and(|status| status.conditions.iter().any(ready)))
+        })
+        .await
     }
 }
 

@@ -15,7 +15,10 @@ use pericarp_protos::sandbox::{
 };
 use prost::Message;
 use rustix::process::{Pid, Signal, kill_process};
-use tokio::process::{Child, Command};
+use tokio::{
+    process::{Child, Command},
+    time::timeout,
+};
 use tonic::{
     Request, Status,
     metadata::MetadataValue,
@@ -23,7 +26,7 @@ use tonic::{
     transport::Channel,
 };
 
-use crate::{api, cri, machine};
+use crate::{HANG_LIMIT, api, cri, machine, until};
 
 /// The socket of the node's own controller.
 pub const NODE_CONTROLLER: &str = "/run/pericarp/controller.sock";
@@ -137,7 +140,7 @@ impl Controller {
             .spawn()
             .context("start pericarp serve")?;
         let socket = run_dir.join("r/controller.sock");
-        for _ in 0..200 {
+        for _ in 0..2000 {
             if let Ok(client) = connect(&socket).await {
                 let controller = Self { child, run_dir, client };
                 for id in controller.pod_directories()? {
@@ -222,9 +225,8 @@ impl Controller {
         let pid =
             self.child.id().and_then(|pid| Pid::from_raw(pid.cast_signed())).context("it ended before")?;
         kill_process(pid, Signal::TERM)?;
-        let status = tokio::time::timeout(Duration::from_secs(10), self.child.wait())
-            .await
-            .context("pericarp serve does not end on TERM")??;
+        let status =
+            timeout(HANG_LIMIT, self.child.wait()).await.context("pericarp serve does not end on TERM")??;
         if !status.success() {
             bail!("pericarp serve ended with {status}: {}", fs::read_to_string(self.run_dir.join("log"))?);
         }
@@ -311,13 +313,7 @@ impl NodeController {
     pub async fn restart(self) -> Result<()> {
         let socket = Path::new(NODE_CONTROLLER);
         std::mem::drop(self);
-        for _ in 0..600 {
-            if connect(socket).await.is_ok() {
-                return Ok(());
-            }
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-        bail!("the node's controller does not answer")
+        until("the node's controller to answer", async || Ok(connect(socket).await.map(|_| true)?)).await
     }
 }
 

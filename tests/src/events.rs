@@ -11,14 +11,14 @@ use prost::Message;
 use tokio::{
     sync::{Mutex, watch},
     task::JoinHandle,
+    time::timeout,
 };
-
 use tonic::{Request, metadata::MetadataValue, transport::Channel};
 
-use crate::cri::{self, CONTAINERD_SOCKET};
-
-/// Nothing in these tests is waited for longer than this.
-const LIMIT: Duration = Duration::from_secs(60);
+use crate::{
+    HANG_LIMIT,
+    cri::{self, CONTAINERD_SOCKET},
+};
 
 /// An event of a container's, without what differs from run to run.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -89,7 +89,7 @@ impl Events {
             }
             Ok(())
         };
-        match tokio::time::timeout(LIMIT, seen).await {
+        match timeout(HANG_LIMIT, seen).await {
             Ok(seen) => seen,
             Err(_) => bail!("no {wanted:?}; seen {:?}", self.of(container).await),
         }

@@ -11,10 +11,7 @@ use tokio_tungstenite::{
     tungstenite::{self, Message, error::ProtocolError},
 };
 
-use crate::{
-    Pod, api,
-    streaming::{self, SILENCE_LIMIT},
-};
+use crate::{HANG_LIMIT, Pod, api, streaming};
 
 const DATA: u8 = 0;
 const ERROR: u8 = 1;
@@ -97,8 +94,8 @@ impl Forward {
 
     /// Takes the next message; false at the end.
     async fn receive(&mut self) -> Result<bool> {
-        let message = match timeout(SILENCE_LIMIT, self.socket.next()).await {
-            Err(_) => bail!("silent for {} s; so far {} bytes", SILENCE_LIMIT.as_secs(), self.data.len()),
+        let message = match timeout(HANG_LIMIT, self.socket.next()).await {
+            Err(_) => bail!("silent for {} s; so far {} bytes", HANG_LIMIT.as_secs(), self.data.len()),
             // containerd closes the connection without the WebSocket's own good-bye.
             Ok(
                 None

@@ -19,6 +19,7 @@ mod node;
 mod pod;
 pub mod report;
 pub mod streaming;
+mod waiting;
 
 pub use container::{BUSYBOX, BUSYBOX_USR1, Container, ContainerBuilder, ExecOutput};
 pub use cri::Cri;
@@ -28,3 +29,4 @@ pub use node::{
 };
 pub use pericarp_protos::cri as api;
 pub use pod::{POD_ROOT, Pod, PodBuilder, mapped};
+pub use waiting::{HANG_LIMIT, until};

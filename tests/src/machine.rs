@@ -8,6 +8,8 @@ use rustix::{
     process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open, pidfd_send_signal},
 };
 
+use crate::HANG_LIMIT;
+
 /// The process of a pod's machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MachineProcess {
@@ -147,10 +149,10 @@ impl Process {
         pidfd_send_signal(&self.0, signal).context("signal the process")
     }
 
-    /// Waits for its end; an error if it lives for a minute longer.
+    /// Waits for its end.
     pub async fn ended(self) -> Result<()> {
-        const LIMIT: Timespec = Timespec { tv_sec: 60, tv_nsec: 0 };
-        let wait = move || poll(&mut [PollFd::new(&self.0, PollFlags::IN)], Some(&LIMIT));
+        let limit = Timespec::try_from(HANG_LIMIT)?;
+        let wait = move || poll(&mut [PollFd::new(&self.0, PollFlags::IN)], Some(&limit));
         ensure!(tokio::task::spawn_blocking(wait).await?? > 0, "the process does not end");
         Ok(())
     }

@@ -19,6 +19,9 @@ pub struct PodBuilder {
 /// What the root of a pod with a user namespace is on the node. Like kubelet's, its range has 65,536 ids.
 pub const POD_ROOT: u32 = 1_000_000;
 
+/// How often a pod is asked for where containerd says that one may ask again.
+const ATTEMPTS_MAX: usize = 5;
+
 /// The ids of a pod with a user namespace.
 fn ids() -> Vec<api::IdMapping> {
     vec![api::IdMapping { container_id: 0, host_id: POD_ROOT, length: 65536 }]
@@ -151,12 +154,28 @@ impl PodBuilder {
             config: Some(self.config.clone()),
             runtime_handler: self.node.handler(),
         };
-        Ok(self.node.cri.runtime().run_pod_sandbox(request).await.map(|response| Pod {
+        let mut attempt = 1;
+        let answer = loop {
+            let answer = Box::pin(self.node.cri.runtime().run_pod_sandbox(request.clone())).await;
+            if attempt == ATTEMPTS_MAX || !answer.as_ref().is_err_and(lost_its_helper) {
+                break answer;
+            }
+            attempt += 1;
+        };
+        Ok(answer.map(|response| Pod {
             id: response.into_inner().pod_sandbox_id,
             config: self.config,
             node: self.node,
         }))
     }
+}
+
+/// Whether containerd has lost the process by which it makes a user namespace (`UnshareAfterEnterUserns` in 2.1): that is
+/// killed if the thread that started it happens to end. Kubelet tries again.
+fn lost_its_helper(status: &Status) -> bool {
+    ["failed to mount netns from pid", "failed to ensure child process is alive"]
+        .iter()
+        .any(|text| status.message().contains(text))
 }
 
 impl Pod {

@@ -4,8 +4,6 @@
 //! starts with a byte that says which stream it belongs to; the outcome is a `metav1.Status` on the error stream. This
 //! version of the protocol cannot close stdin.
 
-use std::time::Duration;
-
 use anyhow::{Context, Result, bail};
 use futures::{SinkExt, StreamExt};
 use serde::Deserialize;
@@ -15,15 +13,14 @@ use tokio_tungstenite::{
     tungstenite::{Message, client::IntoClientRequest, http::HeaderValue},
 };
 
+use crate::HANG_LIMIT;
+
 const PROTOCOL: &str = "v4.channel.k8s.io";
 const STDIN: u8 = 0;
 const STDOUT: u8 = 1;
 const STDERR: u8 = 2;
 const ERROR: u8 = 3;
 const RESIZE: u8 = 4;
-
-/// Nothing in these tests is silent for longer than this.
-pub(crate) const SILENCE_LIMIT: Duration = Duration::from_secs(30);
 
 /// Whether a command gets a terminal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -139,10 +136,10 @@ impl Session {
 
     /// Takes the next message; false at the end.
     async fn receive(&mut self) -> Result<bool> {
-        let message = match timeout(SILENCE_LIMIT, self.socket.next()).await {
+        let message = match timeout(HANG_LIMIT, self.socket.next()).await {
             Err(_) => bail!(
                 "silent for {} s; so far stdout {:?}, stderr {:?}",
-                SILENCE_LIMIT.as_secs(),
+                HANG_LIMIT.as_secs(),
                 String::from_utf8_lossy(&self.stdout),
                 String::from_utf8_lossy(&self.stderr)
             ),

@@ -63,7 +63,7 @@ async fn a_hundred_execs_at_once_are_all_answered_and_leave_nothing_behind() {
     // The connections of the streams are closed a moment after their ends.
     let expected = (descriptors, vec![init.to_string()]);
     let mut after = holdings(&agent);
-    for _ in 0..100 {
+    for _ in 0..1000 {
         if after == expected {
             break;
         }
@@ -110,7 +110,7 @@ async fn an_exec_whose_helper_dies_is_an_error_and_leaves_no_process() {
     fs::write(&freeze, "0").unwrap();
     // SIGKILL takes effect now.
     let mut left = Vec::new();
-    for _ in 0..100 {
+    for _ in 0..1000 {
         let mut request = api::PidsRequest::new();
         request.id = "c1".into();
         let processes = agent.task.pids(context(), &request).await.unwrap().processes;

@@ -31,7 +31,7 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 
 /// No call of a test takes longer.
-pub const LIMIT: Duration = Duration::from_secs(60);
+pub const LIMIT: Duration = Duration::from_secs(300);
 
 /// The agent to be tested: the one of the guest's image, where the tests run on a node.
 fn agent() -> PathBuf {

@@ -4,14 +4,14 @@ use std::{fs, time::Duration};
 
 use anyhow::{Context, Result};
 use pericarp_tests::{
-    Pod,
+    HANG_LIMIT, Pod,
     controller::{Controller, NetworkNamespace, pod_config},
     on_pericarp,
 };
 
 use tokio::time::timeout;
 
-use super::{LIMIT, Server, ask, on_the_node};
+use super::{Server, ask, on_the_node};
 
 /// An interface that a machine can be given.
 const VETH: &str = "ip link add eth0 type veth peer name peer0; ip link set eth0 up";
@@ -108,7 +108,7 @@ fn a_pod_lives_on_when_its_interface_is_removed() -> Result<()> {
         assert_eq!(ask(server.address()?, "name").await?, "server");
         let netns = netns_of(&server.pod).await?;
         on_the_node(&format!("nsenter --net={netns} ip link delete eth0")).await?;
-        timeout(LIMIT, async {
+        timeout(HANG_LIMIT, async {
             // The controller hears of it a moment later.
             while server.pod.info().await?["pericarp"]["interfaces"][0]["removed"] != true {
                 tokio::time::sleep(Duration::from_millis(50)).await;

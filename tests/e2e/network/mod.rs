@@ -8,11 +8,10 @@ mod statistics;
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    time::Duration,
 };
 
 use anyhow::{Context, Result, bail};
-use pericarp_tests::{Container, Node, Pod, PodBuilder};
+use pericarp_tests::{Container, HANG_LIMIT, Node, Pod, PodBuilder, until};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream, UdpSocket},
@@ -20,8 +19,6 @@ use tokio::{
     time::timeout,
 };
 
-/// No connection on a node takes longer.
-const LIMIT: Duration = Duration::from_secs(30);
 /// Where a pod's `peer` answers.
 const PORT: u16 = 8080;
 
@@ -40,14 +37,7 @@ impl Server {
     async fn of(pod: PodBuilder) -> Result<Server> {
         let pod = pod.run().await?;
         let container = pod.container("server").command(["peer", "serve", "[::]:8080"]).start().await?;
-        timeout(LIMIT, async {
-            while container.log()?.stdout() != "ready\n" {
-                tokio::time::sleep(Duration::from_millis(50)).await;
-            }
-            anyhow::Ok(())
-        })
-        .await
-        .context("the pod's server is not ready")??;
+        until("the pod's server", async || Ok(container.log()?.stdout() == "ready\n")).await?;
         let addresses = pod.addresses().await?;
         Ok(Server { pod, container, addresses })
     }
@@ -84,7 +74,7 @@ async fn ask(server: SocketAddr, line: &str) -> Result<String> {
         stream.shutdown().await?;
         stream.read_to_string(&mut answer).await
     };
-    timeout(LIMIT, asked)
+    timeout(HANG_LIMIT, asked)
         .await
         .map_err(io::Error::from)
         .flatten()
@@ -100,7 +90,7 @@ async fn ask_by_datagram(server: SocketAddr, text: &str) -> Result<String> {
         socket.send_to(text.as_bytes(), server).await?;
         socket.recv(&mut answer).await
     };
-    let length = timeout(LIMIT, asked)
+    let length = timeout(HANG_LIMIT, asked)
         .await
         .map_err(io::Error::from)
         .flatten()
@@ -117,9 +107,9 @@ async fn pod_connects_to_node(server: &Server, node: IpAddr) -> Result<IpAddr> {
     let listener = TcpListener::bind((node, 0)).await?;
     let port = listener.local_addr()?.port();
     let greeter = async {
-        let (mut stream, from) = timeout(LIMIT, listener.accept()).await??;
+        let (mut stream, from) = timeout(HANG_LIMIT, listener.accept()).await??;
         let mut question = String::new();
-        timeout(LIMIT, stream.read_to_string(&mut question)).await??;
+        timeout(HANG_LIMIT, stream.read_to_string(&mut question)).await??;
         stream.write_all(format!("{} back", question.trim_end()).as_bytes()).await?;
         stream.shutdown().await?;
         anyhow::Ok(from.ip())

@@ -3,14 +3,14 @@
 use std::net::{IpAddr, SocketAddr};
 
 use anyhow::{Context, Result};
-use pericarp_tests::{Runtime, on_node};
+use pericarp_tests::{HANG_LIMIT, Runtime, on_node};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
     time::timeout,
 };
 
-use super::{LIMIT, Server, ask, ask_by_datagram, pod_connects_to_node};
+use super::{Server, ask, ask_by_datagram, pod_connects_to_node};
 
 /// The node's address on the bridge.
 const GATEWAY: &str = "10.88.0.1";
@@ -83,7 +83,7 @@ fn megabytes_cross_in_both_directions_unchanged() -> Result<()> {
     on_node(async |node| {
         let server = Server::new(node, "echo").await?;
         let sent: Vec<u8> = (0..4u32 << 20).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
-        let mut stream = timeout(LIMIT, TcpStream::connect(server.address()?)).await??;
+        let mut stream = timeout(HANG_LIMIT, TcpStream::connect(server.address()?)).await??;
         stream.write_all(b"echo\n").await?;
         let (mut reader, mut writer) = stream.split();
         let mut received = Vec::new();
@@ -91,7 +91,7 @@ fn megabytes_cross_in_both_directions_unchanged() -> Result<()> {
             writer.write_all(&sent).await?;
             writer.shutdown().await
         };
-        timeout(LIMIT, async { futures::try_join!(write, reader.read_to_end(&mut received)) }).await??;
+        timeout(HANG_LIMIT, async { futures::try_join!(write, reader.read_to_end(&mut received)) }).await??;
         assert_eq!(received.len(), sent.len());
         assert!(received == sent, "the bytes differ");
         Ok(())
@@ -118,11 +118,11 @@ fn a_hundred_connections_are_open_at_once() -> Result<()> {
             stream.write_all(format!("echo\n{number}\n").as_bytes()).await?;
             anyhow::Ok((number, stream))
         };
-        let streams = timeout(LIMIT, futures::future::try_join_all((0..100).map(connect))).await??;
+        let streams = timeout(HANG_LIMIT, futures::future::try_join_all((0..100).map(connect))).await??;
         for (number, mut stream) in streams {
             let mut answer = String::new();
             stream.shutdown().await?;
-            timeout(LIMIT, stream.read_to_string(&mut answer)).await??;
+            timeout(HANG_LIMIT, stream.read_to_string(&mut answer)).await??;
             assert_eq!(answer, format!("{number}\n"));
         }
         Ok(())

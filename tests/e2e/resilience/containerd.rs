@@ -7,7 +7,7 @@ use containerd_shim_protos::api::DeleteResponse;
 use pericarp_protos::protobuf::Message;
 use pericarp_tests::{
     Container, Runtime, api, containerd::Stopped, machine::MachineProcess, on_node_alone, on_pericarp,
-    on_pericarp_alone,
+    on_pericarp_alone, until,
 };
 use rustix::process::Signal;
 use tokio::process::Command;
@@ -58,9 +58,7 @@ fn tasks_are_found_again_when_containerd_was_away() -> Result<()> {
             for container in [&counter, &idle] {
                 assert_eq!(container.status().await?.state(), api::ContainerState::ContainerRunning);
             }
-            while counted(&counter)? < before + 100 {
-                tokio::time::sleep(Duration::from_millis(50)).await;
-            }
+            until("a hundred more lines", async || Ok(counted(&counter)? >= before + 100)).await?;
             idle.shell("touch /dev/shm/end").await?;
             assert_eq!(counter.exited().await?.exit_code, 5);
             counted(&counter)?;

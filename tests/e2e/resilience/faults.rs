@@ -1,13 +1,13 @@
 //! The controller is killed in the middle of something: that is finished or undone.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use pericarp_tests::{
     Node, Pod,
     controller::{NODE_RUN_DIR, NodeController, pod_directories},
-    machine::MachineProcess,
-    on_pericarp_alone,
+    machine::{self, MachineProcess},
+    on_pericarp_alone, until,
 };
 
 use super::{clean_up, directory, ready, remains};
@@ -55,15 +55,9 @@ fn a_pod_whose_start_was_cut_off_is_undone() -> Result<()> {
             for pod in node.pods().await?.iter().filter(|pod| pod.id != bystander.id) {
                 clean_up(node, &pod.id).await.with_context(|| format!("after {point}"))?;
             }
-            let mut left = directories()?;
-            for _ in 0..80 {
-                if left == before {
-                    break;
-                }
-                tokio::time::sleep(std::time::Duration::from_millis(250)).await;
-                left = directories()?;
-            }
-            assert_eq!(left, before, "after {point}: {error}");
+            until("the pod's directory to go", async || Ok(directories()? == before))
+                .await
+                .with_context(|| format!("after {point}: {error}"))?;
         }
         // Kubelet tries again with the same name.
         node.pod(OF_START[0]).run().await?;
@@ -132,15 +126,12 @@ fn a_container_whose_start_or_end_was_cut_off_can_be_tried_again() -> Result<()>
 /// Waits until nothing of a container is mounted for its guest.
 async fn wait_until_released(pod: &Pod, container: &str) -> Result<()> {
     let share = directory(&pod.id).join("share");
-    for _ in 0..200 {
+    let share = share.display().to_string();
+    until("the container's mounts to go", async || {
         let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
-        if !mounts.lines().any(|line| line.contains(&share.display().to_string()) && line.contains(container))
-        {
-            return Ok(());
-        }
-        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
-    }
-    anyhow::bail!("container {container} is mounted for its guest still")
+        Ok(!mounts.lines().any(|line| line.contains(&share) && line.contains(container)))
+    })
+    .await
 }
 
 #[test]
@@ -149,16 +140,11 @@ fn a_controller_that_is_killed_while_it_takes_pods_over_is_followed_by_one_that_
         let pods = [node.pod("first").run().await?, node.pod("second").run().await?];
         let container = pods[1].idle_container("idle").await?;
         let killed = NodeController::kill()?;
-        std::fs::write(std::env::var_os("PERICARP_FAULT_FILE").context("the fault file")?, "adopting")?;
+        let file = PathBuf::from(std::env::var_os("PERICARP_FAULT_FILE").context("the fault file")?);
+        std::fs::write(&file, "adopting")?;
         // The next one dies as soon as it has found a pod.
         drop(killed);
-        while std::env::var_os("PERICARP_FAULT_FILE").is_some_and(|file| std::path::Path::new(&file).exists())
-        {
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-        }
-        while pericarp_tests::machine::controller_pid().is_ok() {
-            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
-        }
+        until("its death", async || Ok(!file.exists() && machine::controller_pid().is_err())).await?;
         NodeController::down().restart().await?;
         for pod in &pods {
             ready(pod).await?;

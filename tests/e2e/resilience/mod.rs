@@ -9,10 +9,10 @@ mod model;
 mod node;
 mod records;
 
-use std::{fs, path::PathBuf, time::Duration};
+use std::{fs, path::PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
-use pericarp_tests::{Container, Node, Pod, machine::MachineProcess};
+use anyhow::{Context, Result, ensure};
+use pericarp_tests::{Container, Node, Pod, machine::MachineProcess, until};
 
 /// A pod's directory.
 fn directory(id: &str) -> PathBuf {
@@ -45,14 +45,9 @@ async fn ready(pod: &Pod) -> Result<()> {
 }
 
 async fn becomes(pod: &Pod, ready: bool) -> Result<()> {
-    for _ in 0..200 {
-        // containerd takes its time to dial a new controller.
-        if pod.is_ready().await.is_ok_and(|is_ready| is_ready == ready) {
-            return Ok(());
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    bail!("pod {} is {}READY still", pod.id, if ready { "not " } else { "" })
+    let what = format!("pod {} to be {}READY", pod.id, if ready { "" } else { "not " });
+    // containerd takes its time to dial a new controller.
+    until(&what, async || Ok(pod.is_ready().await? == ready)).await
 }
 
 /// What a container has written that counts from 0 on, a number a line.
@@ -81,13 +76,6 @@ impl Counted {
 
 /// Stops and removes a pod as kubelet does: again and again until it is gone, and once more than needed.
 async fn clean_up(node: &Node, pod: &str) -> Result<()> {
-    let mut attempt = 0;
-    while let Err(error) = node.remove_pod(pod).await {
-        attempt += 1;
-        if attempt == 20 {
-            return Err(error);
-        }
-        tokio::time::sleep(Duration::from_millis(250)).await;
-    }
+    until("the pod's removal", async || node.remove_pod(pod).await.map(|()| true)).await?;
     node.remove_pod(pod).await
 }

@@ -11,11 +11,11 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use pericarp_tests::{
-    Container, Node, Pod, api,
+    Container, HANG_LIMIT, Node, Pod, api,
     containerd::Stopped,
     controller::{NODE_RUN_DIR, NodeController, pod_directories},
     machine::{self, MachineProcess},
-    on_pericarp_alone_for,
+    on_pericarp_alone_for, until,
 };
 use rustix::process::Signal;
 
@@ -30,7 +30,7 @@ const OPERATIONS: u32 = 100;
 /// If none is asked for: always the same, so that a failure is the fault of what has changed. `scripts/soak` explores.
 const SEED: u64 = 1;
 /// Each is given this much time at the most, all in all.
-const LIMIT_EACH: Duration = Duration::from_secs(12);
+const LIMIT_EACH: Duration = Duration::from_secs(24);
 const PODS_MAX: usize = 3;
 const CONTAINERS_MAX: usize = 3;
 /// By how much the controller may grow, in bytes.
@@ -209,9 +209,7 @@ impl Model<'_> {
         match started {
             Ok(()) => {
                 // Before that, nothing in it minds a TERM.
-                while container.log()?.stdout() != "started\n" {
-                    tokio::time::sleep(Duration::from_millis(20)).await;
-                }
+                until("its first line", async || Ok(container.log()?.stdout() == "started\n")).await?;
                 self.pods[at].containers.push(ModelContainer { container, runs: true });
             }
             Err(error) => {
@@ -346,7 +344,7 @@ impl Model<'_> {
                 // containerd takes its time to dial a new controller.
                 Err(error) => format!("{error:#}"),
             };
-            ensure!(start.elapsed() < Duration::from_secs(60), "{found}");
+            ensure!(start.elapsed() < HANG_LIMIT, "{found}");
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
     }
@@ -450,7 +448,7 @@ fn nothing_is_left_in_a_controller_by_random_operations() -> Result<()> {
         model.remove_all().await?;
         model.agrees().await.context("after all pods were removed")?;
         let mut after = size_of_controller()?;
-        for _ in 0..50 {
+        for _ in 0..300 {
             if after.0.len() <= before.0.len() {
                 break;
             }

@@ -7,8 +7,8 @@ use std::{
 };
 
 use anyhow::{Context, Result};
-use pericarp_tests::{Container, ExecOutput, Node, Pod, api, on_node};
-use tokio::task::JoinHandle;
+use pericarp_tests::{Container, ExecOutput, HANG_LIMIT, Node, Pod, api, on_node};
+use tokio::{task::JoinHandle, time::timeout};
 
 fn output(stdout: &str) -> ExecOutput {
     ExecOutput { stdout: stdout.to_owned(), stderr: String::new(), exit_code: 0 }
@@ -160,7 +160,7 @@ impl Told {
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         };
-        let waited = tokio::time::timeout(Duration::from_secs(20), deleted).await;
+        let waited = timeout(HANG_LIMIT, deleted).await;
         waited.with_context(|| format!("of {id} is told {:?}", known()))?;
         Ok(known())
     }

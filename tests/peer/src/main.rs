@@ -25,7 +25,7 @@ use std::{
 };
 
 /// Nobody waits longer for an answer.
-const PATIENCE: Duration = Duration::from_secs(20);
+const PATIENCE: Duration = Duration::from_secs(120);
 /// The largest datagram.
 const DATAGRAM_MAX: usize = 65_536;
 
