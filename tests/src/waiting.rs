@@ -6,7 +6,7 @@ use anyhow::{Result, bail};
 
 /// Whatever takes longer has hung: far more than anything takes on a node that is busy and emulated, because only a test
 /// that fails waits for so long.
-pub const HANG_LIMIT: Duration = Duration::from_secs(300);
+pub const HANG_LIMIT: Duration = Duration::from_secs(600);
 
 /// How often it is looked.
 const INTERVAL: Duration = Duration::from_millis(50);
