@@ -18,6 +18,7 @@ use pericarp_tests::{
     on_pericarp_alone_for, until,
 };
 use rustix::process::Signal;
+use tonic::{Code, Status};
 
 use super::{
     clean_up, directory,
@@ -190,7 +191,17 @@ impl Model<'_> {
     async fn run_pod(&mut self, fault: Fault) -> Result<bool> {
         let name = self.name("pod");
         let (run, hit) = during(fault, Box::pin(self.node.pod(&name).try_run())).await?;
-        match run? {
+        let mut run = run?;
+        let undialled = |error: &Status| !hit && error.code() == Code::Unavailable;
+        if run.as_ref().is_err_and(undialled) {
+            // Where the last fault has left no pod, nothing has had containerd dial the new controller yet.
+            until("a controller in containerd's eyes", async || {
+                run = Box::pin(self.node.pod(&name).try_run()).await?;
+                Ok(!run.as_ref().is_err_and(undialled))
+            })
+            .await?;
+        }
+        match run {
             Ok(pod) => self.pods.push(ModelPod { pod, runs: true, containers: Vec::new() }),
             Err(error) => ensure!(hit, "RunPodSandbox without a fault: {error}"),
         }
@@ -214,7 +225,7 @@ impl Model<'_> {
             }
             Err(error) => {
                 ensure!(hit, "StartContainer without a fault: {error}");
-                container.remove().await?;
+                until("its removal", async || container.remove().await.map(|()| true)).await?;
             }
         }
         Ok(true)
@@ -256,7 +267,8 @@ impl Model<'_> {
         let (stopped, hit) = during(fault, pod.pod.stop()).await?;
         if let Err(error) = stopped {
             ensure!(hit, "StopPodSandbox without a fault: {error:#}");
-            pod.pod.stop().await?;
+            // containerd takes its time to dial a new controller.
+            until("the pod's stop", async || pod.pod.stop().await.map(|()| true)).await?;
         }
         pod.end();
         Ok(true)
