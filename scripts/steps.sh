@@ -2,10 +2,14 @@
 
 # step NAME COMMAND…: says what is done and how long it took; a failure ends the script with the step's name.
 step() {
-  local name=$1 start=$SECONDS status=0
+  local name=$1 start=$SECONDS status
   shift
   printf '==> %s (at %s)\n' "$name" "$(clock "$SECONDS")"
-  "$@" || status=$?
+  # In a shell of its own, because within a condition a function would go on after a command that failed.
+  set +e
+  (set -e; "$@")
+  status=$?
+  set -e
   if [ "$status" != 0 ]; then
     printf '==> FAILED: %s (exit status %s, after %s)\n' "$name" "$status" "$(clock $((SECONDS - start)))" >&2
     exit "$status"
