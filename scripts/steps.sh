@@ -1,4 +1,7 @@
-# Progress of a script, step by step. Sourced; not run.
+# What the scripts have in common: progress, step by step. Sourced; not run.
+
+# Unit tests, lints and the tests on a node are built with the same, so that they share what they are built from.
+test_features=pericarp/fault-points
 
 # step NAME COMMAND…: says what is done and how long it took; a failure ends the script with the step's name.
 step() {
