@@ -15,12 +15,11 @@ use pericarp_protos::{
         WaitMemoryRequest,
     },
 };
-use pericarp_tests::bare::{Bare, limit, make_rootfs};
+use pericarp_tests::{
+    bare::{Bare, limit, make_rootfs},
+    without_containerd,
+};
 use serde_json::{Value, json};
-
-fn alone(test: impl AsyncFnOnce() -> Result<()>) -> Result<()> {
-    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(test())
-}
 
 /// Makes an EROFS image of a directory.
 fn image(directory: &Path, image: &Path, compression: &str) -> Result<()> {
@@ -95,7 +94,7 @@ fn make_layers(bare: &Bare) -> Result<(PathBuf, PathBuf)> {
 
 #[test]
 fn a_container_runs_from_layers_on_a_disk_and_its_slot_is_used_again() -> Result<()> {
-    alone(async || {
+    without_containerd(async || {
         let bare = Bare::start(json!({})).await?;
         let (top, lower) = make_layers(&bare)?;
         let mut first = None;
@@ -132,7 +131,7 @@ fn a_container_runs_from_layers_on_a_disk_and_its_slot_is_used_again() -> Result
 
 #[test]
 fn a_raw_disk_is_a_node_in_its_container_and_what_is_written_is_in_the_file() -> Result<()> {
-    alone(async || {
+    without_containerd(async || {
         let bare = Bare::start(json!({})).await?;
         let raw = bare.file("raw");
         fs::write(&raw, vec![b'.'; 1 << 20])?;
@@ -151,7 +150,7 @@ fn a_raw_disk_is_a_node_in_its_container_and_what_is_written_is_in_the_file() ->
 
 #[test]
 fn a_disk_is_taken_from_a_guest_that_still_uses_it() -> Result<()> {
-    alone(async || {
+    without_containerd(async || {
         let bare = Bare::start(json!({ "disk_slots": 2 })).await?;
         let raw = bare.file("raw");
         fs::write(&raw, vec![b'1'; 1 << 20])?;
@@ -183,7 +182,7 @@ fn a_disk_is_taken_from_a_guest_that_still_uses_it() -> Result<()> {
 
 #[test]
 fn a_container_whose_layers_are_no_image_fails_and_leaves_its_slots_usable() -> Result<()> {
-    alone(async || {
+    without_containerd(async || {
         let bare = Bare::start(json!({})).await?;
         let (top, lower) = make_layers(&bare)?;
         let nonsense = bare.file("nonsense");
@@ -215,7 +214,7 @@ fn a_container_whose_layers_are_no_image_fails_and_leaves_its_slots_usable() -> 
 
 #[test]
 fn processors_come_and_go() -> Result<()> {
-    alone(async || {
+    without_containerd(async || {
         let bare = Bare::start(json!({ "vcpus_max": 4 })).await?;
         assert_eq!(bare.shell("before", "nproc").await?, "1");
         for (count, created) in [(3, 3), (1, 3), (4, 4), (2, 4)] {
@@ -265,7 +264,7 @@ async fn resize_memory(bare: &Bare, mib: u64) -> Result<bool> {
 
 #[test]
 fn memory_comes_and_goes() -> Result<()> {
-    alone(async || {
+    without_containerd(async || {
         let bare = Bare::start(json!({ "memory_mib": 256, "memory_max_mib": 1024 })).await?;
         let before = total(&bare, "before").await?;
         ensure!(resize_memory(&bare, 704).await?, "the device was there already");
@@ -297,7 +296,7 @@ fn memory_comes_and_goes() -> Result<()> {
 #[test]
 #[ignore = "measures; run by its name"]
 fn figures() -> Result<()> {
-    alone(async || {
+    without_containerd(async || {
         for change in [
             json!({ "disk_slots": 0 }),
             json!({ "disk_slots": 8 }),

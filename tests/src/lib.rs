@@ -26,6 +26,7 @@ pub use cri::Cri;
 pub use forward::{Forward, Forwarded};
 pub use node::{
     Network, Node, Runtime, on_node, on_node_alone, on_pericarp, on_pericarp_alone, on_pericarp_alone_for,
+    without_containerd,
 };
 pub use pericarp_protos::cri as api;
 pub use pod::{POD_ROOT, Pod, PodBuilder, mapped};

@@ -3,7 +3,7 @@
 use std::{
     env, fmt,
     fs::{self, File},
-    io::Write,
+    io::{self, Write as _},
     panic::{AssertUnwindSafe, resume_unwind},
     path::PathBuf,
     process,
@@ -16,7 +16,7 @@ use anyhow::{Context, Result, bail, ensure};
 use futures::FutureExt;
 use tokio::time::timeout;
 
-/// Where a run's results are collected, if they are: one line per test with its duration.
+/// Where a run's results are collected, if they are: what the next run deals tests to nodes by (`tests/node/deal`).
 const DURATIONS: &str = "/results/durations";
 
 use crate::{Cri, PodBuilder, api};
@@ -117,20 +117,23 @@ pub struct Node {
     unique: String,
 }
 
+/// What else may run on the node meanwhile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Company {
+    /// Other tests.
+    Shared,
+    /// Nothing, because the test takes away what all others need.
+    Alone,
+}
+
 /// Runs one test: gives it a node, bounds its time, and removes every pod it made, also when it fails.
 pub fn on_node(test: impl AsyncFnOnce(&Node) -> Result<()>) -> Result<()> {
-    run(Runtime::under_test(), test)
+    run(Company::Shared, TEST_LIMIT, test)
 }
 
 /// Like [`on_node`], for a test of something that only Pericarp has.
 pub fn on_pericarp(test: impl AsyncFnOnce(&Node) -> Result<()>) -> Result<()> {
-    match Runtime::under_test() {
-        Runtime::Pericarp => run(Runtime::Pericarp, test),
-        Runtime::Runc => {
-            println!("skipped: not for runc");
-            Ok(())
-        }
-    }
+    unless_runc(|| run(Company::Shared, TEST_LIMIT, test))
 }
 
 /// Like [`on_pericarp`], for a test that takes away what all others need: none runs at the same time.
@@ -140,45 +143,60 @@ pub fn on_pericarp_alone(test: impl AsyncFnOnce(&Node) -> Result<()>) -> Result<
 
 /// Like [`on_pericarp_alone`], for a test that takes as long as it was asked to.
 pub fn on_pericarp_alone_for(limit: Duration, test: impl AsyncFnOnce(&Node) -> Result<()>) -> Result<()> {
-    let _alone = NODE_IN_USE.write().unwrap_or_else(PoisonError::into_inner);
+    unless_runc(|| run(Company::Alone, limit, test))
+}
+
+/// Like [`on_node`], for a test that takes away what all others need: none runs at the same time.
+pub fn on_node_alone(test: impl AsyncFnOnce(&Node) -> Result<()>) -> Result<()> {
+    run(Company::Alone, TEST_LIMIT, test)
+}
+
+fn unless_runc(test: impl FnOnce() -> Result<()>) -> Result<()> {
     match Runtime::under_test() {
-        Runtime::Pericarp => run_within(limit, Runtime::Pericarp, test),
+        Runtime::Pericarp => test(),
         Runtime::Runc => {
-            println!("skipped: not for runc");
+            // Not captured, unlike what `eprintln!` writes: `scripts/test` tells it at its end.
+            let _ = writeln!(io::stderr(), "\nskipped: not for runc");
             Ok(())
         }
     }
 }
 
-/// Like [`on_node`], for a test that takes away what all others need: none runs at the same time.
-pub fn on_node_alone(test: impl AsyncFnOnce(&Node) -> Result<()>) -> Result<()> {
-    let _alone = NODE_IN_USE.write().unwrap_or_else(PoisonError::into_inner);
-    run_now(Runtime::under_test(), test)
+fn run(company: Company, limit: Duration, test: impl AsyncFnOnce(&Node) -> Result<()>) -> Result<()> {
+    let (_shared, _alone) = match company {
+        Company::Shared => (Some(NODE_IN_USE.read().unwrap_or_else(PoisonError::into_inner)), None),
+        Company::Alone => (None, Some(NODE_IN_USE.write().unwrap_or_else(PoisonError::into_inner))),
+    };
+    recorded(company, async |name| {
+        let node = Node::connect(Runtime::under_test(), name).await?;
+        let bounded = async { timeout(limit, test(&node)).await.context("the test ran into its limit")? };
+        let outcome = AssertUnwindSafe(bounded).catch_unwind().await;
+        let cleanup = timeout(TEST_LIMIT, node.clean_up()).await;
+        outcome.unwrap_or_else(|panic| resume_unwind(panic))?;
+        cleanup.context("cleaning up ran into its limit")?.context("clean up")
+    })
 }
 
-fn run(runtime: Runtime, test: impl AsyncFnOnce(&Node) -> Result<()>) -> Result<()> {
+/// Runs one test of a machine that has neither containerd nor a controller.
+pub fn without_containerd(test: impl AsyncFnOnce() -> Result<()>) -> Result<()> {
     let _in_use = NODE_IN_USE.read().unwrap_or_else(PoisonError::into_inner);
-    run_now(runtime, test)
+    recorded(Company::Shared, async |_| {
+        timeout(TEST_LIMIT, test()).await.context("the test ran into its limit")?
+    })
 }
 
-fn run_now(runtime: Runtime, test: impl AsyncFnOnce(&Node) -> Result<()>) -> Result<()> {
-    run_within(TEST_LIMIT, runtime, test)
-}
-
-fn run_within(limit: Duration, runtime: Runtime, test: impl AsyncFnOnce(&Node) -> Result<()>) -> Result<()> {
+/// Runs a test, which is told its name, and records how long it took.
+fn recorded(company: Company, test: impl AsyncFnOnce(&str) -> Result<()>) -> Result<()> {
     let executor = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     executor.block_on(async {
         let start = Instant::now();
         let name = thread::current().name().unwrap_or("test").to_owned();
-        let node = Node::connect(runtime, &name).await?;
-        let bounded = async { timeout(limit, test(&node)).await.context("the test ran into its limit")? };
-        let outcome = AssertUnwindSafe(bounded).catch_unwind().await;
-        let cleanup = timeout(TEST_LIMIT, node.clean_up()).await;
+        let outcome = AssertUnwindSafe(test(&name)).catch_unwind().await;
         if let Ok(mut file) = File::options().append(true).create(true).open(DURATIONS) {
-            writeln!(file, "{:6.2} s {name}", start.elapsed().as_secs_f64())?;
+            let (seconds, company) = (start.elapsed().as_secs_f64(), format!("{company:?}").to_lowercase());
+            writeln!(file, "{seconds:.1} {company} e2e {name}")?;
         }
-        outcome.unwrap_or_else(|panic| resume_unwind(panic))?;
-        cleanup.context("cleaning up ran into its limit")?.context("clean up")
+        outcome.unwrap_or_else(|panic| resume_unwind(panic))
     })
 }
 
