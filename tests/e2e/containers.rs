@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::Result;
-use pericarp_tests::{BUSYBOX, BUSYBOX_USR1, api, on_node, until};
+use pericarp_tests::{BUSYBOX, BUSYBOX_USR1, api, on_node};
 
 #[test]
 fn a_container_tells_its_exit_code_and_times() -> Result<()> {
@@ -55,7 +55,7 @@ fn stopping_a_container_sends_term_first_and_kill_after_the_grace_period() -> Re
             .start()
             .await?;
         for container in [&obedient, &deaf] {
-            until("the container to be ready", async || Ok(container.log()?.stdout() == "ready\n")).await?;
+            container.wait_for_output("ready\n").await?;
         }
 
         let start = Instant::now();
@@ -83,7 +83,7 @@ fn a_container_is_stopped_by_the_signal_of_its_image() -> Result<()> {
             .image(BUSYBOX_USR1)
             .start()
             .await?;
-        until("the container to be ready", async || Ok(container.log()?.stdout() == "ready\n")).await?;
+        container.wait_for_output("ready\n").await?;
         container.stop(20).await?;
         assert_eq!(container.status().await?.exit_code, 4);
         Ok(())

@@ -150,7 +150,7 @@ fn a_guest_that_dies_before_it_is_ready_is_reported_without_waiting() -> Result<
 }
 
 /// A cpio archive in the "newc" format, as the kernel unpacks it.
-fn archive(files: &[(&str, u32, &[u8])]) -> Vec<u8> {
+pub fn archive(files: &[(&str, u32, &[u8])]) -> Vec<u8> {
     let mut archive = Vec::new();
     for (inode, (name, mode, content)) in (1..).zip(files.iter().copied().chain([("TRAILER!!!", 0, &[][..])]))
     {

@@ -108,8 +108,8 @@ fn a_terminal_echoes_input_has_a_size_and_tells_the_exit_code() -> Result<()> {
             .await?;
         shell.read_until("size-7").await?;
         // The terminal's own interrupt key ends what runs in the foreground, not the shell.
-        shell.write("sleep 1000; echo interrupted-$?\n").await?;
-        tokio::time::sleep(Duration::from_millis(500)).await;
+        shell.write("sh -c 'echo runs-$((4 + 4)); exec sleep 1000'\n").await?;
+        shell.read_until("runs-8").await?;
         shell.write("\u{3}").await?;
         shell.write("echo alive-$((5 + 5))\n").await?;
         shell.read_until("alive-10").await?;

@@ -6,7 +6,6 @@ use std::{
     net::SocketAddr,
     os::fd::AsFd as _,
     thread,
-    time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
@@ -29,7 +28,7 @@ const NOBODY: u16 = 9;
 /// A container that answers at an address of its pod.
 async fn serve(pod: &Pod, name: &str, address: &str) -> Result<Container> {
     let container = pod.container(name).command(["peer", "serve", address]).start().await?;
-    until("the pod's server", async || Ok(container.log()?.stdout() == "ready\n")).await?;
+    container.wait_for_output("ready\n").await?;
     Ok(container)
 }
 
@@ -171,14 +170,7 @@ fn a_client_that_goes_away_is_seen_by_the_server() -> Result<()> {
         let count = "grep -c ':1F90 [^ ]* 01' /proc/net/tcp || true";
         assert_eq!(server.shell(count).await?, "1");
         forward.close().await?;
-        timeout(HANG_LIMIT, async {
-            while server.shell(count).await? != "0" {
-                tokio::time::sleep(Duration::from_millis(100)).await;
-            }
-            anyhow::Ok(())
-        })
-        .await
-        .context("the server still has the connection")?
+        until("the server to lose the connection", async || Ok(server.shell(count).await? == "0")).await
     })
 }
 

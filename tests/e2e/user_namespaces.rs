@@ -8,7 +8,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use pericarp_tests::{
-    Container, HANG_LIMIT, Node, POD_ROOT, Pod, Runtime, api, mapped, on_node, on_pericarp, until,
+    Container, HANG_LIMIT, Node, POD_ROOT, Pod, Runtime, api, mapped, on_node, on_pericarp,
 };
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
@@ -110,7 +110,7 @@ fn a_pod_with_a_user_namespace_is_on_the_network_and_can_be_forwarded_to() -> Re
     on_node(async |node| {
         let pod = node.pod("served").in_user_namespace().run().await?;
         let server = pod.container("server").command(["peer", "serve", "0.0.0.0:80"]).start().await?;
-        until("the server", async || Ok(server.log()?.stdout() == "ready\n")).await?;
+        server.wait_for_output("ready\n").await?;
         let address = *pod.addresses().await?.first().context("the pod has no address")?;
         let mut answer = String::new();
         let asked = async {

@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::Result;
-use pericarp_tests::{BUSYBOX_USR1, api, on_node, on_pericarp, until};
+use pericarp_tests::{BUSYBOX_USR1, api, on_node, on_pericarp};
 use rustix::mount::{MountFlags, MountPropagationFlags, UnmountFlags};
 
 #[test]
@@ -241,7 +241,7 @@ fn a_lock_holds_between_the_containers_of_a_pod() -> Result<()> {
             .script("sleep infinity | peer hold-lock /shared/lock")
             .start()
             .await?;
-        until("the lock", async || Ok(holder.log()?.stdout() == "locked\n")).await?;
+        holder.wait_for_output("locked\n").await?;
         let other = pod.container("other").mount(&path, "/shared", false).start().await?;
         assert_eq!(other.shell("peer try-lock /shared/lock").await?, "flock false fcntl false");
         holder.stop(0).await?;

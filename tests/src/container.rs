@@ -9,6 +9,7 @@ use crate::{
     HANG_LIMIT, Pod, api,
     log::Log,
     streaming::{Finished, Session, Terminal},
+    until,
 };
 
 /// The image of the tests, made by `make-images` and imported before they run.
@@ -230,6 +231,12 @@ impl Container {
             }
             tokio::time::sleep(Duration::from_millis(100)).await;
         }
+    }
+
+    /// Waits until what it has written to its standard output is just this.
+    pub async fn wait_for_output(&self, stdout: &str) -> Result<()> {
+        let what = format!("{stdout:?} from container {}", self.id);
+        until(&what, async || Ok(self.log()?.stdout() == stdout)).await
     }
 
     /// `ExecSync` without a time limit.

@@ -8,8 +8,9 @@ use anyhow::{Result, bail};
 /// that fails waits for so long.
 pub const HANG_LIMIT: Duration = Duration::from_secs(600);
 
-/// How often it is looked.
-const INTERVAL: Duration = Duration::from_millis(50);
+/// How often it is looked: often at first, then ever more rarely, because looking takes the node's CPU from what is waited for.
+const INTERVAL_MIN: Duration = Duration::from_millis(20);
+const INTERVAL_MAX: Duration = Duration::from_millis(500);
 
 /// Waits until `holds` answers yes; an error of it means not yet. `what` completes "waited in vain for".
 pub async fn until(what: &str, mut holds: impl AsyncFnMut() -> Result<bool>) -> Result<()> {
@@ -23,6 +24,6 @@ pub async fn until(what: &str, mut holds: impl AsyncFnMut() -> Result<bool>) -> 
         if start.elapsed() > HANG_LIMIT {
             bail!("waited in vain for {what}{seen}");
         }
-        tokio::time::sleep(INTERVAL).await;
+        tokio::time::sleep((start.elapsed() / 8).clamp(INTERVAL_MIN, INTERVAL_MAX)).await;
     }
 }

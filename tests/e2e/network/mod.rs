@@ -11,7 +11,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail};
-use pericarp_tests::{Container, HANG_LIMIT, Node, Pod, PodBuilder, until};
+use pericarp_tests::{Container, HANG_LIMIT, Node, Pod, PodBuilder};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream, UdpSocket},
@@ -37,7 +37,7 @@ impl Server {
     async fn of(pod: PodBuilder) -> Result<Server> {
         let pod = pod.run().await?;
         let container = pod.container("server").command(["peer", "serve", "[::]:8080"]).start().await?;
-        until("the pod's server", async || Ok(container.log()?.stdout() == "ready\n")).await?;
+        container.wait_for_output("ready\n").await?;
         let addresses = pod.addresses().await?;
         Ok(Server { pod, container, addresses })
     }

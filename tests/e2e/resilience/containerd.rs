@@ -1,6 +1,6 @@
 //! containerd is stopped and started again.
 
-use std::{path::Path, time::Duration};
+use std::{fs, path::Path};
 
 use anyhow::{Context, Result, ensure};
 use containerd_shim_protos::api::DeleteResponse;
@@ -37,17 +37,19 @@ fn tasks_are_found_again_when_containerd_was_away() -> Result<()> {
                 )
                 .start()
                 .await?;
+            let signs = node.directory_for(&format!("signs-{}", signal.as_raw()))?;
             let ends = pod
                 .container("ends")
-                .script("until [ -e /dev/shm/go ]; do sleep 0.1; done; echo gone; exit 7")
+                .mount(&signs, "/signs", false)
+                .script("until [ -e /signs/go ]; do sleep 0.1; done; echo gone; touch /signs/gone; exit 7")
                 .start()
                 .await?;
             let idle = pod.idle_container("idle").await?;
-            idle.shell("(sleep 1; touch /dev/shm/go) > /dev/null 2>&1 &").await?;
             let before = counted(&counter)?;
             let stopped = Stopped::by(signal).await?;
             // It ends while nobody can be told.
-            tokio::time::sleep(Duration::from_secs(3)).await;
+            fs::write(format!("{signs}/go"), "")?;
+            until("the container's last act", async || Ok(Path::new(&signs).join("gone").exists())).await?;
             stopped.restart(node).await?;
             ready(&pod).await?;
 

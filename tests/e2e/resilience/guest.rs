@@ -1,6 +1,9 @@
 //! A machine or its guest dies.
 
-use std::time::{Duration, Instant};
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, ensure};
 use pericarp_protos::sandbox::{ControllerStatusRequest, ControllerWaitRequest};
@@ -8,11 +11,12 @@ use pericarp_tests::{
     Container, HANG_LIMIT, Node, Pod,
     controller::{Controller, NetworkNamespace, pod_config},
     machine::MachineProcess,
-    on_pericarp,
+    on_pericarp, until,
 };
 use rustix::process::Signal;
 
 use super::{clean_up, not_ready, remains};
+use crate::controller::archive;
 
 /// A pod in which a container may do anything, and that container.
 async fn privileged(node: &Node, name: &str) -> Result<(Pod, Container)> {
@@ -99,34 +103,120 @@ fn a_kernel_that_panics_for_want_of_memory_is_told_so() -> Result<()> {
     })
 }
 
-#[test]
-fn a_stuck_guest_is_ended_when_its_time_is_over() -> Result<()> {
-    on_pericarp(async |node| {
-        let netns = NetworkNamespace::new(node.name()).await?;
-        let mut controller =
-            Controller::serve("ready_timeout_seconds = 90\nguest_timeout_seconds = 20").await?;
-        let id = format!("{:0<64}", "stuck");
-        let started = controller.start_pod(&id, &pod_config("stuck"), &netns).await?;
-        // One that answers is left alone for longer than that.
-        tokio::time::sleep(Duration::from_secs(25)).await;
-        let status = ControllerStatusRequest { sandbox_id: id.clone(), verbose: true, ..Default::default() };
-        assert_eq!(controller.client.status(status.clone()).await?.into_inner().state, "SANDBOX_READY");
+/// In the place of an initramfs's `/init`: the agent, and beside it one that freezes the agent once somebody has connected to
+/// port 7777. The kernel goes on, and with it everything that does not need PID 1.
+const INIT_TO_BE_FROZEN: &str = r#"#!/bin/busybox sh
+busybox=/bin/busybox
+$busybox mv /init /script
+$busybox mv /agent /init
+{
+    echo obeyed | $busybox nc -l -p 7777
+    $busybox mkdir /cgroups
+    $busybox mount -t cgroup2 cgroup2 /cgroups
+    $busybox mkdir /cgroups/frozen
+    echo 1 > /cgroups/frozen/cgroup.procs
+    echo 1 > /cgroups/frozen/cgroup.freeze
+    until $busybox grep -q 'frozen 1' /cgroups/frozen/cgroup.events; do $busybox sleep 1; done
+    echo 'the agent is frozen'
+    $busybox sleep infinity
+} > /dev/console 2>&1 &
+exec /init
+"#;
 
-        let machine = MachineProcess { pid: started.pid.try_into()? };
-        let begun = Instant::now();
-        machine.signal(Signal::STOP)?;
-        let wait = ControllerWaitRequest { sandbox_id: id.clone(), ..Default::default() };
-        let ended = tokio::time::timeout(HANG_LIMIT, controller.client.wait(wait)).await??;
-        assert_eq!(ended.into_inner().exit_status, 137);
-        assert!(begun.elapsed() >= Duration::from_secs(13), "it took only {:?}", begun.elapsed());
-        let status = controller.client.status(status).await?.into_inner();
-        assert_eq!(status.state, "SANDBOX_NOTREADY");
+/// Guests whose agent freezes when it is told to.
+struct Freezing {
+    controller: Controller,
+}
+
+/// One of them.
+struct FreezingPod {
+    id: String,
+    netns: NetworkNamespace,
+    machine: MachineProcess,
+}
+
+impl Freezing {
+    async fn new(node: &Node) -> Result<Self> {
+        let initramfs = node.file("freezing.cpio", "")?;
+        let agent = std::env::var("PERICARP_AGENT").context("the agent to be packed")?;
+        // The kernel unpacks one archive after the other.
+        let mut content = fs::read("/usr/lib/pericarp/initramfs.cpio")?;
+        content.resize(content.len().next_multiple_of(4), 0);
+        content.extend(archive(&[
+            ("bin", 0o040_755, b""),
+            ("bin/busybox", 0o100_755, &fs::read("/usr/bin/busybox")?),
+            ("init", 0o100_755, INIT_TO_BE_FROZEN.as_bytes()),
+            ("agent", 0o100_755, &fs::read(agent)?),
+        ]));
+        fs::write(&initramfs, content)?;
+        let config =
+            format!("initramfs = '{initramfs}'\nready_timeout_seconds = 90\nguest_timeout_seconds = 20");
+        Ok(Self { controller: Controller::serve(&config).await? })
+    }
+
+    async fn start(&mut self, name: &str) -> Result<FreezingPod> {
+        let netns = NetworkNamespace::new(&format!("{name}-{}", std::process::id())).await?;
+        let id = format!("{name:0<64}");
+        let started = self.controller.start_pod(&id, &pod_config(name), &netns).await?;
+        Ok(FreezingPod { id, netns, machine: MachineProcess { pid: started.pid.try_into()? } })
+    }
+
+    /// Freezes a pod's agent, and sees to it that nothing else of the pod has stopped.
+    async fn freeze(&self, pod: &FreezingPod) -> Result<()> {
+        until("the guest to listen", async || {
+            Ok(pod.netns.run("busybox nc 127.0.0.1 7777 < /dev/null").await?.contains("obeyed"))
+        })
+        .await?;
+        let console = self.controller.run_dir.join("r").join(&pod.id).join("console.log");
+        until("the agent to be frozen", async || {
+            Ok(fs::read_to_string(&console)?.contains("the agent is frozen"))
+        })
+        .await
+    }
+
+    /// Waits for a pod's end, which must be that of a guest that has given no answer since then.
+    async fn ends_as_stuck(&self, pod: &FreezingPod, since: Instant) -> Result<()> {
+        let mut client = self.controller.client.clone();
+        let wait = ControllerWaitRequest { sandbox_id: pod.id.clone(), ..Default::default() };
+        let ended = tokio::time::timeout(HANG_LIMIT, client.wait(wait)).await??;
+        ensure!(ended.into_inner().exit_status == 137, "{}", pod.id);
+        // The first question that it did not answer may have been asked at once.
+        ensure!(since.elapsed() >= Duration::from_secs(13), "it took only {:?}", since.elapsed());
+        let status =
+            ControllerStatusRequest { sandbox_id: pod.id.clone(), verbose: true, ..Default::default() };
+        let status = client.status(status).await?.into_inner();
+        ensure!(status.state == "SANDBOX_NOTREADY", "{status:?}");
         let info: serde_json::Value = serde_json::from_str(&status.info["info"])?;
         let reason = info["pericarp"]["reason"].as_str().unwrap_or_default();
-        assert!(reason.contains("no answer for 20 s"), "{info:#}");
-        controller.shut_down_pod(&id).await?;
-        assert_eq!(remains(&id)?, Vec::<String>::new());
-        controller.stop().await?;
-        netns.remove().await
+        ensure!(reason.contains("no answer for 20 s"), "{info:#}");
+        Ok(())
+    }
+
+    async fn remove(&mut self, pod: FreezingPod) -> Result<()> {
+        self.controller.shut_down_pod(&pod.id).await?;
+        assert_eq!(remains(&pod.id)?, Vec::<String>::new());
+        pod.netns.remove().await
+    }
+}
+
+#[test]
+fn a_stuck_guest_is_ended_when_its_time_is_over_and_no_other() -> Result<()> {
+    on_pericarp(async |node| {
+        let mut freezing = Freezing::new(node).await?;
+        let well = freezing.start("well").await?;
+        let frozen = freezing.start("frozen").await?;
+        let stopped = freezing.start("stopped").await?;
+        let begun = Instant::now();
+        freezing.freeze(&frozen).await?;
+        stopped.machine.signal(Signal::STOP)?;
+        futures::try_join!(freezing.ends_as_stuck(&frozen, begun), freezing.ends_as_stuck(&stopped, begun))?;
+        // It has been asked as often, and has answered.
+        let status = ControllerStatusRequest { sandbox_id: well.id.clone(), ..Default::default() };
+        let status = freezing.controller.client.status(status).await?.into_inner();
+        assert_eq!(status.state, "SANDBOX_READY");
+        for pod in [well, frozen, stopped] {
+            freezing.remove(pod).await?;
+        }
+        freezing.controller.stop().await
     })
 }

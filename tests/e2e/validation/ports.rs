@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use anyhow::{Context, Result};
-use pericarp_tests::{HANG_LIMIT, api, on_node, streaming::Terminal, until};
+use pericarp_tests::{HANG_LIMIT, api, on_node, streaming::Terminal};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
@@ -54,7 +54,7 @@ fn a_containers_port_an_unsafe_sysctl_and_streams_work_in_a_bare_pod() -> Result
         assert_eq!(server.shell("hostname").await?, "test-hostname");
         assert!(server.shell("netstat -ln").await?.contains("0.0.0.0:80 "));
         assert_eq!(server.shell("cat /proc/sys/fs/mqueue/msg_max").await?, "100");
-        until("its greeting", async || Ok(speaker.log()?.stdout() == "hello World\n")).await?;
+        speaker.wait_for_output("hello World\n").await?;
         assert_eq!(speaker.status().await?.log_path, format!("{logs}/speaker.log"));
 
         let echo = ["echo", "-n", "hello"];

@@ -70,9 +70,7 @@ async fn traffic(ours: &Node, measured: &mut Network) -> Result<()> {
     for node in [&theirs, ours] {
         let pod = node.pod(&node.runtime.to_string()).run().await?;
         let container = pod.container("peer").command(["peer", "serve", "[::]:8080"]).start().await?;
-        while container.log()?.stdout() != "ready\n" {
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
+        container.wait_for_output("ready\n").await?;
         let address = *pod.addresses().await?.first().context("the pod's address")?;
         servers.push((node.runtime, pod, SocketAddr::new(address, 8080)));
     }
