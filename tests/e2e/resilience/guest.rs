@@ -105,7 +105,7 @@ fn a_kernel_that_panics_for_want_of_memory_is_told_so() -> Result<()> {
 
 /// In the place of an initramfs's `/init`: the agent, and beside it one that freezes the agent once somebody has connected to
 /// port 7777. The kernel goes on, and with it everything that does not need PID 1.
-const INIT_TO_BE_FROZEN: &str = r#"#!/bin/busybox sh
+const INIT_TO_BE_FROZEN: &str = r"#!/bin/busybox sh
 busybox=/bin/busybox
 $busybox mv /init /script
 $busybox mv /agent /init
@@ -121,7 +121,7 @@ $busybox mv /agent /init
     $busybox sleep infinity
 } > /dev/console 2>&1 &
 exec /init
-"#;
+";
 
 /// Guests whose agent freezes when it is told to.
 struct Freezing {
