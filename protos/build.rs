@@ -73,5 +73,11 @@ fn grpc() -> Result<(), Box<dyn Error>> {
         .type_attribute(".", "#[derive(serde::Serialize, serde::Deserialize)]")
         .message_attribute(".", "#[serde(default)]")
         .compile_fds(protox::compile(["cri/runtime.proto"], [ROOT])?)?;
+    let descriptors = protox::Compiler::new([ROOT])?
+        .include_source_info(false)
+        .include_imports(true)
+        .open_file("cri/runtime.proto")?
+        .encode_file_descriptor_set();
+    fs::write(Path::new(&env::var("OUT_DIR")?).join("cri.descriptors"), descriptors)?;
     Ok(())
 }

@@ -115,4 +115,7 @@ pub mod containerd {
 #[cfg(feature = "grpc")]
 pub mod cri {
     pub use crate::generated::grpc::cri::*;
+
+    /// Its description (`FileDescriptorSet`): what it has names for.
+    pub const DESCRIPTORS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/cri.descriptors"));
 }

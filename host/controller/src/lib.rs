@@ -8,6 +8,7 @@ pub mod errors;
 
 mod cgroup;
 mod cpuset;
+mod cri_fields;
 mod delete;
 mod event_stream;
 mod events;

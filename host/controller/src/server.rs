@@ -2,18 +2,14 @@
 
 use std::{collections::HashMap, sync::Arc};
 
-use pericarp_protos::{
-    cri,
-    sandbox::{
-        ControllerCreateRequest, ControllerCreateResponse, ControllerMetricsRequest,
-        ControllerMetricsResponse, ControllerPlatformRequest, ControllerPlatformResponse,
-        ControllerShutdownRequest, ControllerShutdownResponse, ControllerStartRequest,
-        ControllerStartResponse, ControllerStatusRequest, ControllerStatusResponse, ControllerStopRequest,
-        ControllerStopResponse, ControllerUpdateRequest, ControllerUpdateResponse, ControllerWaitRequest,
-        ControllerWaitResponse, controller_server::Controller, types,
-    },
+use pericarp_protos::sandbox::{
+    ControllerCreateRequest, ControllerCreateResponse, ControllerMetricsRequest, ControllerMetricsResponse,
+    ControllerPlatformRequest, ControllerPlatformResponse, ControllerShutdownRequest,
+    ControllerShutdownResponse, ControllerStartRequest, ControllerStartResponse, ControllerStatusRequest,
+    ControllerStatusResponse, ControllerStopRequest, ControllerStopResponse, ControllerUpdateRequest,
+    ControllerUpdateResponse, ControllerWaitRequest, ControllerWaitResponse, controller_server::Controller,
+    types,
 };
-use prost::Message as _;
 use prost_types::Timestamp;
 use tonic::{Code, Request, Response, Status, metadata::MetadataMap};
 
@@ -21,13 +17,11 @@ use crate::{
     errors::chain,
     fault, metrics,
     orphans::Pods,
-    pod::{BootError, Node, Phase, Pod, PodError},
+    pod::{BootError, Node, POD_CONFIG_TYPE, Phase, Pod, PodError},
 };
 
 /// The Task API's version that the agent speaks. containerd would execute a shim for any other.
 const TASK_API_VERSION: u32 = 3;
-/// What `Controller.Create.options` holds.
-const POD_CONFIG_TYPE: &str = "runtime.v1.PodSandboxConfig";
 
 /// All pods of this node, served to containerd.
 pub struct Sandboxes {
@@ -58,7 +52,7 @@ impl Sandboxes {
 impl From<PodError> for Status {
     fn from(error: PodError) -> Status {
         let code = match &error {
-            PodError::Refused { .. } => Code::InvalidArgument,
+            PodError::Refused { .. } | PodError::Unreadable { .. } => Code::InvalidArgument,
             PodError::Size { .. } => Code::ResourceExhausted,
             PodError::Phase { .. } => Code::FailedPrecondition,
             PodError::Boot { source: BootError::NotReady { .. }, .. } => Code::DeadlineExceeded,
@@ -76,8 +70,8 @@ fn namespace(metadata: &MetadataMap) -> Result<String, Status> {
         .ok_or_else(|| Status::invalid_argument("the request carries no containerd namespace"))
 }
 
-/// The pod's configuration as CRI gave it to containerd.
-fn pod_config(request: &ControllerCreateRequest) -> Result<cri::PodSandboxConfig, Status> {
+/// The pod's configuration as CRI gave it to containerd, encoded.
+fn pod_config(request: &ControllerCreateRequest) -> Result<&[u8], Status> {
     let id = &request.sandbox_id;
     let options = request.options.as_ref().ok_or_else(|| {
         Status::invalid_argument(format!("pod sandbox {id:?} comes without a PodSandboxConfig"))
@@ -88,9 +82,7 @@ fn pod_config(request: &ControllerCreateRequest) -> Result<cri::PodSandboxConfig
             "pod sandbox {id:?} comes with a {kind}; {POD_CONFIG_TYPE} is expected"
         )));
     }
-    cri::PodSandboxConfig::decode(options.value.as_slice()).map_err(|error| {
-        Status::invalid_argument(format!("pod sandbox {id:?}: its PodSandboxConfig cannot be read: {error}"))
-    })
+    Ok(&options.value)
 }
 
 /// Whether an id can be a directory's name, and short enough for the sockets in it.
@@ -115,8 +107,8 @@ impl Controller for Sandboxes {
         let request = request.into_inner();
         check_id(&request.sandbox_id)?;
         let config = pod_config(&request)?;
-        let id = request.sandbox_id;
-        let pod = Pod::new(id.clone(), namespace, config, request.netns_path, self.node.clone())?;
+        let (id, netns) = (request.sandbox_id.clone(), request.netns_path.clone());
+        let pod = Pod::from_message(id.clone(), namespace, config, netns, self.node.clone())?;
         match self.pods.lock().entry(id.clone()) {
             std::collections::hash_map::Entry::Occupied(known) => {
                 Err(Status::already_exists(format!("{} exists already", known.get().name())))

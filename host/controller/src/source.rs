@@ -23,6 +23,8 @@ pub struct ContainerRecord {
     pub sandbox: String,
     /// OCI runtime spec (JSON), for the host.
     pub spec: Vec<u8>,
+    /// What CRI was asked for (JSON), if it was CRI who made the container.
+    pub asked_for: Option<Vec<u8>>,
     /// Which snapshotter holds its root filesystem, for messages.
     pub snapshotter: String,
     /// What its root filesystem is made of.
@@ -110,11 +112,12 @@ impl ContainerSource for Containerd {
             .into_iter()
             .map(|mount| Mount { kind: mount.r#type, source: mount.source, options: mount.options })
             .collect();
-        let spec = match container.extensions.get(CRI_RECORD) {
-            Some(record) => spec::restore_limits(spec.value, &record.value),
+        let asked_for = container.extensions.get(CRI_RECORD).map(|record| record.value.clone());
+        let spec = match &asked_for {
+            Some(record) => spec::restore_limits(spec.value, record),
             None => spec.value,
         };
-        Ok(ContainerRecord { sandbox: container.sandbox, spec, snapshotter, rootfs })
+        Ok(ContainerRecord { sandbox: container.sandbox, spec, asked_for, snapshotter, rootfs })
     }
 
     async fn sandbox(&self, namespace: &str, id: &str) -> Result<(), SourceError> {

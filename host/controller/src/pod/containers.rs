@@ -78,6 +78,9 @@ impl Pod {
     pub(super) async fn prepare_container(&self, id: &str) -> Result<Prepared, ContainerError> {
         let begun = Instant::now();
         let record = self.look_up(id).await?;
+        if let Some(asked_for) = &record.asked_for {
+            spec::check_record(asked_for)?;
+        }
         fault::point("container-looked-up");
         let share = self.share.lock().await;
         let Phase::Running { pid } = self.phase() else { return Err(ContainerError::Ended) };

@@ -24,6 +24,7 @@ use std::{
 };
 
 use pericarp_protos::{cri, ttrpc::asynchronous::Server, vmm::StatusResponse};
+use prost::{DecodeError, Message as _};
 use serde_json::json;
 use thiserror::Error;
 use tokio::sync::{Mutex as AsyncMutex, oneshot, watch};
@@ -33,6 +34,7 @@ use self::{progress::Progress, record::Identity, refusals::Refusal};
 use crate::{
     config::Config,
     cpuset::CpuSet,
+    cri_fields,
     events::Forwarder,
     machine::{self, Exit, file},
     network::InterfaceStatus,
@@ -43,6 +45,9 @@ use crate::{
     undo::Undo,
     user_namespace::{IdMap, UserNamespace, UserNamespaceError},
 };
+
+/// What a pod is made from, in CRI.
+pub const POD_CONFIG_TYPE: &str = "runtime.v1.PodSandboxConfig";
 
 /// What all pods share.
 pub struct Node {
@@ -75,6 +80,12 @@ pub struct Ended {
 /// Why a request about a pod fails. Each names the pod.
 #[derive(Debug, Error)]
 pub enum PodError {
+    #[error("pod sandbox {id:?}: its PodSandboxConfig cannot be read")]
+    Unreadable {
+        id: String,
+        #[source]
+        source: DecodeError,
+    },
     #[error("{pod}: {what} cannot be given to a pod in a machine of its own: {remedy}")]
     Refused { pod: String, what: String, remedy: &'static str },
     #[error("{pod}")]
@@ -165,6 +176,23 @@ struct Ready {
 
 impl Pod {
     /// Checks what is asked for and takes note of it; nothing is made yet.
+    pub fn from_message(
+        id: String,
+        namespace: String,
+        message: &[u8],
+        netns: String,
+        node: Arc<Node>,
+    ) -> Result<Pod, PodError> {
+        let unreadable = |source| PodError::Unreadable { id: id.clone(), source };
+        let config = cri::PodSandboxConfig::decode(message).map_err(unreadable)?;
+        if let Some(unknown) = cri_fields::unknown_in_message(POD_CONFIG_TYPE, message).map_err(unreadable)? {
+            let Refusal { what, remedy } = Refusal::of_unknown(&unknown);
+            return Err(PodError::Refused { pod: name_of(&config, &id), what, remedy });
+        }
+        Pod::new(id, namespace, config, netns, node)
+    }
+
+    /// The same of a configuration of which everything has been understood.
     pub fn new(
         id: String,
         namespace: String,

@@ -8,16 +8,19 @@ use crate::{
     source::{ContainerRecord, SourceError},
 };
 
-/// Knows one container, `known`, of the pod `other`.
+/// Knows two containers: `known`, of the pod `other`, and `odd`, of the pod `abc`, for which CRI was asked for something
+/// that it does not know.
 struct OneContainer;
 
 #[async_trait]
 impl ContainerSource for OneContainer {
     async fn container(&self, _namespace: &str, id: &str) -> Result<ContainerRecord, SourceError> {
-        if id == "known" {
+        let of = [("known", "other"), ("odd", "abc")].into_iter().find(|(container, _)| *container == id);
+        if let Some((_, pod)) = of {
             Ok(ContainerRecord {
-                sandbox: "other".into(),
+                sandbox: pod.into(),
                 spec: Vec::new(),
+                asked_for: Some(br#"{"Metadata":{"Config":{"hologram":true}}}"#.into()),
                 snapshotter: "overlayfs".into(),
                 rootfs: Vec::new(),
             })
@@ -124,6 +127,30 @@ async fn a_guest_cannot_prepare_another_pods_container() {
         assert!(message.contains("default/web") && message.contains("in this pod"), "{message}");
     }
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn a_container_for_which_something_unknown_was_asked_is_refused_with_its_name() {
+    let directory = tempfile::tempdir().unwrap();
+    let pod = pod(directory.path());
+    let (code, message) = pod.prepare_container("odd").await.unwrap_err().into_status(&pod);
+    assert_eq!(code, ttrpc::Code::INVALID_ARGUMENT, "{message}");
+    assert!(message.contains("default/web") && message.contains("hologram"), "{message}");
+}
+
+#[tokio::test]
+async fn a_pod_for_which_something_unknown_was_asked_is_refused_with_its_name() {
+    let directory = tempfile::tempdir().unwrap();
+    let made = |message: &[u8]| {
+        Pod::from_message("abc".into(), "k8s.io".into(), message, String::new(), node(directory.path()))
+    };
+    let known = config(cri::NamespaceMode::Pod).encode_to_vec();
+    assert!(made(&known).is_ok());
+    // Field 1000, a number.
+    let error = made(&[&known[..], &[0xc0, 0x3e, 1]].concat()).err().unwrap();
+    let text = error.to_string();
+    assert!(text.contains("default/web") && text.contains("number 1000"), "{text}");
+    assert!(matches!(made(&[0xff]), Err(PodError::Unreadable { .. })));
 }
 
 #[tokio::test]

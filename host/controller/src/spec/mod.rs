@@ -1,16 +1,19 @@
 //! Translates a container's OCI runtime spec, which containerd made for a process on the host, for
 //! the guest.
 //!
-//! The spec is handled as JSON and not through typed structures, so that fields which neither we nor
-//! the `oci-spec` crate know reach the guest unchanged.
+//! The spec is handled as JSON and not through typed structures: what a structure has no field for would be lost without a
+//! word, and is refused instead ([`unsupported`], and [`record`] for what containerd was asked for).
 
 mod devices;
 mod huge_pages;
 mod mounts;
+mod record;
+mod unsupported;
 
 pub use devices::BlockVolume;
 pub use huge_pages::{HUGE_PAGE, HugeDirectory, restore_limits};
 pub use mounts::{Ids, Propagation, ReadOnly, Volume};
+pub use record::check as check_record;
 
 use std::path::Path;
 
@@ -43,6 +46,9 @@ pub enum Error {
     /// Not a spec at all.
     #[error("the container's OCI spec is not valid JSON")]
     Json(#[from] serde_json::Error),
+    /// Nothing that says what CRI was asked for.
+    #[error("containerd's record of the container is not valid JSON")]
+    Record(#[source] serde_json::Error),
     /// A field has another type than the OCI runtime spec gives it.
     #[error("the container's OCI spec is malformed: {0}")]
     Malformed(&'static str),
@@ -88,6 +94,7 @@ pub struct Pod {
 /// Translates the spec of `container`.
 pub fn translate(spec: &[u8], container: &str, pod: &Pod) -> Result<Translated, Error> {
     let mut spec: Value = serde_json::from_slice(spec)?;
+    unsupported::check(&spec)?;
     let root = spec.as_object_mut().ok_or(Error::Malformed("it is not an object"))?;
     refuse_hooks(root)?;
     // These belong to the UTS namespace, which is the pod's and is set by the agent.
