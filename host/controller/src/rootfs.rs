@@ -107,7 +107,7 @@ impl RootfsError {
 pub struct ImageLayers {
     /// The images, topmost first.
     pub images: Vec<PathBuf>,
-    /// The directory with `fs` and `work` in it, where the container writes; `None` if it may not.
+    /// The snapshot's own `fs`, where the container writes; `None` if it may not.
     pub writable: Option<PathBuf>,
 }
 
@@ -128,7 +128,7 @@ impl ImageLayers {
         let writable = match (&overlay.upper, &overlay.work) {
             (None, None) => None,
             (Some(upper), Some(work)) if upper.ends_with("fs") && work.ends_with("work") => {
-                Some(upper.parent().filter(|parent| work.parent() == Some(parent))?.to_owned())
+                Some((upper.parent() == work.parent()).then(|| upper.clone())?)
             }
             _ => return None,
         };
@@ -440,10 +440,13 @@ mod tests {
             ImageLayers::of(&overlay(&[&top, &base])),
             Some(ImageLayers {
                 images: vec![top.join("layer.erofs"), base.join("layer.erofs")],
-                writable: Some(own.clone()),
+                writable: Some(own.join("fs")),
             })
         );
         assert_eq!(ImageLayers::of(&overlay(&[&top, &plain])), None, "one layer is no image");
+        let mut apart = overlay(&[&top]);
+        apart[0].options[2] = format!("workdir={}", directory.path().join("elsewhere/work").display());
+        assert_eq!(ImageLayers::of(&apart), None, "its directories are not of one snapshot");
         assert_eq!(ImageLayers::of(&[]), None);
     }
 

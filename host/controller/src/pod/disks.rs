@@ -16,7 +16,12 @@ use pericarp_protos::{
 use thiserror::Error;
 
 use super::Pod;
-use crate::{machine::Control, rootfs::ImageLayers, share::WRITABLE, spec::BlockVolume};
+use crate::{
+    machine::Control,
+    rootfs::ImageLayers,
+    share::{WRITABLE, writable},
+    spec::BlockVolume,
+};
 
 /// Directory of the records in a pod's directory; a record is called after its container.
 const RECORDS: &str = "disks";
@@ -68,7 +73,7 @@ impl Pod {
         };
         let place = |name| format!("{SHARE_DIR}/{container}/{WRITABLE}/{name}");
         let (upper, work) = match &layers.writable {
-            Some(_) => (place("fs"), place("work")),
+            Some(_) => (place(writable::UPPER), place(writable::WORK)),
             None => (String::new(), String::new()),
         };
         let part = |offset, length| Part { offset, length, ..Part::default() };

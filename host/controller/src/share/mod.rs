@@ -7,6 +7,7 @@
 //! share takes everything below it away at once.
 
 mod volumes;
+pub mod writable;
 
 use std::{
     io,
@@ -47,7 +48,7 @@ pub enum Root {
         /// The answer.
         mounts: Vec<Mount>,
     },
-    /// The guest puts it together from disks. Only this directory, if any, is on the host.
+    /// The guest puts it together from disks. Only this directory, if any, is on the host: see [`writable`].
     Disks(Option<PathBuf>),
 }
 
@@ -152,7 +153,7 @@ impl Share {
             Root::Mounts { snapshotter, mounts } => {
                 rootfs::mount(&at, snapshotter, mounts, user_namespace)?;
             }
-            Root::Disks(Some(path)) => mount_writable(path, &at).map_err(MountError::new("mount", path))?,
+            Root::Disks(Some(snapshot)) => writable::mount(snapshot, &at)?,
             Root::Disks(None) => {}
         }
         for (volume, needed) in self.add_user(container, volumes)? {
@@ -351,13 +352,6 @@ fn open_source(volume: &Volume) -> Result<Source, ShareError> {
         FileType::Unknown => "file of an unknown kind",
     };
     Err(ShareError::VolumeKind { path: volume.source.clone(), destination: volume.destination.clone(), kind })
-}
-
-/// One mount for both directories in it: an overlay needs them on the same.
-fn mount_writable(path: &Path, at: &OwnedFd) -> io::Result<()> {
-    let mount = mounts::clone_tree(mounts::open_trusted_place(path)?, false)?;
-    mounts::set_propagation(&mount, SetPropagation::Private)?;
-    Ok(mounts::attach(&mount, at)?)
 }
 
 fn mount_volume(
