@@ -89,9 +89,6 @@ impl Pod {
         // It may have to ask a file system: not on the runtime's own threads.
         let translated = tokio::task::spawn_blocking(move || spec::translate(&spec, &container, &pod));
         let translated = translated.await.map_err(|_| ContainerError::Ended)??;
-        if !self.knows_container(id) {
-            self.progress(|progress| progress.add(id));
-        }
         // An earlier attempt of the same container: containerd tries again only after it has given up.
         self.take_away(id, &share).await?;
         self.fit(id, Limits::of_spec(&record.spec), &share.containers()).await?;
@@ -110,6 +107,9 @@ impl Pod {
                 return Err(error);
             }
         };
+        if !self.knows_container(id) {
+            self.progress(|progress| progress.add(id));
+        }
         fault::point("container-prepared");
         let elapsed = begun.elapsed();
         self.state().containers.entry(id.to_owned()).or_default().prepare =

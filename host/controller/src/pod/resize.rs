@@ -9,6 +9,7 @@ use super::{Phase, Pod, containers::ContainerError};
 use crate::{
     cgroup,
     cpuset::CpuSet,
+    errors::chain,
     guest::Agent,
     machine::{Control, file},
     size::{self, Limits, Size},
@@ -52,6 +53,40 @@ pub enum ResizeError {
     Agent(#[source] std::io::Error),
 }
 
+/// The limits of a container, noted as its own. They are forgotten again unless it turns out that it can have them, also when
+/// whoever waits for that has given up.
+struct AskedFor<'a> {
+    pod: &'a Pod,
+    container: &'a str,
+    /// What it had.
+    before: Option<Limits>,
+    stays: bool,
+}
+
+impl<'a> AskedFor<'a> {
+    fn note(pod: &'a Pod, container: &'a str, limits: Limits) -> AskedFor<'a> {
+        let before = pod.state().limits.insert(container.to_owned(), limits);
+        AskedFor { pod, container, before, stays: false }
+    }
+
+    fn stays(mut self) {
+        self.stays = true;
+    }
+}
+
+impl Drop for AskedFor<'_> {
+    fn drop(&mut self) {
+        if self.stays {
+            return;
+        }
+        let mut state = self.pod.state();
+        match self.before.take() {
+            Some(before) => state.limits.insert(self.container.to_owned(), before),
+            None => state.limits.remove(self.container),
+        };
+    }
+}
+
 impl Pod {
     /// The guest's hint that containerd has other limits for a container.
     pub(super) async fn fit_container(&self, id: &str) -> Result<(), ContainerError> {
@@ -63,33 +98,73 @@ impl Pod {
     }
 
     /// Makes the machine fit its containers, of which `id` has these limits. The share is locked meanwhile, so that this
-    /// is done by one at a time.
+    /// is done by one at a time. On an error the pod is as it was.
     pub(super) async fn fit(
         &self,
         id: &str,
         limits: Limits,
         containers: &[String],
     ) -> Result<(), ContainerError> {
-        self.state().limits.insert(id.to_owned(), limits);
         // After a restart of the controller, nothing is known of those that were there before.
-        for other in containers {
+        for other in containers.iter().filter(|other| *other != id) {
             if !self.state().limits.contains_key(other)
                 && let Ok(record) = self.look_up(other).await
             {
                 self.state().limits.insert(other.clone(), Limits::of_spec(&record.spec));
             }
         }
-        let all: Vec<Limits> = self.state().limits.values().cloned().collect();
-        let node = self.node();
-        let size = Size::fitting(self.size, &self.config, &all, &node.config, node.host)
-            .map_err(ResizeError::from)?;
+        let before = self.all_limits();
+        let asked_for = AskedFor::note(self, id, limits);
+        let wanted = self.all_limits();
+        let size = self.fitting(&wanted).map_err(ResizeError::from)?;
+        if let Err(error) = self.become_size(size, &wanted).await {
+            // Where nothing is known of the size, because another controller has set it, this is what it should be.
+            let size = self.state().size_now.or_else(|| self.fitting(&before).ok()).unwrap_or(self.size);
+            self.roll_back(size, &before).await;
+            return Err(error.into());
+        }
+        asked_for.stays();
+        Ok(())
+    }
+
+    fn all_limits(&self) -> Vec<Limits> {
+        self.state().limits.values().cloned().collect()
+    }
+
+    fn fitting(&self, containers: &[Limits]) -> Result<Size, size::Error> {
+        Size::fitting(self.size, &self.config, containers, &self.node.config, self.node.host)
+    }
+
+    /// Changes what has to be changed. On an error, some of it may have been.
+    async fn become_size(&self, size: Size, containers: &[Limits]) -> Result<(), ResizeError> {
         let now = self.state().size_now;
         if now != Some(size) {
             self.resize(size, now.unwrap_or(self.size)).await?;
-            self.state().size_now = Some(size);
+        }
+        self.pin(containers)?;
+        self.state().size_now = Some(size);
+        if now != Some(size) {
             tracing::info!(pod = self.id, ?size, "machine resized");
         }
-        Ok(self.pin(&all)?)
+        Ok(())
+    }
+
+    /// Undoes what a resize that failed may have done.
+    async fn roll_back(&self, size: Size, containers: &[Limits]) {
+        {
+            // Unknown, so that all of it is set again, if not now then by the next resize.
+            let mut state = self.state();
+            state.size_now = None;
+            state.pinned = None;
+        }
+        if let Err(error) = self.become_size(size, containers).await {
+            tracing::warn!(
+                pod = self.id,
+                ?size,
+                error = chain(&error),
+                "the machine cannot be given back its size"
+            );
+        }
     }
 
     /// Keeps the machine on the host's CPUs and memory nodes that its containers may use together.
@@ -114,6 +189,7 @@ impl Pod {
         Ok(())
     }
 
+    /// Has machine and guest take on a size.
     async fn resize(&self, size: Size, before: Size) -> Result<(), ResizeError> {
         let Size { vcpus, memory_mib } = size;
         let machine_error = |source| ResizeError::Machine { vcpus, memory_mib, source };
@@ -137,3 +213,7 @@ impl Pod {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "resize_tests.rs"]
+mod tests;

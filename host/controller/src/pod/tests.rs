@@ -69,7 +69,7 @@ fn config(network: cri::NamespaceMode) -> cri::PodSandboxConfig {
     }
 }
 
-fn pod(run_dir: &std::path::Path) -> Arc<Pod> {
+pub(super) fn pod(run_dir: &std::path::Path) -> Arc<Pod> {
     let config = config(cri::NamespaceMode::Pod);
     Arc::new(Pod::new("abc".into(), "k8s.io".into(), config, String::new(), node(run_dir)).unwrap())
 }
