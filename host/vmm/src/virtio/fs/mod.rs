@@ -1,8 +1,15 @@
 //! virtio-fs (virtio 1.2, section 5.11): one directory of the host, served by virtiofsd's own FUSE
 //! server inside the machine.
 
+mod checked;
+mod names;
+mod request;
+mod staging;
 mod user;
 mod worker;
+
+#[cfg(test)]
+mod tests;
 
 use std::{io, path::PathBuf, sync::Arc, time::Duration};
 
@@ -12,6 +19,7 @@ use virtiofsd::{
     server::Server,
 };
 
+use self::checked::Checked;
 use super::{
     ActivateError, Active, Counter, Device, F_EVENT_IDX, RunningWorker, all_queues, device_type,
     read_config_bytes,
@@ -46,7 +54,7 @@ pub enum FsError {
 /// The shared directory's device.
 pub struct Fs {
     config: [u8; TAG_SIZE + 4],
-    server: Arc<Server<PassthroughFs>>,
+    server: Arc<Server<Checked>>,
     worker: Option<RunningWorker>,
     requests: Counter,
 }
@@ -83,7 +91,7 @@ impl Fs {
         config[TAG_SIZE..].copy_from_slice(&1u32.to_le_bytes());
         Ok(Fs {
             config,
-            server: Arc::new(Server::new(passthrough)),
+            server: Arc::new(Server::new(Checked::new(passthrough))),
             worker: None,
             requests: Counter::default(),
         })
@@ -151,36 +159,5 @@ impl Device for Fs {
 
     fn counters(&self) -> Vec<(&'static str, Counter)> {
         vec![("requests", self.requests.clone())]
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_share_that_is_no_directory_is_named() {
-        let file = tempfile::NamedTempFile::new().unwrap();
-        let share = ShareConfig { tag: "share".into(), directory: file.path().into() };
-        let error = Fs::new(&share).err().unwrap();
-        assert!(error.to_string().contains(file.path().to_str().unwrap()), "{error}");
-    }
-
-    #[test]
-    fn the_guest_may_not_use_up_the_open_files() {
-        assert_eq!(files_for_guest(524_288), 522_240);
-        assert_eq!(files_for_guest(1024), 512);
-    }
-
-    #[test]
-    fn the_configuration_space_holds_tag_and_number_of_queues() {
-        let directory = tempfile::tempdir().unwrap();
-        let fs = Fs::new(&ShareConfig { tag: "share".into(), directory: directory.path().into() }).unwrap();
-        let mut tag = [0; 6];
-        fs.read_config(0, &mut tag);
-        assert_eq!(&tag, b"share\0");
-        let mut queues = [0; 4];
-        fs.read_config(36, &mut queues);
-        assert_eq!(u32::from_le_bytes(queues), 1);
     }
 }

@@ -10,17 +10,13 @@ use rustix::{
     io::Errno,
     thread::{CapabilitiesSecureBits, capabilities_secure_bits, set_capabilities_secure_bits},
 };
-use vm_memory::{Bytes as _, GuestAddress};
+use virtiofsd::{
+    fuse::{InHeader, Opcode},
+    soft_idmap::Id as _,
+};
 
-use crate::memory::GuestMemory;
-
-/// Requests that give a file a new name (`include/uapi/linux/fuse.h`).
-const NAMING: [u32; 3] = [12, 13, 45];
-/// Bytes from the start of a request's header to where opcode, user and group are.
-const OPCODE: u64 = 4;
-const IDS: u64 = 24;
-/// Bytes of a header up to the end of its ids.
-pub const HEADER: u32 = 32;
+/// Requests that give a file a new name.
+const NAMING: [u32; 3] = [Opcode::Rename as u32, Opcode::Link as u32, Opcode::Rename2 as u32];
 /// Root, or no user at all, as in a request that the guest's kernel makes by itself.
 const NO_USER: [u32; 2] = [0, u32::MAX];
 
@@ -39,14 +35,10 @@ pub struct Acting(());
 
 impl Acting {
     /// As the user of a request for which that matters and which virtiofsd does not do as the user by itself.
-    /// `header` is where the request begins.
-    pub fn for_request(memory: &GuestMemory, header: GuestAddress) -> Option<Acting> {
-        let read = |offset| memory.read_obj::<u32>(GuestAddress(header.0.checked_add(offset)?)).ok();
-        if !NAMING.contains(&read(OPCODE)?) {
-            return None;
-        }
-        let (uid, gid) = (read(IDS)?, read(IDS + 4)?);
-        (!NO_USER.contains(&uid)).then(|| Acting::new(uid, gid))
+    pub fn for_request(header: &InHeader) -> Option<Acting> {
+        let (uid, gid) = (header.uid.into_inner(), header.gid.into_inner());
+        let matters = NAMING.contains(&header.opcode) && !NO_USER.contains(&uid);
+        matters.then(|| Acting::new(uid, gid))
     }
 
     fn new(uid: u32, gid: u32) -> Acting {
@@ -106,16 +98,10 @@ mod tests {
 
     #[test]
     fn only_requests_that_name_files_are_done_as_their_user() {
-        let memory = crate::memory::allocate(&[(GuestAddress(0), 4096)]).unwrap();
-        let request = |opcode: u32, uid: u32| {
-            let mut header = [0; 40];
-            header[4..8].copy_from_slice(&opcode.to_le_bytes());
-            header[24..28].copy_from_slice(&uid.to_le_bytes());
-            memory.write_slice(&header, GuestAddress(64)).unwrap();
-            Acting::for_request(&memory, GuestAddress(64)).is_some()
+        let request = |opcode, uid: u32| {
+            Acting::for_request(&InHeader { opcode, uid: uid.into(), ..InHeader::default() }).is_some()
         };
         assert!(request(12, 1000) && request(13, 1000) && request(45, 1000));
         assert!(!request(12, 0) && !request(12, u32::MAX) && !request(9, 1000));
-        assert!(Acting::for_request(&memory, GuestAddress(u64::MAX - 8)).is_none());
     }
 }

@@ -1,19 +1,22 @@
 //! The thread that serves the guest's file system requests.
 
-use std::{io, sync::Arc};
+use std::{io, io::Write as _, ops::ControlFlow, sync::Arc};
 
+use thiserror::Error;
 use virtio_queue::QueueT as _;
-use virtiofsd::{
-    descriptor_utils::{Reader, Writer},
-    passthrough::PassthroughFs,
-    server::Server,
-};
+use virtiofsd::{fuse::OutHeader, server::Server};
+use vm_memory::ByteValued as _;
 use vmm_sys_util::{
     epoll::{ControlOperation, Epoll, EpollEvent, EventSet},
     eventfd::EventFd,
 };
 
-use super::user::{self, Acting};
+use super::{
+    checked::Checked,
+    request::{self, ANSWER},
+    staging::{Staging, StagingError},
+    user::{self, Acting},
+};
 use crate::{
     memory::GuestMemory,
     virtio::{ActiveQueue, Chain, Counter},
@@ -21,11 +24,25 @@ use crate::{
 
 /// Token of the stop event; the queues' tokens are their numbers.
 const STOP: u64 = u64::MAX;
+/// Requests of one queue that are served before the other queue, and the order to stop, have a turn.
+pub const BATCH: usize = 64;
+
+/// The worker cannot go on.
+#[derive(Debug, Error)]
+pub enum WorkerError {
+    #[error("cannot wait for requests")]
+    Wait(#[source] io::Error),
+    #[error("the guest broke its queue")]
+    Queue(#[from] virtio_queue::Error),
+}
 
 pub struct Worker {
     memory: GuestMemory,
     queues: [ActiveQueue; 2],
-    server: Arc<Server<PassthroughFs>>,
+    /// Which queues may have requests without another notification.
+    pending: [bool; 2],
+    server: Arc<Server<Checked>>,
+    staging: Staging,
     requests: Counter,
     epoll: Epoll,
 }
@@ -34,7 +51,7 @@ impl Worker {
     pub fn new(
         memory: GuestMemory,
         queues: [ActiveQueue; 2],
-        server: Arc<Server<PassthroughFs>>,
+        server: Arc<Server<Checked>>,
         requests: Counter,
         stop: &EventFd,
     ) -> io::Result<Worker> {
@@ -47,7 +64,8 @@ impl Worker {
             watch(&queue.notified, index as u64)?;
         }
         watch(stop, STOP)?;
-        Ok(Worker { memory, queues, server, requests, epoll })
+        let staging = Staging::new(&memory).map_err(io::Error::other)?;
+        Ok(Worker { memory, queues, pending: [false; 2], server, staging, requests, epoll })
     }
 
     /// Serves until it is told to stop or the guest breaks a queue.
@@ -60,33 +78,71 @@ impl Worker {
             tracing::error!(%error, "fs: cannot keep privileges while acting as the guest's users; the device stops");
             return;
         }
-        let mut events = [EpollEvent::default(); 4];
         loop {
-            let count = match self.epoll.wait(-1, &mut events) {
-                Ok(count) => count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            match self.turn() {
+                Ok(ControlFlow::Continue(())) => {}
+                Ok(ControlFlow::Break(())) => return,
                 Err(error) => {
-                    tracing::error!(%error, "fs: cannot wait for requests; the device stops");
-                    return;
-                }
-            };
-            for event in &events[..count] {
-                if event.data() == STOP {
-                    return;
-                }
-                let served = usize::try_from(event.data())
-                    .ok()
-                    .and_then(|index| self.queues.get_mut(index))
-                    .map(|queue| {
-                        let _ = queue.notified.read();
-                        serve(queue, &self.memory, &self.server, &self.requests)
-                    });
-                if let Some(Err(error)) = served {
-                    tracing::warn!(%error, "fs: the guest broke its queue; the device stops");
+                    tracing::warn!(error = &error as &dyn std::error::Error, "fs: the device stops");
                     return;
                 }
             }
         }
+    }
+
+    /// Waits until there is something to do, and does some of it. `Break` is the order to stop.
+    pub fn turn(&mut self) -> Result<ControlFlow<()>, WorkerError> {
+        if self.wait().map_err(WorkerError::Wait)?.is_break() {
+            return Ok(ControlFlow::Break(()));
+        }
+        for index in 0..self.queues.len() {
+            if self.pending[index] {
+                self.pending[index] = self.serve(index)?;
+            }
+        }
+        Ok(ControlFlow::Continue(()))
+    }
+
+    fn wait(&mut self) -> io::Result<ControlFlow<()>> {
+        let mut events = [EpollEvent::default(); 4];
+        let patience = if self.pending.contains(&true) { 0 } else { -1 };
+        let count = match self.epoll.wait(patience, &mut events) {
+            Ok(count) => count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+            Err(error) => return Err(error),
+        };
+        for event in &events[..count] {
+            if event.data() == STOP {
+                return Ok(ControlFlow::Break(()));
+            }
+            let index = usize::from(event.data() != 0);
+            // An error means that there was no notification after all.
+            let _ = self.queues[index].notified.read();
+            self.pending[index] = true;
+        }
+        Ok(ControlFlow::Continue(()))
+    }
+
+    /// Serves some requests of a queue. Answers whether there may be more without another notification.
+    fn serve(&mut self, index: usize) -> Result<bool, virtio_queue::Error> {
+        let Worker { memory, queues, server, staging, requests, .. } = self;
+        let queue = &mut queues[index];
+        queue.queue.disable_notification(&*memory)?;
+        for _ in 0..BATCH {
+            let Some(chain) = queue.pop(memory)? else {
+                return queue.queue.enable_notification(&*memory);
+            };
+            requests.add(1);
+            let head = chain.head_index();
+            let length = answer(memory, staging, server, chain).unwrap_or_else(|error| {
+                // Not even a FUSE header: there is nobody to answer.
+                tracing::debug!(error = &error as &dyn std::error::Error, "fs: a request is dropped");
+                0
+            });
+            queue.add_used(memory, head, u32::try_from(length).unwrap_or(0))?;
+            queue.signal(memory)?;
+        }
+        Ok(true)
     }
 }
 
@@ -97,44 +153,29 @@ fn own_working_directory() -> rustix::io::Result<()> {
     unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::FS) }
 }
 
-/// Acts as the user of a request until the answer is dropped, where that matters.
-fn act_for_user(memory: &GuestMemory, mut request: Chain<'_>) -> Option<Acting> {
-    // Linux gives the header a buffer of its own.
-    let header = request.next().filter(|buffer| buffer.len() >= user::HEADER)?;
-    Acting::for_request(memory, header.addr())
-}
-
-/// Serves every request of a queue, until none is left and the guest knows that it has to notify.
-fn serve(
-    queue: &mut ActiveQueue,
-    memory: &GuestMemory,
-    server: &Server<PassthroughFs>,
-    requests: &Counter,
-) -> Result<(), virtio_queue::Error> {
-    loop {
-        queue.queue.disable_notification(memory)?;
-        while let Some(chain) = queue.pop(memory)? {
-            requests.add(1);
-            let head = chain.head_index();
-            let _acting = act_for_user(memory, chain.clone());
-            let reader = Reader::new(memory, chain.clone());
-            let writer = Writer::new(memory, chain);
-            let length = match (reader, writer) {
-                (Ok(reader), Ok(writer)) => {
-                    server.handle_message(reader, writer, None::<&mut ()>).unwrap_or_else(|error| {
-                        // Not even a FUSE header: there is nobody to answer.
-                        tracing::debug!(%error, "fs: malformed request");
-                        0
-                    })
-                }
-                // Buffers outside memory.
-                _ => 0,
-            };
-            queue.add_used(memory, head, u32::try_from(length).unwrap_or(0))?;
-            queue.signal(memory)?;
+/// Serves a request. Answers with the length of what was written for the guest.
+fn answer(
+    guest: &GuestMemory,
+    staging: &mut Staging,
+    server: &Server<Checked>,
+    chain: Chain<'_>,
+) -> Result<usize, StagingError> {
+    let request = staging.take(guest, chain)?;
+    let header = request.header;
+    let room = match request::check(&request) {
+        Ok(room) => room,
+        Err(error) => {
+            tracing::debug!(%error, opcode = header.opcode, "fs: a request is refused");
+            let refusal = OutHeader { len: ANSWER, error: -error.errno(), unique: header.unique };
+            let (_, mut writer) = staging.serve(ANSWER as usize)?;
+            // Where there is no room for it, nobody waits for an answer.
+            return Ok(writer.write_all(refusal.as_slice()).map_or(0, |()| ANSWER as usize));
         }
-        if !queue.queue.enable_notification(memory)? {
-            return Ok(());
-        }
-    }
+    };
+    let (reader, writer) = staging.serve(room)?;
+    let _acting = Acting::for_request(&header);
+    Ok(server.handle_message(reader, writer, None::<&mut ()>).unwrap_or_else(|error| {
+        tracing::debug!(%error, opcode = header.opcode, "fs: a request has no answer");
+        0
+    }))
 }

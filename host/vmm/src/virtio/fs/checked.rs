@@ -1,0 +1,248 @@
+//! virtiofsd's file system behind the checks that its authors leave to a sandbox.
+
+use std::{ffi::CStr, io, time::Duration};
+
+use virtiofsd::{
+    filesystem::{
+        Context, Entry, Extensions, FileSystem, FsOptions, GetxattrReply, ListxattrReply, OpenOptions,
+        SetattrValid, SetxattrFlags, ZeroCopyReader, ZeroCopyWriter,
+    },
+    fuse::{Attr, SetattrIn},
+    passthrough::PassthroughFs,
+};
+
+use super::names;
+
+type Inode = <PassthroughFs as FileSystem>::Inode;
+type Handle = <PassthroughFs as FileSystem>::Handle;
+type Opened = (Option<Handle>, OpenOptions);
+
+/// The share as the guest may use it.
+pub struct Checked(PassthroughFs);
+
+impl Checked {
+    pub fn new(inner: PassthroughFs) -> Checked {
+        Checked(inner)
+    }
+}
+
+/// What a guest's kernel has to be able to do. Ours is; with another, requests would look different from what is checked.
+fn needed() -> FsOptions {
+    FsOptions::SUBMOUNTS
+        | FsOptions::HANDLE_KILLPRIV_V2
+        | FsOptions::POSIX_ACL
+        | FsOptions::DONT_MASK
+        | FsOptions::SETXATTR_EXT
+        | FsOptions::CREATE_SUPP_GROUP
+}
+
+/// Functions that go straight through.
+macro_rules! pass {
+    ($(fn $name:ident(&self $(, $argument:ident: $type:ty)*) $(-> $answer:ty)?;)*) => {
+        $(fn $name(&self $(, $argument: $type)*) $(-> $answer)? {
+            self.0.$name($($argument),*)
+        })*
+    };
+}
+
+impl FileSystem for Checked {
+    type Inode = Inode;
+    type Handle = Handle;
+    type DirIter = <PassthroughFs as FileSystem>::DirIter;
+
+    fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
+        if !capable.contains(needed()) {
+            tracing::warn!(?capable, "fs: the guest's kernel cannot do what this device needs");
+            return Err(io::Error::from_raw_os_error(libc::EPROTO));
+        }
+        self.0.init(capable)
+    }
+
+    fn lookup(&self, context: Context, parent: Inode, name: &CStr) -> io::Result<Entry> {
+        names::check(name)?;
+        self.0.lookup(context, parent, name)
+    }
+
+    fn symlink(
+        &self,
+        context: Context,
+        target: &CStr,
+        parent: Inode,
+        name: &CStr,
+        extensions: Extensions,
+    ) -> io::Result<Entry> {
+        names::check(name)?;
+        self.0.symlink(context, target, parent, name, extensions)
+    }
+
+    fn mknod(
+        &self,
+        context: Context,
+        parent: Inode,
+        name: &CStr,
+        mode: u32,
+        device: u32,
+        umask: u32,
+        extensions: Extensions,
+    ) -> io::Result<Entry> {
+        names::check(name)?;
+        self.0.mknod(context, parent, name, mode, device, umask, extensions)
+    }
+
+    fn mkdir(
+        &self,
+        context: Context,
+        parent: Inode,
+        name: &CStr,
+        mode: u32,
+        umask: u32,
+        extensions: Extensions,
+    ) -> io::Result<Entry> {
+        names::check(name)?;
+        self.0.mkdir(context, parent, name, mode, umask, extensions)
+    }
+
+    fn unlink(&self, context: Context, parent: Inode, name: &CStr) -> io::Result<()> {
+        names::check(name)?;
+        self.0.unlink(context, parent, name)
+    }
+
+    fn rmdir(&self, context: Context, parent: Inode, name: &CStr) -> io::Result<()> {
+        names::check(name)?;
+        self.0.rmdir(context, parent, name)
+    }
+
+    fn rename(
+        &self,
+        context: Context,
+        old_parent: Inode,
+        old_name: &CStr,
+        new_parent: Inode,
+        new_name: &CStr,
+        flags: u32,
+    ) -> io::Result<()> {
+        names::check(old_name)?;
+        names::check(new_name)?;
+        self.0.rename(context, old_parent, old_name, new_parent, new_name, flags)
+    }
+
+    fn link(&self, context: Context, inode: Inode, new_parent: Inode, new_name: &CStr) -> io::Result<Entry> {
+        names::check(new_name)?;
+        self.0.link(context, inode, new_parent, new_name)
+    }
+
+    fn create(
+        &self,
+        context: Context,
+        parent: Inode,
+        name: &CStr,
+        mode: u32,
+        kill_privileges: bool,
+        flags: u32,
+        umask: u32,
+        extensions: Extensions,
+    ) -> io::Result<(Entry, Option<Handle>, OpenOptions)> {
+        names::check(name)?;
+        self.0.create(context, parent, name, mode, kill_privileges, flags, umask, extensions)
+    }
+
+    fn setxattr(
+        &self,
+        context: Context,
+        inode: Inode,
+        name: &CStr,
+        value: &[u8],
+        flags: u32,
+        extra: SetxattrFlags,
+    ) -> io::Result<()> {
+        names::check_attribute(name)?;
+        self.0.setxattr(context, inode, name, value, flags, extra)
+    }
+
+    fn getxattr(&self, context: Context, inode: Inode, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
+        names::check_attribute(name)?;
+        self.0.getxattr(context, inode, name, size)
+    }
+
+    fn removexattr(&self, context: Context, inode: Inode, name: &CStr) -> io::Result<()> {
+        names::check_attribute(name)?;
+        self.0.removexattr(context, inode, name)
+    }
+
+    fn read<W: ZeroCopyWriter>(
+        &self,
+        context: Context,
+        inode: Inode,
+        handle: Handle,
+        writer: W,
+        size: u32,
+        offset: u64,
+        lock_owner: Option<u64>,
+        flags: u32,
+    ) -> io::Result<usize> {
+        self.0.read(context, inode, handle, writer, size, offset, lock_owner, flags)
+    }
+
+    fn write<R: ZeroCopyReader>(
+        &self,
+        context: Context,
+        inode: Inode,
+        handle: Handle,
+        reader: R,
+        size: u32,
+        offset: u64,
+        lock_owner: Option<u64>,
+        delayed: bool,
+        kill_privileges: bool,
+        flags: u32,
+    ) -> io::Result<usize> {
+        self.0.write(
+            context,
+            inode,
+            handle,
+            reader,
+            size,
+            offset,
+            lock_owner,
+            delayed,
+            kill_privileges,
+            flags,
+        )
+    }
+
+    pass! {
+        fn destroy(&self);
+        fn forget(&self, context: Context, inode: Inode, count: u64);
+        fn batch_forget(&self, context: Context, requests: Vec<(Inode, u64)>);
+        fn getattr(&self, context: Context, inode: Inode, handle: Option<Handle>) -> io::Result<(Attr, Duration)>;
+        fn setattr(
+            &self, context: Context, inode: Inode, attributes: SetattrIn, handle: Option<Handle>, valid: SetattrValid
+        ) -> io::Result<(Attr, Duration)>;
+        fn readlink(&self, context: Context, inode: Inode) -> io::Result<Vec<u8>>;
+        fn open(&self, context: Context, inode: Inode, kill_privileges: bool, flags: u32) -> io::Result<Opened>;
+        fn flush(&self, context: Context, inode: Inode, handle: Handle, lock_owner: u64) -> io::Result<()>;
+        fn fsync(&self, context: Context, inode: Inode, data_only: bool, handle: Handle) -> io::Result<()>;
+        fn fallocate(
+            &self, context: Context, inode: Inode, handle: Handle, mode: u32, offset: u64, length: u64
+        ) -> io::Result<()>;
+        fn release(
+            &self, context: Context, inode: Inode, flags: u32, handle: Handle, flush: bool, unlock: bool,
+            lock_owner: Option<u64>
+        ) -> io::Result<()>;
+        fn statfs(&self, context: Context, inode: Inode) -> io::Result<libc::statvfs64>;
+        fn listxattr(&self, context: Context, inode: Inode, size: u32) -> io::Result<ListxattrReply>;
+        fn opendir(&self, context: Context, inode: Inode, flags: u32) -> io::Result<Opened>;
+        fn readdir(
+            &self, context: Context, inode: Inode, handle: Handle, size: u32, offset: u64
+        ) -> io::Result<Self::DirIter>;
+        fn fsyncdir(&self, context: Context, inode: Inode, data_only: bool, handle: Handle) -> io::Result<()>;
+        fn releasedir(&self, context: Context, inode: Inode, flags: u32, handle: Handle) -> io::Result<()>;
+        fn access(&self, context: Context, inode: Inode, mask: u32) -> io::Result<()>;
+        fn lseek(&self, context: Context, inode: Inode, handle: Handle, offset: u64, whence: u32) -> io::Result<u64>;
+        fn copyfilerange(
+            &self, context: Context, from: Inode, from_handle: Handle, from_offset: u64, to: Inode, to_handle: Handle,
+            to_offset: u64, length: u64, flags: u64
+        ) -> io::Result<usize>;
+        fn syncfs(&self, context: Context, inode: Inode) -> io::Result<()>;
+    }
+}

@@ -1,0 +1,272 @@
+//! The device, played with by a guest that may be hostile: requests made by hand, through queues in memory.
+
+mod names;
+mod requests;
+mod serving;
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    os::{
+        fd::AsRawFd as _,
+        unix::fs::{FileTypeExt as _, MetadataExt as _},
+    },
+    path::{Path, PathBuf},
+};
+
+use tempfile::TempDir;
+use virtiofsd::fuse::{
+    EntryOut, FsOptions, InHeader, InitInCompat, Opcode, OpenIn, OpenOut, OutHeader, ROOT_ID,
+};
+use vm_memory::{ByteValued, Bytes as _, GuestAddress};
+use vmm_sys_util::{
+    epoll::{ControlOperation, Epoll, EpollEvent, EventSet},
+    eventfd::EventFd,
+};
+
+use super::*;
+use crate::{
+    memory::GuestMemory,
+    virtio::{
+        ActiveQueue,
+        testing::{Buffer, RING_SIZE, Ring, guest_memory},
+    },
+};
+
+const QUEUE: u16 = 256;
+/// Where the guest has its requests, and the room for answers.
+const REQUEST: u64 = 0x10_0000;
+const ANSWER: u64 = 0x40_0000;
+/// Enough for every answer that has no length of its own.
+const ROOM: u32 = 4096;
+
+/// Both of a device's queues, and the guest's side of the second one.
+fn queues(memory: &GuestMemory) -> (Ring, [ActiveQueue; 2]) {
+    let (_, urgent) = Ring::new(memory, RING_SIZE, 16);
+    let (ring, requests) = Ring::new(memory, 2 * RING_SIZE, QUEUE);
+    (ring, [urgent, requests])
+}
+
+/// A directory with a share in it, and next to it what is none of the guest's business.
+fn directory_with_share() -> TempDir {
+    let directory = tempfile::tempdir().unwrap();
+    for place in ["share", "outside"] {
+        let place = directory.path().join(place);
+        fs::create_dir_all(place.join("directory/empty")).unwrap();
+        fs::create_dir(place.join("empty")).unwrap();
+        fs::write(place.join("file"), "kept").unwrap();
+        fs::write(place.join("directory/file"), "kept").unwrap();
+    }
+    directory
+}
+
+/// What there is below a directory: names, types, modes, owners, and contents.
+fn manifest(directory: &Path) -> BTreeMap<PathBuf, String> {
+    let mut found = BTreeMap::new();
+    for entry in fs::read_dir(directory).unwrap() {
+        let path = entry.unwrap().path();
+        let metadata = path.symlink_metadata().unwrap();
+        let kind = metadata.file_type();
+        let content = if kind.is_dir() {
+            found.extend(manifest(&path));
+            String::new()
+        } else if kind.is_symlink() {
+            fs::read_link(&path).unwrap().display().to_string()
+        } else if kind.is_file() {
+            fs::read_to_string(&path).unwrap()
+        } else {
+            format!("{}", kind.is_char_device())
+        };
+        let line = format!("{:o} {}:{} {content}", metadata.mode(), metadata.uid(), metadata.gid());
+        found.insert(path, line);
+    }
+    found
+}
+
+struct Answer {
+    /// Bytes that the device says it has written.
+    length: u32,
+    /// 0, or the number of an error.
+    error: i32,
+    body: Vec<u8>,
+}
+
+impl Answer {
+    fn read<T: ByteValued + Default>(&self) -> T {
+        assert_eq!(self.error, 0);
+        let mut value = T::default();
+        value.as_mut_slice().copy_from_slice(&self.body[..size_of::<T>()]);
+        value
+    }
+}
+
+/// A guest with an active device.
+struct Guest {
+    directory: TempDir,
+    device: Fs,
+    memory: GuestMemory,
+    ring: Ring,
+    notify: EventFd,
+    interrupt: Arc<EventFd>,
+    epoll: Epoll,
+    uid: u32,
+}
+
+impl Guest {
+    /// Has said INIT.
+    fn new() -> Guest {
+        let mut guest = Guest::fresh();
+        let answer = guest.ask(Opcode::Init, 0, &init(7, 38, FsOptions::all()));
+        assert_eq!(answer.error, 0);
+        guest
+    }
+
+    fn fresh() -> Guest {
+        let directory = directory_with_share();
+        let memory = guest_memory();
+        let (ring, queues) = queues(&memory);
+        let notify = queues[1].notified.try_clone().unwrap();
+        let interrupt = queues[1].interrupt.0.clone();
+        let share = ShareConfig { tag: "share".into(), directory: directory.path().join("share") };
+        let mut device = Fs::new(&share).unwrap();
+        let queues = queues.into_iter().map(Some).collect();
+        device.activate(Active { memory: memory.clone(), features: 0, queues }).unwrap();
+        let epoll = Epoll::new().unwrap();
+        let readable = EpollEvent::new(EventSet::IN, 0);
+        epoll.ctl(ControlOperation::Add, interrupt.as_raw_fd(), readable).unwrap();
+        Guest { directory, device, memory, ring, notify, interrupt, epoll, uid: 0 }
+    }
+
+    fn outside(&self, name: &str) -> PathBuf {
+        self.directory.path().join("outside").join(name)
+    }
+
+    fn share(&self, name: &str) -> PathBuf {
+        self.directory.path().join("share").join(name)
+    }
+
+    fn ask(&mut self, opcode: Opcode, node: u64, body: &[u8]) -> Answer {
+        self.ask_with_room(opcode as u32, node, body, ROOM)
+    }
+
+    fn ask_with_room(&mut self, opcode: u32, node: u64, body: &[u8], room: u32) -> Answer {
+        let message = self.message(opcode, node, body);
+        self.send(&message, room)
+    }
+
+    fn message(&self, opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
+        let header = InHeader {
+            len: u32::try_from(size_of::<InHeader>() + body.len()).unwrap(),
+            opcode,
+            unique: 7,
+            nodeid: node,
+            uid: self.uid.into(),
+            gid: self.uid.into(),
+            ..InHeader::default()
+        };
+        [header.as_slice(), body].concat()
+    }
+
+    /// Sends bytes as a request, with room for an answer of its own.
+    fn send(&mut self, message: &[u8], room: u32) -> Answer {
+        self.memory.write_slice(message, GuestAddress(REQUEST)).unwrap();
+        let length = u32::try_from(message.len()).unwrap();
+        let mut chain = vec![Buffer { address: REQUEST, length, writable: false }];
+        if room > 0 {
+            chain.push(Buffer { address: ANSWER, length: room, writable: true });
+        }
+        self.send_chain(&chain)
+    }
+
+    fn send_chain(&mut self, chain: &[Buffer]) -> Answer {
+        self.memory.write_obj(0u128, GuestAddress(ANSWER)).unwrap();
+        let head = self.ring.add(chain);
+        self.notify.write(1).unwrap();
+        let (used, length) = self.next_used();
+        assert_eq!(used, head);
+        let header: OutHeader = {
+            let mut header = OutHeader::default();
+            self.memory.read_slice(header.as_mut_slice(), GuestAddress(ANSWER)).unwrap();
+            header
+        };
+        if length == 0 {
+            return Answer { length, error: 0, body: Vec::new() };
+        }
+        assert_eq!((header.len, header.unique), (length, 7));
+        let mut body = vec![0; length as usize - size_of::<OutHeader>()];
+        self.memory.read_slice(&mut body, GuestAddress(ANSWER + size_of::<OutHeader>() as u64)).unwrap();
+        Answer { length, error: -header.error, body }
+    }
+
+    fn next_used(&mut self) -> (u16, u32) {
+        loop {
+            if let Some(used) = self.ring.used() {
+                return used;
+            }
+            assert!(self.is_alive(), "the device has stopped");
+            // Not for ever: a device that has stopped says nothing any more.
+            self.epoll.wait(100, &mut [EpollEvent::default()]).unwrap();
+            let _ = self.interrupt.read();
+        }
+    }
+
+    fn is_alive(&self) -> bool {
+        self.device.worker.as_ref().is_some_and(|(thread, _)| !thread.is_finished())
+    }
+
+    /// The number of a file, from a path below the share.
+    fn find(&mut self, path: &str) -> u64 {
+        path.split('/').fold(ROOT_ID, |parent, name| {
+            self.ask(Opcode::Lookup, parent, &string(name)).read::<EntryOut>().nodeid
+        })
+    }
+
+    fn open(&mut self, opcode: Opcode, node: u64, flags: i32) -> u64 {
+        let open = OpenIn { flags: flags.cast_unsigned(), open_flags: 0 };
+        self.ask(opcode, node, open.as_slice()).read::<OpenOut>().fh
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        self.device.stop();
+    }
+}
+
+fn init(major: u32, minor: u32, capable: FsOptions) -> Vec<u8> {
+    let flags = capable.bits();
+    let [low, high] = [flags, flags >> 32].map(|half| u32::try_from(half & u64::from(u32::MAX)).unwrap());
+    let known = InitInCompat { major, minor, max_readahead: 0, flags: low };
+    [known.as_slice(), &high.to_le_bytes(), &[0; 44]].concat()
+}
+
+/// A string with its end.
+fn string(text: &str) -> Vec<u8> {
+    [text.as_bytes(), &[0]].concat()
+}
+
+#[test]
+fn a_share_that_is_no_directory_is_named() {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    let share = ShareConfig { tag: "share".into(), directory: file.path().into() };
+    let error = Fs::new(&share).err().unwrap();
+    assert!(error.to_string().contains(file.path().to_str().unwrap()), "{error}");
+}
+
+#[test]
+fn the_guest_may_not_use_up_the_open_files() {
+    assert_eq!(files_for_guest(524_288), 522_240);
+    assert_eq!(files_for_guest(1024), 512);
+}
+
+#[test]
+fn the_configuration_space_holds_tag_and_number_of_queues() {
+    let directory = tempfile::tempdir().unwrap();
+    let fs = Fs::new(&ShareConfig { tag: "share".into(), directory: directory.path().into() }).unwrap();
+    let mut tag = [0; 6];
+    fs.read_config(0, &mut tag);
+    assert_eq!(&tag, b"share\0");
+    let mut queues = [0; 4];
+    fs.read_config(36, &mut queues);
+    assert_eq!(u32::from_le_bytes(queues), 1);
+}

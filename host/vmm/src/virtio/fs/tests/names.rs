@@ -1,0 +1,128 @@
+//! No name leads out of the share.
+
+use virtiofsd::fuse::{CreateIn, LinkIn, MkdirIn, MknodIn, Rename2In, RenameIn};
+
+use super::*;
+
+/// A request that gives a name.
+struct Kind {
+    label: &'static str,
+    opcode: Opcode,
+    /// What it would spoil if the name were followed, below a directory like the share's.
+    victim: &'static str,
+    body: fn(&mut Guest, &[u8]) -> Vec<u8>,
+}
+
+/// Each operation that gives a name to a file, and each of its names.
+fn kinds() -> Vec<Kind> {
+    let kind = |label, opcode, victim, body| Kind { label, opcode, victim, body };
+    vec![
+        kind("look up", Opcode::Lookup, "file", |_, name| name.to_vec()),
+        kind("link symbolically", Opcode::Symlink, "new", |_, name| [name, b"target\0"].concat()),
+        kind("make a FIFO", Opcode::Mknod, "new", |_, name| {
+            let node = MknodIn { mode: libc::S_IFIFO | 0o600, ..MknodIn::default() };
+            [node.as_slice(), name].concat()
+        }),
+        kind("make a directory", Opcode::Mkdir, "new", |_, name| {
+            [MkdirIn { mode: 0o700, umask: 0 }.as_slice(), name].concat()
+        }),
+        kind("unlink", Opcode::Unlink, "file", |_, name| name.to_vec()),
+        kind("remove a directory", Opcode::Rmdir, "empty", |_, name| name.to_vec()),
+        kind("rename from", Opcode::Rename, "file", |_, name| {
+            [RenameIn { newdir: ROOT_ID }.as_slice(), name, b"moved\0"].concat()
+        }),
+        kind("rename to", Opcode::Rename, "new", |_, name| {
+            [RenameIn { newdir: ROOT_ID }.as_slice(), b"file\0", name].concat()
+        }),
+        kind("rename from, with flags", Opcode::Rename2, "file", |_, name| {
+            let rename = Rename2In { newdir: ROOT_ID, flags: libc::RENAME_NOREPLACE, padding: 0 };
+            [rename.as_slice(), name, b"moved\0"].concat()
+        }),
+        kind("rename to, with flags", Opcode::Rename2, "new", |_, name| {
+            let rename = Rename2In { newdir: ROOT_ID, flags: libc::RENAME_NOREPLACE, padding: 0 };
+            [rename.as_slice(), b"file\0", name].concat()
+        }),
+        kind("link", Opcode::Link, "new", |guest, name| {
+            [LinkIn { oldnodeid: guest.find("file") }.as_slice(), name].concat()
+        }),
+        kind("create", Opcode::Create, "new", |_, name| {
+            let flags = (libc::O_CREAT | libc::O_RDWR).cast_unsigned();
+            [CreateIn { flags, mode: 0o600, ..CreateIn::default() }.as_slice(), name].concat()
+        }),
+    ]
+}
+
+/// What is no name, by what the guest is told.
+fn bad_names(guest: &Guest, victim: &str) -> Vec<(Vec<u8>, i32)> {
+    let absolute = guest.outside(victim);
+    let inside = [victim.as_bytes(), &[0], victim.as_bytes(), &[0]].concat();
+    let invalid = [
+        string(absolute.to_str().unwrap()),
+        string(&format!("../outside/{victim}")),
+        string(&format!("directory/{victim}")),
+        string(&format!("./{victim}")),
+        string(&format!("{victim}/")),
+        string(".."),
+        string("."),
+        string(""),
+        inside,
+    ];
+    let mut bad: Vec<_> = invalid.into_iter().map(|name| (name, libc::EINVAL)).collect();
+    bad.push((string(&"x".repeat(300)), libc::ENAMETOOLONG));
+    bad
+}
+
+#[test]
+fn a_name_that_could_lead_out_of_the_share_is_refused_by_every_request() {
+    let mut guest = Guest::new();
+    let before = manifest(guest.directory.path());
+    for kind in kinds() {
+        for (name, expected) in bad_names(&guest, kind.victim) {
+            let shown = String::from_utf8_lossy(&name).into_owned();
+            let body = (kind.body)(&mut guest, &name);
+            let answer = guest.ask(kind.opcode, ROOT_ID, &body);
+            assert_eq!(answer.error, expected, "{} {shown:?}", kind.label);
+            assert_eq!(manifest(guest.directory.path()), before, "{} {shown:?}", kind.label);
+        }
+    }
+}
+
+#[test]
+fn a_name_without_an_end_is_refused_by_every_request() {
+    let mut guest = Guest::new();
+    let before = manifest(guest.directory.path());
+    for kind in kinds() {
+        let mut body = (kind.body)(&mut guest, kind.victim.as_bytes());
+        if body.ends_with(&[0]) {
+            body.pop();
+        }
+        assert_eq!(guest.ask(kind.opcode, ROOT_ID, &body).error, libc::EINVAL, "{}", kind.label);
+        assert_eq!(manifest(guest.directory.path()), before, "{}", kind.label);
+    }
+}
+
+#[test]
+fn every_request_does_what_it_says_with_a_good_name() {
+    for kind in kinds() {
+        let mut guest = Guest::new();
+        let body = (kind.body)(&mut guest, &string(kind.victim));
+        assert_eq!(guest.ask(kind.opcode, ROOT_ID, &body).error, 0, "{}", kind.label);
+        let there = guest.share(kind.victim).symlink_metadata().is_ok();
+        let taken = kind.label.contains("from") || kind.label.contains("remove") || kind.label == "unlink";
+        assert_eq!(there, !taken, "{}", kind.label);
+    }
+}
+
+#[test]
+fn an_attribute_without_a_good_name_is_refused() {
+    let mut guest = Guest::new();
+    let file = guest.find("file");
+    let long = string(&format!("user.{}", "x".repeat(300)));
+    for (name, expected) in [(string(""), libc::EINVAL), (long, libc::ENAMETOOLONG)] {
+        let set = [&1u32.to_le_bytes()[..], &[0; 12], &name, b"v"].concat();
+        assert_eq!(guest.ask(Opcode::Setxattr, file, &set).error, expected);
+        let get = [&8u32.to_le_bytes()[..], &[0; 4], &name].concat();
+        assert_eq!(guest.ask(Opcode::Getxattr, file, &get).error, expected);
+        assert_eq!(guest.ask(Opcode::Removexattr, file, &name).error, expected);
+    }
+}
