@@ -13,7 +13,7 @@ use std::{
         },
     },
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::{Child, Command, Stdio},
     time::Duration,
 };
 
@@ -85,13 +85,14 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
 impl Machine {
     /// Starts `pericarp vmm` in the pod's directory. `control` is the socket that it serves, `forward` where
     /// connections to the pod's localhost come from; `entrance` the `cgroup.procs` of the cgroup that it belongs to.
+    /// Answers with another descriptor of its process, to end it with. After an error there is no process.
     pub fn spawn(
         directory: &Path,
         config: &MachineConfig,
         control: &UnixListener,
         forward: Option<&Forward>,
         entrance: Option<File>,
-    ) -> io::Result<Machine> {
+    ) -> io::Result<(Machine, OwnedFd)> {
         let path = directory.join(file::CONFIG);
         fs::write(&path, serde_json::to_vec_pretty(config)?)?;
         let log = OpenOptions::new().create(true).append(true).mode(0o600).open(directory.join(file::LOG))?;
@@ -131,10 +132,22 @@ impl Machine {
         };
         // SAFETY: between fork and exec, only system calls are made; nothing is allocated or locked.
         unsafe { command.pre_exec(enter) };
-        let child = command.spawn()?;
-        let pid = Pid::from_child(&child);
-        // A child that is not waited for keeps its pid, so this cannot be another process.
-        Machine::new(pid, pidfd_open(pid, PidfdFlags::NONBLOCK)?)
+        Machine::attend(Unattended(Some(command.spawn()?)), |pid| Ok(pidfd_open(pid, PidfdFlags::NONBLOCK)?))
+    }
+
+    /// Takes care of a child, `open` being how a descriptor of it is had: a child that is not waited for keeps its pid, so
+    /// it cannot be another process's.
+    fn attend(
+        mut child: Unattended,
+        open: impl FnOnce(Pid) -> io::Result<OwnedFd>,
+    ) -> io::Result<(Machine, OwnedFd)> {
+        let pid = child.pid();
+        let pidfd = open(pid)?;
+        let another = pidfd.try_clone()?;
+        let machine = Machine::new(pid, pidfd)?;
+        // From here it is watched and ended by its descriptors.
+        child.0 = None;
+        Ok((machine, another))
     }
 
     /// A machine that an earlier controller has started.
@@ -153,11 +166,6 @@ impl Machine {
         self.pid.as_raw_nonzero().get().unsigned_abs()
     }
 
-    /// Another descriptor of the process, to kill it with.
-    pub fn pidfd(&self) -> io::Result<OwnedFd> {
-        self.pidfd.get_ref().try_clone()
-    }
-
     /// Kills the process without waiting for its end.
     pub fn signal_kill(&self) -> io::Result<()> {
         signal_kill(self.pidfd.get_ref())
@@ -168,6 +176,25 @@ impl Machine {
         // Readable means ended, and stays so.
         let _ = self.pidfd.readable().await?;
         reap(self.pidfd.get_ref())
+    }
+}
+
+/// A machine's process that nobody could end or wait for yet. It is ended with this.
+struct Unattended(Option<Child>);
+
+impl Unattended {
+    fn pid(&self) -> Pid {
+        // It is there until somebody else takes care, which is after this has been asked.
+        self.0.as_ref().map_or(rustix::process::getpid(), Pid::from_child)
+    }
+}
+
+impl Drop for Unattended {
+    fn drop(&mut self) {
+        let Some(child) = &mut self.0 else { return };
+        if let Err(error) = child.kill().and_then(|()| child.wait()) {
+            tracing::error!(pid = child.id(), %error, "cannot end a machine that nobody attends to");
+        }
     }
 }
 
@@ -334,13 +361,37 @@ mod tests {
         assert_eq!((Exit::Code(3).status(), Exit::Signal(9).status()), (3, 137));
     }
 
+    /// A process, as a machine is before anybody has a descriptor of it.
+    fn unattended() -> Unattended {
+        Unattended(Some(Command::new("sleep").arg("60").spawn().unwrap()))
+    }
+
+    #[tokio::test]
+    async fn a_machine_of_which_no_descriptor_can_be_had_is_ended() {
+        let child = unattended();
+        let process = PathBuf::from(format!("/proc/{}", child.pid()));
+        assert!(process.exists());
+        let error = Machine::attend(child, |_| Err(rustix::io::Errno::MFILE.into())).err().unwrap();
+        assert_eq!(error.raw_os_error(), Some(libc::EMFILE));
+        assert!(!process.exists(), "neither it nor its exit status is left");
+    }
+
+    #[tokio::test]
+    async fn a_machine_that_is_watched_outlives_who_started_it() {
+        let open = |pid| Ok(pidfd_open(pid, PidfdFlags::NONBLOCK)?);
+        let (machine, to_end_it) = Machine::attend(unattended(), open).unwrap();
+        let process = PathBuf::from(format!("/proc/{}", machine.pid()));
+        drop(machine);
+        assert!(process.exists());
+        kill(&to_end_it).unwrap();
+        reap(&to_end_it).unwrap();
+    }
+
     #[tokio::test]
     async fn a_killed_process_is_reported_with_its_signal() {
-        #[expect(clippy::zombie_processes, reason = "waited for through its pidfd")]
-        let child = Command::new("sleep").arg("60").spawn().unwrap();
-        let pid = Pid::from_child(&child);
-        let machine = Machine::new(pid, pidfd_open(pid, PidfdFlags::NONBLOCK).unwrap()).unwrap();
-        kill(&machine.pidfd().unwrap()).unwrap();
+        let open = |pid| Ok(pidfd_open(pid, PidfdFlags::NONBLOCK)?);
+        let (machine, to_end_it) = Machine::attend(unattended(), open).unwrap();
+        kill(&to_end_it).unwrap();
         assert_eq!(machine.exited().await.unwrap(), Exit::Signal(9));
     }
 }

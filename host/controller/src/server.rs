@@ -136,8 +136,11 @@ impl Controller for Sandboxes {
             let forget = matches!(error, PodError::Boot { .. });
             let status = Status::from(error);
             tracing::warn!(pod = id, error = status.message(), "pod failed to start");
-            if forget {
+            // containerd forgets a pod that has not started. What is left of it is not to be forgotten here.
+            if forget && pod.is_undone() {
                 self.pods.lock().remove(&id);
+            } else if forget {
+                self.pods.remove_when_undone(&pod);
             }
             return Err(status);
         }
@@ -257,13 +260,79 @@ impl Controller for Sandboxes {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        path::Path,
+        sync::atomic::{AtomicBool, Ordering},
+        time::Duration,
+    };
+
+    use pericarp_protos::cri;
+    use prost::Message as _;
+
     use super::*;
+    use crate::pod::tests::{cannot_undo, node};
 
     #[test]
     fn an_id_that_is_no_directory_name_is_refused() {
         assert!(check_id("0123456789abcdef").is_ok());
         for id in ["", "..", "a/b", "/x", &"x".repeat(65)] {
             assert_eq!(check_id(id).unwrap_err().code(), Code::InvalidArgument, "{id:?}");
+        }
+    }
+
+    async fn sandboxes(run_dir: &Path) -> Sandboxes {
+        let sandboxes = Sandboxes::new(node(run_dir), Vec::new());
+        let config = cri::PodSandboxConfig::default().encode_to_vec();
+        let mut request = Request::new(ControllerCreateRequest {
+            sandbox_id: "abc".into(),
+            options: Some(prost_types::Any { type_url: POD_CONFIG_TYPE.into(), value: config }),
+            netns_path: "/run/netns/no-such-netns".into(),
+            ..ControllerCreateRequest::default()
+        });
+        request.metadata_mut().insert("containerd-namespace", "k8s.io".parse().unwrap());
+        sandboxes.create(request).await.unwrap();
+        sandboxes
+    }
+
+    async fn shutdown(sandboxes: &Sandboxes) -> Result<(), Status> {
+        let request = ControllerShutdownRequest { sandbox_id: "abc".into(), ..Default::default() };
+        sandboxes.shutdown(Request::new(request)).await.map(drop)
+    }
+
+    #[tokio::test]
+    async fn a_pod_that_cannot_be_undone_stays_until_it_can_be() {
+        let directory = tempfile::tempdir().unwrap();
+        let sandboxes = sandboxes(directory.path()).await;
+        let busy = Arc::new(AtomicBool::new(true));
+        cannot_undo(&sandboxes.pod("abc").unwrap(), &busy);
+        for _ in 0..2 {
+            let status = shutdown(&sandboxes).await.unwrap_err();
+            assert!(status.message().contains("cannot remove what is busy"), "{status}");
+        }
+        busy.store(false, Ordering::Relaxed);
+        shutdown(&sandboxes).await.unwrap();
+        assert_eq!(shutdown(&sandboxes).await.unwrap_err().code(), Code::NotFound);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pod_that_has_not_started_and_cannot_be_undone_is_undone_when_it_can_be() {
+        let directory = tempfile::tempdir().unwrap();
+        for fails in [false, true] {
+            let sandboxes = sandboxes(directory.path()).await;
+            let pod = sandboxes.pod("abc").unwrap();
+            let busy = Arc::new(AtomicBool::new(fails));
+            cannot_undo(&pod, &busy);
+            let start = ControllerStartRequest { sandbox_id: "abc".into(), ..Default::default() };
+            let status = sandboxes.start(Request::new(start)).await.unwrap_err();
+            assert!(status.message().contains("no-such-netns"), "{status}");
+            assert_eq!(sandboxes.pod("abc").is_ok(), fails, "nothing is forgotten that is left of it");
+            // Longer than the longest pause.
+            tokio::time::sleep(Duration::from_secs(100)).await;
+            assert_eq!(sandboxes.pod("abc").is_ok(), fails);
+            busy.store(false, Ordering::Relaxed);
+            tokio::time::sleep(Duration::from_secs(100)).await;
+            assert!(sandboxes.pod("abc").is_err());
+            assert!(pod.is_undone());
         }
     }
 

@@ -27,6 +27,11 @@ impl Undo {
         self.steps.push(Step { what: what.into(), action: Box::new(action) });
     }
 
+    /// Whether there is nothing to be undone.
+    pub fn is_empty(&self) -> bool {
+        self.steps.is_empty()
+    }
+
     /// Takes all steps. A step that fails is kept, with all that were added before it, and so can be
     /// tried again; what it was about is in the error.
     pub fn run(&mut self) -> io::Result<()> {

@@ -14,7 +14,10 @@ use std::{
 
 use pericarp_protos::{cri, ttrpc::asynchronous::Server};
 use pericarp_vmm::MachineConfig;
-use rustix::process::{Pid, PidfdFlags, geteuid, pidfd_open};
+use rustix::{
+    io::Errno,
+    process::{Pid, PidfdFlags, Signal, geteuid, kill_process, pidfd_open},
+};
 
 use super::{
     Ended, Node, Phase, Pod,
@@ -27,7 +30,7 @@ use crate::{
     errors::chain,
     fault, guest,
     machine::{self, Exit, Machine, file},
-    mounts, network,
+    network,
     share::Share,
     size::Size,
     undo::Undo,
@@ -81,27 +84,70 @@ async fn take_over(node: &Arc<Node>, directory: &Path) -> io::Result<Option<Arc<
     };
     let Some(record) = record else {
         let machine = find_machine(directory)?;
-        undo(directory, machine.and_then(running), None)?;
-        return Ok(None);
+        let cgroup = cgroup::find(&identity_of(directory).id)?;
+        return Ok(undo(node, identity_of(directory), machine, cgroup).await);
     };
-    match (record.stage, running(record.machine)) {
-        (Stage::Starting, machine) => {
-            // Whoever asked for it has had an error instead of an answer.
-            undo(directory, machine, Some(&record))?;
-            Ok(None)
-        }
-        (Stage::Running, Some(machine)) => resume(node, record, machine).await.map(Some),
-        (Stage::Running, None) => Ok(Some(restore(node, record))),
+    // Whoever asked for it has had an error instead of an answer.
+    if record.stage == Stage::Starting {
+        return Ok(undo(node, record.pod, Some(record.machine), record.cgroup).await);
+    }
+    let machine = running(record.machine);
+    take_over_machine(node, record, machine).await.map(Some)
+}
+
+/// Goes on with a pod whose machine runs (`Some`), has ended (`None`), or cannot be watched.
+async fn take_over_machine(
+    node: &Arc<Node>,
+    record: Record,
+    machine: io::Result<Option<Machine>>,
+) -> io::Result<Arc<Pod>> {
+    match machine {
+        Ok(Some(machine)) => resume(node, record, machine).await,
+        Ok(None) => Ok(restore(node, record, None)),
+        // Nobody would see its end, nor whether its guest is stuck.
+        Err(error) => Ok(restore(node, record, Some(&error))),
     }
 }
 
 /// The process, if it still is that process.
-fn running(process: Process) -> Option<Machine> {
-    let pid = Pid::from_raw(i32::try_from(process.pid).ok()?)?;
-    let pidfd = pidfd_open(pid, PidfdFlags::NONBLOCK).ok()?;
+fn running(process: Process) -> io::Result<Option<Machine>> {
+    match open(process)? {
+        Some((pid, pidfd)) => Machine::adopt(pid, pidfd).map(Some),
+        None => Ok(None),
+    }
+}
+
+/// A descriptor of a process, if it still is that process.
+fn open(process: Process) -> io::Result<Option<(Pid, OwnedFd)>> {
+    let Some(pid) = number(process) else { return Ok(None) };
+    let pidfd = match pidfd_open(pid, PidfdFlags::NONBLOCK) {
+        Err(Errno::SRCH) => return Ok(None),
+        pidfd => pidfd?,
+    };
     // Checked with the pidfd in hand: from here the process cannot be mistaken for another.
-    (Process::of(process.pid).ok()? == process).then_some(())?;
-    Machine::adopt(pid, pidfd).ok()
+    Ok(process.runs()?.then_some((pid, pidfd)))
+}
+
+fn number(process: Process) -> Option<Pid> {
+    i32::try_from(process.pid).ok().and_then(Pid::from_raw)
+}
+
+/// Ends a machine and waits until it is gone. `open` is how a descriptor of it is had.
+fn end(process: Process, open: impl FnOnce(Process) -> io::Result<Option<(Pid, OwnedFd)>>) -> io::Result<()> {
+    match open(process) {
+        Ok(Some((_, pidfd))) => machine::kill(&pidfd),
+        Ok(None) => Ok(()),
+        // By its number, then. In the moment between this look and the signal, the kernel would have to give the number of a
+        // process that has just ended to another.
+        Err(error) => {
+            if let Some(pid) = number(process).filter(|_| process.runs().unwrap_or(false)) {
+                kill_process(pid, Signal::KILL)?;
+                // Whether it is gone is seen when this is tried again.
+                return Err(error);
+            }
+            Ok(())
+        }
+    }
 }
 
 /// What can be seen of a pod without its record; `None` if its machine does not run.
@@ -111,20 +157,24 @@ fn seen(directory: &Path) -> io::Result<Option<Record>> {
         .ok()
         .and_then(|text| serde_json::from_slice::<MachineConfig>(&text).ok())
         .map(|config| Size { vcpus: config.vcpus, memory_mib: config.memory_mib });
-    let identity = Identity {
+    let record = Record::new(identity_of(directory), size, machine)?;
+    if let Err(error) = record.write(directory) {
+        // It can be seen again by the next controller.
+        tracing::warn!(directory = %directory.display(), %error, "a pod is not on record");
+    }
+    Ok(Some(record))
+}
+
+/// What a pod's directory tells of which pod it is.
+fn identity_of(directory: &Path) -> Identity {
+    Identity {
         id: directory.file_name().unwrap_or_default().to_string_lossy().into_owned(),
         namespace: NAMESPACE.to_owned(),
         // Its taps go with it when containerd removes it.
         netns: String::new(),
         config: cri::PodSandboxConfig::default(),
         created_at: SystemTime::now(),
-    };
-    let record = Record::new(identity, size, machine)?;
-    if let Err(error) = record.write(directory) {
-        // It can be seen again by the next controller.
-        tracing::warn!(directory = %directory.display(), %error, "a pod is not on record");
     }
-    Ok(Some(record))
 }
 
 /// Looks for the process that runs a pod's machine, by its command line.
@@ -158,7 +208,7 @@ fn is_machine(process: &Path, config: &[u8]) -> bool {
 async fn resume(node: &Arc<Node>, record: Record, machine: Machine) -> io::Result<Arc<Pod>> {
     let pod = Arc::new(pod(node, &record));
     let progress = read_progress(&pod)?;
-    let running = undo_running(&pod.directory, Some(machine.pidfd()?), &pod.netns, record.cgroup.clone());
+    let running = undo_running(&pod.directory, Some(record.machine), &pod.netns, record.cgroup.clone());
     let service = match serve_guest(&pod).await {
         Ok(service) => Some(service),
         // What runs is not to suffer from it.
@@ -199,15 +249,26 @@ async fn serve_guest(pod: &Arc<Pod>) -> io::Result<Server> {
         .map_err(io::Error::other)
 }
 
-/// Keeps a pod whose machine has ended, for containerd to ask about and to remove.
-fn restore(node: &Arc<Node>, record: Record) -> Arc<Pod> {
+/// Keeps a pod whose machine has ended, or is ended here because it cannot be watched, for containerd to ask about and to
+/// remove.
+fn restore(node: &Arc<Node>, record: Record, unwatched: Option<&io::Error>) -> Arc<Pod> {
     let pod = Arc::new(pod(node, &record));
-    let mut running = undo_running(&pod.directory, None, &pod.netns, record.cgroup.clone());
+    let machine = unwatched.map(|_| record.machine);
+    let mut running = undo_running(&pod.directory, machine, &pod.netns, record.cgroup.clone());
     if let Err(error) = running.run() {
         // Tried again when containerd has it stopped.
         tracing::error!(pod = pod.id, %error, "cannot clean up after a machine");
     }
-    let end = record.end.clone().unwrap_or_else(|| observed_end(&pod));
+    let end = match (&record.end, unwatched) {
+        (Some(end), _) => end.clone(),
+        (None, Some(error)) => {
+            let reason =
+                format!("the machine could not be watched by a new controller and was ended: {error}");
+            tracing::error!(pod = pod.id, reason, "a machine is ended");
+            End::new(Ended { exit: Exit::Unknown, at: SystemTime::now() }, Some(reason))
+        }
+        (None, None) => observed_end(&pod),
+    };
     {
         let mut state = pod.state();
         state.phase = Phase::Ended;
@@ -265,7 +326,7 @@ fn read_progress(pod: &Pod) -> io::Result<Progress> {
 }
 
 /// The steps that take down what a pod has on the host beside its directory.
-fn undo_running(directory: &Path, machine: Option<OwnedFd>, netns: &str, cgroup: Option<PathBuf>) -> Undo {
+fn undo_running(directory: &Path, machine: Option<Process>, netns: &str, cgroup: Option<PathBuf>) -> Undo {
     let mut running = Undo::default();
     network::push_removal(Path::new(netns), &mut running);
     let share = Share::at(directory.join(file::SHARE));
@@ -275,35 +336,119 @@ fn undo_running(directory: &Path, machine: Option<OwnedFd>, netns: &str, cgroup:
     if let Some(path) = cgroup {
         running.push("remove the pod's cgroup", move || cgroup::remove(&path));
     }
-    if let Some(pidfd) = machine {
-        running.push("end the pod's machine", move || machine::kill(&pidfd));
+    if let Some(process) = machine {
+        running.push("end the pod's machine", move || end(process, open));
     }
     running
 }
 
-/// Removes everything of a pod that nobody waits for.
-fn undo(directory: &Path, machine: Option<Machine>, record: Option<&Record>) -> io::Result<()> {
-    let id = directory.file_name().unwrap_or_default().to_string_lossy();
-    let (netns, cgroup) = match record {
-        Some(record) => (record.pod.netns.as_str(), record.cgroup.clone()),
-        None => ("", cgroup::find(&id)?),
-    };
-    let machine = machine.map(|machine| machine.pidfd()).transpose()?;
-    undo_running(directory, machine, netns, cgroup).run()?;
-    Ok(mounts::remove_tree(directory)?)
+/// Removes everything of a pod that nobody waits for. What cannot be undone yet is kept in the pod.
+async fn undo(
+    node: &Arc<Node>,
+    identity: Identity,
+    machine: Option<Process>,
+    cgroup: Option<PathBuf>,
+) -> Option<Arc<Pod>> {
+    let pod = Arc::new(Pod::make(identity, Size::default_of(&node.config), node.clone()));
+    {
+        let mut state = pod.state();
+        state.running = undo_running(&pod.directory, machine, &pod.netns, cgroup);
+        state.directory = pod.undo_directory();
+    }
+    match pod.shutdown().await {
+        Ok(()) => None,
+        Err(error) => {
+            tracing::error!(pod = pod.id, error = chain(&error), "cannot undo what a pod has left");
+            Some(pod)
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        os::unix::process::ExitStatusExt as _,
+        process::{Child, Command},
+    };
+
     use super::*;
+    use crate::pod::tests::node;
 
     #[test]
     fn a_pid_that_was_given_to_another_process_is_not_the_machine() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
         let _guard = runtime.enter();
         let own = Process::of(std::process::id()).unwrap();
-        assert!(running(own).is_some());
-        assert!(running(Process { start_time: 1, ..own }).is_none());
+        assert!(running(own).unwrap().is_some());
+        assert!(running(Process { start_time: 1, ..own }).unwrap().is_none());
+    }
+
+    fn no_descriptor(_: Process) -> io::Result<Option<(Pid, OwnedFd)>> {
+        Err(Errno::MFILE.into())
+    }
+
+    fn sleeping() -> (Child, Process) {
+        let child = Command::new("sleep").arg("60").spawn().unwrap();
+        let process = Process::of(child.id()).unwrap();
+        (child, process)
+    }
+
+    #[test]
+    fn a_machine_is_ended_with_and_without_a_descriptor_and_no_other_process_is() {
+        let (mut child, process) = sleeping();
+        let another = Process { start_time: 1, ..process };
+        end(another, open).unwrap();
+        end(another, no_descriptor).unwrap();
+        assert_eq!(child.try_wait().unwrap(), None);
+        // It is not known to be gone, so this is tried again.
+        end(process, no_descriptor).unwrap_err();
+        assert_eq!(child.wait().unwrap().signal(), Some(9));
+        end(process, no_descriptor).unwrap();
+        let (mut child, process) = sleeping();
+        end(process, open).unwrap();
+        assert_eq!(child.wait().unwrap().signal(), Some(9));
+    }
+
+    fn record(node: &Node, machine: Process, cgroup: Option<PathBuf>, stage: Stage) -> Record {
+        let directory = node.config.run_dir.join("abc");
+        fs::create_dir(&directory).unwrap();
+        let mut record = Record::new(identity_of(&directory), None, machine).unwrap();
+        (record.cgroup, record.stage) = (cgroup, stage);
+        record.write(&directory).unwrap();
+        record
+    }
+
+    #[tokio::test]
+    async fn a_machine_that_cannot_be_watched_is_ended_and_its_pod_kept_with_the_reason() {
+        let directory = tempfile::tempdir().unwrap();
+        let node = node(directory.path());
+        let (mut child, process) = sleeping();
+        let record = record(&node, process, None, Stage::Running);
+        let pod = take_over_machine(&node, record, Err(Errno::MFILE.into())).await.unwrap();
+        assert_eq!(child.wait().unwrap().signal(), Some(9));
+        assert_eq!(pod.phase(), Phase::Ended);
+        let info = pod.verbose_info().await;
+        assert!(info["pericarp"]["reason"].as_str().unwrap().contains("could not be watched"), "{info}");
+    }
+
+    #[tokio::test]
+    async fn what_cannot_be_undone_is_kept_with_its_record_until_it_can_be() {
+        let directory = tempfile::tempdir().unwrap();
+        let node = node(directory.path());
+        let (mut child, process) = sleeping();
+        // A cgroup with something in it cannot be removed.
+        let cgroup = directory.path().join("abc.cgroup");
+        fs::create_dir_all(cgroup.join("busy")).unwrap();
+        record(&node, process, Some(cgroup.clone()), Stage::Starting);
+        let pod = take_over(&node, &directory.path().join("abc")).await.unwrap().unwrap();
+        assert_eq!(child.wait().unwrap().signal(), Some(9));
+        assert_eq!(pod.phase(), Phase::Ended);
+        let error = chain(&pod.shutdown().await.unwrap_err());
+        assert!(error.contains("cannot remove the pod's cgroup"), "{error}");
+        assert!(Record::read(&directory.path().join("abc")).unwrap().is_some());
+        fs::remove_dir(cgroup.join("busy")).unwrap();
+        pod.shutdown().await.unwrap();
+        assert!(!cgroup.exists() && !directory.path().join("abc").exists());
     }
 
     #[test]
@@ -313,7 +458,7 @@ mod tests {
         let config = directory.path().join(file::CONFIG);
         // A process with that command line that waits for its input.
         fs::write(directory.path().join("vmm"), "echo started\nread line\n").unwrap();
-        let mut child = std::process::Command::new("sh")
+        let mut child = Command::new("sh")
             .current_dir(directory.path())
             .args(["vmm", "--config"])
             .arg(&config)

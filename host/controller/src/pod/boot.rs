@@ -68,7 +68,8 @@ fn make(what: &'static str) -> impl FnOnce(io::Error) -> BootError {
 }
 
 impl Pod {
-    /// Starts the machine and makes its guest into the pod. On an error nothing is left of it.
+    /// Starts the machine and makes its guest into the pod. On an error nothing is left of it, or what cannot be undone yet
+    /// is kept for [`Pod::shutdown`]: see [`Pod::is_undone`].
     pub async fn start(self: &Arc<Self>) -> Result<(), PodError> {
         let start = monotonic_ns();
         let _lifecycle = self.lifecycle.lock().await;
@@ -186,12 +187,11 @@ impl Pod {
             None => None,
         };
         let config = self.machine_config(nets);
-        let machine = Machine::spawn(directory, &config, &control, forward.as_ref(), entrance)
+        let (machine, pidfd) = Machine::spawn(directory, &config, &control, forward.as_ref(), entrance)
             .map_err(make("machine process"))?;
         fault::point("machine-spawned");
         // The machine's alone: it ends with it.
         drop(forward);
-        let pidfd = machine.pidfd().map_err(make("machine process"))?;
         running.push("end the pod's machine", move || machine::kill(&pidfd));
         // From here a controller that starts after a crash finds the machine and ends it.
         self.write_record(machine.pid(), Stage::Starting).map_err(make("state file"))?;

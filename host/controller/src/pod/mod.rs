@@ -426,4 +426,4 @@ fn name_of(config: &cri::PodSandboxConfig, id: &str) -> String {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

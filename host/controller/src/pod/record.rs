@@ -55,6 +55,17 @@ impl Process {
             })?;
         Ok(Process { pid, start_time })
     }
+
+    /// Whether it is still there, alive or as an exit status that nobody has taken.
+    pub fn runs(self) -> io::Result<bool> {
+        match Process::of(self.pid) {
+            Ok(found) => Ok(found == self),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+            // It ended while it was looked at.
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
 }
 
 /// How a machine has ended.

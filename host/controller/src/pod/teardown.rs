@@ -21,6 +21,12 @@ impl Pod {
         self.undo_all().await.map_err(|source| PodError::Teardown { pod: self.name(), source })
     }
 
+    /// Whether nothing of it is left, as far as this controller knows.
+    pub fn is_undone(&self) -> bool {
+        let state = self.state();
+        state.running.is_empty() && state.directory.is_empty()
+    }
+
     fn end_phase(&self) {
         let mut state = self.state();
         state.phase = Phase::Ended;

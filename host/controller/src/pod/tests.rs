@@ -1,3 +1,5 @@
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use async_trait::async_trait;
 use pericarp_protos::ttrpc;
 use tonic::transport::Endpoint;
@@ -34,7 +36,7 @@ impl ContainerSource for OneContainer {
     }
 }
 
-fn node(run_dir: &std::path::Path) -> Arc<Node> {
+pub(crate) fn node(run_dir: &std::path::Path) -> Arc<Node> {
     node_with_containerd(run_dir, "/no/such/socket")
 }
 
@@ -72,6 +74,14 @@ fn config(network: cri::NamespaceMode) -> cri::PodSandboxConfig {
 pub(super) fn pod(run_dir: &std::path::Path) -> Arc<Pod> {
     let config = config(cri::NamespaceMode::Pod);
     Arc::new(Pod::new("abc".into(), "k8s.io".into(), config, String::new(), node(run_dir)).unwrap())
+}
+
+/// Gives a pod something that cannot be undone as long as this is so.
+pub(crate) fn cannot_undo(pod: &Pod, while_this: &Arc<AtomicBool>) {
+    let fails = while_this.clone();
+    pod.state().directory.push("remove what is busy", move || {
+        if fails.load(Ordering::Relaxed) { Err(std::io::ErrorKind::ResourceBusy.into()) } else { Ok(()) }
+    });
 }
 
 #[tokio::test]
