@@ -19,6 +19,7 @@ mod metrics;
 mod mounts;
 mod network;
 mod notify;
+mod oom;
 mod orphans;
 mod pod;
 mod rootfs;

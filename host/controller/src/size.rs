@@ -206,6 +206,8 @@ pub struct Limits {
     pub cpus: CpuSet,
     /// Memory nodes of the host.
     pub mems: CpuSet,
+    /// When the host's kernel is to kill it (`oom_score_adj`).
+    pub oom_score_adj: i64,
 }
 
 impl Limits {
@@ -226,6 +228,7 @@ impl Limits {
             huge_page_bytes: huge_pages,
             cpus: set(&resources["cpu"]["cpus"]),
             mems: set(&resources["cpu"]["mems"]),
+            oom_score_adj: spec["process"]["oomScoreAdj"].as_i64().unwrap_or(0),
         }
     }
 }
@@ -428,6 +431,8 @@ mod tests {
             Limits::of_spec(spec),
             Limits { cpu_milli: Some(1500), memory_bytes: Some(1 << 20), ..Limits::default() }
         );
+        let spared = br#"{"process":{"oomScoreAdj":-997}}"#;
+        assert_eq!(Limits::of_spec(spared), Limits { oom_score_adj: -997, ..Limits::default() });
         let pinned = br#"{"linux":{"resources":{"cpu":{"cpus":"2-3","mems":"0"},
             "hugepageLimits":[{"pageSize":"2MB","limit":4194304},{"pageSize":"1GB","limit":0}]}}}"#;
         let limits = Limits::of_spec(pinned);

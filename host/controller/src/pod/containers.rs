@@ -126,6 +126,9 @@ impl Pod {
         let share = self.share.lock().await;
         self.state().containers.remove(id);
         self.state().limits.remove(id);
+        if let Err(error) = self.set_oom_score(&self.all_limits()) {
+            tracing::warn!(pod = self.id, error = chain(&error), "the machine keeps its OOM score");
+        }
         self.take_away(id, &share).await?;
         fault::point("container-released");
         Ok(())

@@ -1,6 +1,10 @@
 //! Finding out that a guest is stuck, for which nothing tells but that it does not answer.
 
-use std::{future::pending, time::Duration};
+use std::{
+    future::pending,
+    hash::{DefaultHasher, Hash as _, Hasher as _},
+    time::Duration,
+};
 
 use tokio::time::{Instant, sleep_until};
 
@@ -17,6 +21,7 @@ impl Pod {
     pub(super) async fn falls_silent(&self) -> Duration {
         let Some(limit) = self.node.config.guest_timeout() else { return pending().await };
         let each = limit / UNANSWERED_MAX;
+        tokio::time::sleep(each.mul_f64(phase(&self.id))).await;
         let mut silence = Silence::default();
         loop {
             let next = Instant::now() + each;
@@ -42,6 +47,17 @@ impl Pod {
     }
 }
 
+/// When in an interval a pod is asked, from 0 to 1. All pods of a node that has just been started would else be asked in the
+/// same moment, and then again and again.
+fn phase(pod: &str) -> f64 {
+    const PARTS: u16 = 4096;
+    let mut hash = DefaultHasher::new();
+    pod.hash(&mut hash);
+    // Smaller than the number of parts, so nothing is lost.
+    let part = u16::try_from(hash.finish() % u64::from(PARTS)).unwrap_or(0);
+    f64::from(part) / f64::from(PARTS)
+}
+
 /// Questions without an answer.
 #[derive(Default)]
 struct Silence {
@@ -58,11 +74,44 @@ impl Silence {
 
 #[cfg(test)]
 mod tests {
+    use pericarp_protos::cri::PodSandboxConfig;
+
     use super::*;
+    use crate::pod::tests::node;
 
     fn is_stuck(answers: &[bool]) -> bool {
         let mut silence = Silence::default();
         answers.iter().any(|answered| silence.lasts(*answered))
+    }
+
+    #[test]
+    fn pods_are_asked_at_all_times_and_each_at_its_own() {
+        let mut tenths = [0; 10];
+        for number in 0..1000 {
+            let id = format!("{number:064x}");
+            assert!((phase(&id) - phase(&id)).abs() < f64::EPSILON);
+            let tenth = (0..10).rev().find(|tenth| phase(&id) * 10.0 >= f64::from(*tenth));
+            tenths[usize::try_from(tenth.unwrap()).unwrap()] += 1;
+        }
+        assert!(tenths.iter().all(|pods| (50..200).contains(pods)), "{tenths:?}");
+    }
+
+    /// How long it takes until a guest that nobody can reach is found to be stuck.
+    async fn found_after(id: &str) -> Duration {
+        let directory = tempfile::tempdir().unwrap();
+        let (config, netns) = (PodSandboxConfig::default(), String::new());
+        let pod = Pod::new(id.into(), "k8s.io".into(), config, netns, node(directory.path())).unwrap();
+        pod.state().phase = Phase::Running { pid: 1 };
+        let start = Instant::now();
+        let limit = pod.falls_silent().await;
+        assert_eq!(limit, pod.node.config.guest_timeout().unwrap());
+        start.elapsed().checked_sub(limit).unwrap()
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn two_stuck_guests_are_not_found_in_the_same_moment() {
+        let (one, other) = (found_after("one").await, found_after("other").await);
+        assert!(one.abs_diff(other) > Duration::from_millis(100), "{one:?} {other:?}");
     }
 
     #[test]

@@ -12,6 +12,7 @@ use crate::{
     errors::chain,
     guest::Agent,
     machine::{Control, file},
+    oom,
     size::{self, Limits, Size},
 };
 
@@ -46,6 +47,16 @@ pub enum ResizeError {
         cpus: String,
         mems: String,
         cgroup: PathBuf,
+        #[source]
+        source: std::io::Error,
+    },
+    #[error(
+        "the oom_score_adj of the machine, process {pid}, cannot be set to {number}; to lower it the controller needs \
+         CAP_SYS_RESOURCE"
+    )]
+    OomScore {
+        number: i64,
+        pid: u32,
         #[source]
         source: std::io::Error,
     },
@@ -127,7 +138,7 @@ impl Pod {
         Ok(())
     }
 
-    fn all_limits(&self) -> Vec<Limits> {
+    pub(super) fn all_limits(&self) -> Vec<Limits> {
         self.state().limits.values().cloned().collect()
     }
 
@@ -142,6 +153,7 @@ impl Pod {
             self.resize(size, now.unwrap_or(self.size)).await?;
         }
         self.pin(containers)?;
+        self.set_oom_score(containers)?;
         self.state().size_now = Some(size);
         if now != Some(size) {
             tracing::info!(pod = self.id, ?size, "machine resized");
@@ -187,6 +199,17 @@ impl Pod {
         }
         self.state().pinned = Some(wanted);
         Ok(())
+    }
+
+    /// Has the host's kernel kill the machine when it would kill its containers.
+    pub(super) fn set_oom_score(&self, containers: &[Limits]) -> Result<(), ResizeError> {
+        let number = oom::of_machine(containers.iter().map(|container| container.oom_score_adj));
+        match (number, self.phase()) {
+            (Some(number), Phase::Running { pid }) => {
+                oom::set(pid, number).map_err(|source| ResizeError::OomScore { number, pid, source })
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Has machine and guest take on a size.

@@ -196,6 +196,33 @@ async fn a_resize_that_fails_leaves_the_pod_as_it_was() {
     }
 }
 
+fn to_be_killed(limits: Limits, oom_score_adj: i64) -> Limits {
+    Limits { oom_score_adj, ..limits }
+}
+
+#[tokio::test]
+async fn the_hosts_kernel_kills_a_machine_when_it_would_kill_its_containers() {
+    let mut machine = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+    let pid = machine.id();
+    let number = || std::fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap().trim().to_owned();
+    let place = Place::new(Fails::Guest).await;
+    place.pod.state().phase = Phase::Running { pid };
+    place.fit("c1", to_be_killed(limits(1, 256), 750)).await.unwrap();
+    assert_eq!(number(), "750");
+    place.fit("c2", to_be_killed(limits(1, 256), 1000)).await.unwrap_err();
+    assert_eq!(number(), "750");
+    place.fit("c2", to_be_killed(Limits::default(), 900)).await.unwrap();
+    assert_eq!(number(), "650");
+    place.pod.share.lock().await.create().unwrap();
+    place.pod.release_container("c1").await.unwrap();
+    place.pod.share.lock().await.remove().unwrap();
+    assert_eq!(number(), "900");
+    machine.kill().unwrap();
+    machine.wait().unwrap();
+    let error = place.fit("c2", to_be_killed(Limits::default(), 800)).await.unwrap_err();
+    assert!(error.contains("oom_score_adj"), "{error}");
+}
+
 #[tokio::test]
 async fn a_resize_that_nobody_waits_for_any_more_leaves_no_limits() {
     let place = Place::new(Fails::Nothing).await;
