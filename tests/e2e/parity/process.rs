@@ -170,9 +170,9 @@ fn a_privileged_container_may_do_what_it_may_under_runc() -> Result<()> {
     };
     let script = "
         grep -E '^(Cap|Seccomp:)' /proc/self/status
-        mount -t tmpfs x /tmp && touch /tmp/y && umount /tmp && echo mounted
+        mount -t tmpfs x /tmp && touch /tmp/y && echo mounted
+        mknod /tmp/null c 1 3 && echo x > /tmp/null && umount /tmp && echo node
         mkdir /sys/fs/cgroup/inner && echo cgroup made; rmdir /sys/fs/cgroup/inner
-        mknod /tmp/null c 1 3 && echo x > /tmp/null && echo node
         echo 1 > /proc/sys/net/ipv4/ip_forward && echo sysctl
         hostname parity && hostname
         unshare -Urm true && echo unshared

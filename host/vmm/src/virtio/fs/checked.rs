@@ -11,7 +11,7 @@ use virtiofsd::{
     passthrough::PassthroughFs,
 };
 
-use super::names;
+use super::{names, user::Acting};
 
 type Inode = <PassthroughFs as FileSystem>::Inode;
 type Handle = <PassthroughFs as FileSystem>::Handle;
@@ -23,6 +23,18 @@ pub struct Checked(PassthroughFs);
 impl Checked {
     pub fn new(inner: PassthroughFs) -> Checked {
         Checked(inner)
+    }
+}
+
+/// Files that the guest may make by themselves: none that is a device, but for the whiteouts of overlay file systems. A device
+/// would be the host's for everybody there who may open it.
+fn check_node(mode: u32, device: u32) -> io::Result<()> {
+    const WHITEOUT: u32 = 0;
+    match mode & libc::S_IFMT {
+        0 | libc::S_IFREG | libc::S_IFIFO | libc::S_IFSOCK => Ok(()),
+        libc::S_IFCHR if device == WHITEOUT => Ok(()),
+        libc::S_IFCHR | libc::S_IFBLK => Err(io::Error::from_raw_os_error(libc::EPERM)),
+        _ => Err(io::Error::from_raw_os_error(libc::EINVAL)),
     }
 }
 
@@ -86,6 +98,7 @@ impl FileSystem for Checked {
         extensions: Extensions,
     ) -> io::Result<Entry> {
         names::check(name)?;
+        check_node(mode, device)?;
         self.0.mknod(context, parent, name, mode, device, umask, extensions)
     }
 
@@ -196,6 +209,7 @@ impl FileSystem for Checked {
         kill_privileges: bool,
         flags: u32,
     ) -> io::Result<usize> {
+        let _acting = Acting::for_data(context, delayed);
         self.0.write(
             context,
             inode,
@@ -210,6 +224,35 @@ impl FileSystem for Checked {
         )
     }
 
+    fn fallocate(
+        &self,
+        context: Context,
+        inode: Inode,
+        handle: Handle,
+        mode: u32,
+        offset: u64,
+        length: u64,
+    ) -> io::Result<()> {
+        let _acting = Acting::for_data(context, false);
+        self.0.fallocate(context, inode, handle, mode, offset, length)
+    }
+
+    fn copyfilerange(
+        &self,
+        context: Context,
+        from: Inode,
+        from_handle: Handle,
+        from_offset: u64,
+        to: Inode,
+        to_handle: Handle,
+        to_offset: u64,
+        length: u64,
+        flags: u64,
+    ) -> io::Result<usize> {
+        let _acting = Acting::for_data(context, false);
+        self.0.copyfilerange(context, from, from_handle, from_offset, to, to_handle, to_offset, length, flags)
+    }
+
     pass! {
         fn destroy(&self);
         fn forget(&self, context: Context, inode: Inode, count: u64);
@@ -222,9 +265,6 @@ impl FileSystem for Checked {
         fn open(&self, context: Context, inode: Inode, kill_privileges: bool, flags: u32) -> io::Result<Opened>;
         fn flush(&self, context: Context, inode: Inode, handle: Handle, lock_owner: u64) -> io::Result<()>;
         fn fsync(&self, context: Context, inode: Inode, data_only: bool, handle: Handle) -> io::Result<()>;
-        fn fallocate(
-            &self, context: Context, inode: Inode, handle: Handle, mode: u32, offset: u64, length: u64
-        ) -> io::Result<()>;
         fn release(
             &self, context: Context, inode: Inode, flags: u32, handle: Handle, flush: bool, unlock: bool,
             lock_owner: Option<u64>
@@ -239,10 +279,6 @@ impl FileSystem for Checked {
         fn releasedir(&self, context: Context, inode: Inode, flags: u32, handle: Handle) -> io::Result<()>;
         fn access(&self, context: Context, inode: Inode, mask: u32) -> io::Result<()>;
         fn lseek(&self, context: Context, inode: Inode, handle: Handle, offset: u64, whence: u32) -> io::Result<u64>;
-        fn copyfilerange(
-            &self, context: Context, from: Inode, from_handle: Handle, from_offset: u64, to: Inode, to_handle: Handle,
-            to_offset: u64, length: u64, flags: u64
-        ) -> io::Result<usize>;
         fn syncfs(&self, context: Context, inode: Inode) -> io::Result<()>;
     }
 }

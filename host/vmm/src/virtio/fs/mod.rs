@@ -7,6 +7,7 @@ mod request;
 mod staging;
 mod user;
 mod worker;
+mod xattrs;
 
 #[cfg(test)]
 mod tests;
@@ -49,6 +50,8 @@ pub enum FsError {
         #[source]
         source: io::Error,
     },
+    #[error("the names of extended attributes cannot be mapped")]
+    Attributes(#[source] virtiofsd::passthrough::xattrmap::Error),
 }
 
 /// The shared directory's device.
@@ -78,6 +81,7 @@ impl Fs {
             attr_timeout: ATTRIBUTES_VALID,
             cache_policy: CachePolicy::Auto,
             xattr: true,
+            xattrmap: Some(xattrs::map().map_err(FsError::Attributes)?),
             // Root filesystems and volumes are mounted below the share while the guest runs.
             announce_submounts: true,
             killpriv_v2: true,

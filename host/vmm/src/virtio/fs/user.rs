@@ -4,13 +4,18 @@
 //! it may be done. virtiofsd makes files as the guest's user, so that they belong to them, but as a user without
 //! privileges, and does all else as root. Neither will do for the root of a user namespace: that is a user like any other
 //! here, who may nevertheless write in its other users' directories; and where the ids of a volume are mapped for it, the
-//! host's root is nobody, who can have no file renamed or linked.
+//! host's root is nobody, who can have no file renamed or linked. And as root, anybody's data could fill up what a disk keeps
+//! for root.
 
 use rustix::{
     io::Errno,
-    thread::{CapabilitiesSecureBits, capabilities_secure_bits, set_capabilities_secure_bits},
+    thread::{
+        CapabilitiesSecureBits, CapabilitySet, CapabilitySets, capabilities, capabilities_secure_bits,
+        set_capabilities, set_capabilities_secure_bits,
+    },
 };
 use virtiofsd::{
+    filesystem::Context,
     fuse::{InHeader, Opcode},
     soft_idmap::Id as _,
 };
@@ -20,14 +25,40 @@ const NAMING: [u32; 3] = [Opcode::Rename as u32, Opcode::Link as u32, Opcode::Re
 /// Root, or no user at all, as in a request that the guest's kernel makes by itself.
 const NO_USER: [u32; 2] = [0, u32::MAX];
 
-/// Lets this thread act as other users and keep its privileges.
+/// Somebody without any claim to what is kept for others. Which number it is does not matter: a file is written as whoever
+/// has opened it.
+const NOBODY: u32 = 65534;
+
+/// What it takes to do as the guest says with the files below the share, whoever owns them. Neither devices can be made with
+/// it, nor limits of disk space exceeded, nor attributes set that the host trusts.
+fn needed() -> CapabilitySet {
+    CapabilitySet::CHOWN
+        | CapabilitySet::DAC_OVERRIDE
+        | CapabilitySet::FOWNER
+        | CapabilitySet::FSETID
+        | CapabilitySet::SETFCAP
+        | CapabilitySet::SETGID
+        | CapabilitySet::SETUID
+}
+
+/// Lets this thread act as other users and keep those privileges that it needs, and takes away the others. Before its first
+/// request: virtiofsd restores what it has found then.
 pub fn keep_privileges() -> rustix::io::Result<()> {
     let bits = capabilities_secure_bits()? | CapabilitiesSecureBits::NO_SETUID_FIXUP;
     match set_capabilities_secure_bits(bits) {
         // A machine without privileges has none to keep, and cannot act as anybody else.
-        Err(Errno::PERM) => Ok(()),
-        result => result,
+        Err(Errno::PERM) => {}
+        result => result?,
     }
+    let has = capabilities(None)?;
+    set_capabilities(
+        None,
+        CapabilitySets {
+            effective: has.effective & needed(),
+            permitted: has.permitted & needed(),
+            inheritable: CapabilitySet::empty(),
+        },
+    )
 }
 
 /// While this lives, its thread's files are its user's.
@@ -39,6 +70,17 @@ impl Acting {
         let (uid, gid) = (header.uid.into_inner(), header.gid.into_inner());
         let matters = NAMING.contains(&header.opcode) && !NO_USER.contains(&uid);
         matters.then(|| Acting::new(uid, gid))
+    }
+
+    /// As nobody, for a request that may take up disk space and is not root's. ext4 keeps some for root, and goes by who
+    /// writes (`ext4_has_free_clusters`), not by whose file it is. What the guest's kernel writes late or by itself says
+    /// "root" or nobody, whoever it is for.
+    pub fn for_data(context: Context, delayed: bool) -> Option<Acting> {
+        (delayed || context.uid.into_inner() != 0).then(|| {
+            // SAFETY: only this thread's user for file systems changes.
+            unsafe { libc::setfsuid(NOBODY) };
+            Acting(())
+        })
     }
 
     fn new(uid: u32, gid: u32) -> Acting {
@@ -103,5 +145,20 @@ mod tests {
         };
         assert!(request(12, 1000) && request(13, 1000) && request(45, 1000));
         assert!(!request(12, 0) && !request(12, u32::MAX) && !request(9, 1000));
+    }
+
+    #[test]
+    fn a_thread_keeps_no_privileges_but_those_that_it_needs() {
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                keep_privileges().unwrap();
+                let has = capabilities(None).unwrap();
+                assert_eq!((has.effective, has.permitted), (needed(), needed()));
+                for never in [CapabilitySet::MKNOD, CapabilitySet::SYS_ADMIN, CapabilitySet::SYS_RESOURCE] {
+                    assert!(!has.permitted.contains(never), "{never:?}");
+                }
+                assert!(has.inheritable.is_empty());
+            });
+        });
     }
 }

@@ -1,6 +1,7 @@
 //! The device, played with by a guest that may be hostile: requests made by hand, through queues in memory.
 
 mod names;
+mod privileges;
 mod requests;
 mod serving;
 
@@ -122,7 +123,10 @@ impl Guest {
     }
 
     fn fresh() -> Guest {
-        let directory = directory_with_share();
+        Guest::in_directory(directory_with_share())
+    }
+
+    fn in_directory(directory: TempDir) -> Guest {
         let memory = guest_memory();
         let (ring, queues) = queues(&memory);
         let notify = queues[1].notified.try_clone().unwrap();

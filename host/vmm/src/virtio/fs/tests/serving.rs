@@ -18,12 +18,17 @@ fn mkdir(name: &str) -> Vec<u8> {
     [header.as_slice(), &body].concat()
 }
 
-fn server(share: &Path) -> Arc<Server<Checked>> {
+/// The file system that a server has, served by the thread that asks.
+pub fn checked(share: &Path) -> Checked {
     let config =
         passthrough::Config { root_dir: share.to_str().unwrap().into(), ..passthrough::Config::default() };
     let passthrough = PassthroughFs::new(config).unwrap();
     passthrough.open_root_node().unwrap();
-    Arc::new(Server::new(Checked::new(passthrough)))
+    Checked::new(passthrough)
+}
+
+fn server(share: &Path) -> Arc<Server<Checked>> {
+    Arc::new(Server::new(checked(share)))
 }
 
 #[test]
