@@ -162,20 +162,25 @@ fn answer(
 ) -> Result<usize, StagingError> {
     let request = staging.take(guest, chain)?;
     let header = request.header;
-    let room = match request::check(&request) {
-        Ok(room) => room,
+    let errno = match request::check(&request) {
+        Ok(room) => {
+            let (reader, writer) = staging.serve(room)?;
+            let _acting = Acting::for_request(&header);
+            match server.handle_message(reader, writer, None::<&mut ()>) {
+                Ok(length) => return Ok(length),
+                Err(error) => {
+                    tracing::debug!(%error, opcode = header.opcode, "fs: a request is not understood");
+                    libc::EINVAL
+                }
+            }
+        }
         Err(error) => {
             tracing::debug!(%error, opcode = header.opcode, "fs: a request is refused");
-            let refusal = OutHeader { len: ANSWER, error: -error.errno(), unique: header.unique };
-            let (_, mut writer) = staging.serve(ANSWER as usize)?;
-            // Where there is no room for it, nobody waits for an answer.
-            return Ok(writer.write_all(refusal.as_slice()).map_or(0, |()| ANSWER as usize));
+            error.errno()
         }
     };
-    let (reader, writer) = staging.serve(room)?;
-    let _acting = Acting::for_request(&header);
-    Ok(server.handle_message(reader, writer, None::<&mut ()>).unwrap_or_else(|error| {
-        tracing::debug!(%error, opcode = header.opcode, "fs: a request has no answer");
-        0
-    }))
+    let refusal = OutHeader { len: ANSWER, error: -errno, unique: header.unique };
+    let (_, mut writer) = staging.serve(ANSWER as usize)?;
+    // Where there is no room for it, nobody waits for an answer.
+    Ok(writer.write_all(refusal.as_slice()).map_or(0, |()| ANSWER as usize))
 }

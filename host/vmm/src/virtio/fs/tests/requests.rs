@@ -163,6 +163,12 @@ fn a_request_has_exactly_the_bytes_that_it_says() {
     let mut extended = good.clone();
     extended[36] = 1;
     assert_eq!(guest.send(&extended, ROOM).error, libc::EINVAL);
+    // An extension that is none, and an answer that is longer than the room for it.
+    let nonsense = [&mkdir[..], &[0xff; 8]].concat();
+    let mut extended = guest.message(Opcode::Mkdir as u32, ROOT_ID, &nonsense);
+    extended[36] = 1;
+    assert_eq!(guest.send(&extended, ROOM).error, libc::EINVAL);
+    assert_eq!(guest.ask_with_room(Opcode::Lookup as u32, ROOT_ID, b"file\0", 20).error, libc::EINVAL);
     // No header at all.
     for length in [0, 1, 39] {
         assert_eq!(guest.send(&good[..length], ROOM).length, 0, "{length}");
