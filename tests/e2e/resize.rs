@@ -95,15 +95,30 @@ fn a_machine_stays_on_the_cpus_of_its_containers() -> Result<()> {
             cpuset_mems: "0".to_owned(),
             ..Default::default()
         };
-        let first = pod.container("first").resources(on_cpu("0")).start().await?;
-        assert_eq!(pinned().await?, ("0".into(), "0".into()));
-        // With a container that may run anywhere, the machine may. (The virtual node has one CPU only.)
+        // The virtual node has one CPU, which is all that there is: only a machine that nobody has kept anywhere yet can be
+        // told from one that is kept on it. (`a_machine_is_let_go_when_one_of_its_containers_may_run_anywhere` has more.)
         let anywhere = pod.idle_container("anywhere").await?;
-        let all = fs::read_to_string("/sys/fs/cgroup/cpuset.cpus.effective")?;
-        assert_eq!(pinned().await?.0, all.trim());
+        assert_eq!(pinned().await?, (String::new(), String::new()));
+        // With a container that may run anywhere, the machine may.
+        let first = pod.container("first").resources(on_cpu("0")).start().await?;
+        assert_eq!(pinned().await?, (String::new(), String::new()));
         anywhere.update(on_cpu("0")).await?;
         assert_eq!(pinned().await?, ("0".into(), "0".into()));
         assert_eq!(first.shell("nproc").await?.trim(), "1");
+        Ok(())
+    })
+}
+
+#[test]
+fn the_host_kills_a_machine_when_it_would_kill_its_containers() -> Result<()> {
+    on_pericarp(async |node| {
+        let pod = node.pod("score").run().await?;
+        let requested = |oom_score_adj| api::LinuxContainerResources { oom_score_adj, ..Default::default() };
+        pod.container("first").resources(requested(800)).start().await?;
+        let second = pod.container("second").resources(requested(900)).start().await?;
+        let pid = pod.info().await?["pid"].clone();
+        assert_eq!(fs::read_to_string(format!("/proc/{pid}/oom_score_adj"))?.trim(), "700");
+        assert_eq!(second.shell("cat /proc/self/oom_score_adj").await?, "900");
         Ok(())
     })
 }

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use pericarp_tests::{
     Pod,
     controller::{Controller, NetworkNamespace, pod_config},
@@ -126,8 +126,13 @@ fn a_pod_lives_on_when_its_tap_is_removed() -> Result<()> {
         on_the_node(&format!("nsenter --net={netns} ip link delete pericarp0")).await?;
         assert!(server.pod.is_ready().await?);
         assert_eq!(server.container.shell("hostname").await?, "server");
-        let log = fs::read_to_string(format!("/run/pericarp/{}/vmm.log", server.pod.id))?;
-        assert!(log.contains("the tap is gone"), "{log}");
+        let log = format!("/run/pericarp/{}/vmm.log", server.pod.id);
+        until("the machine to notice", async || {
+            let log = fs::read_to_string(&log)?;
+            ensure!(log.contains("the tap is gone"), "{log}");
+            Ok(true)
+        })
+        .await?;
         server.pod.stop().await?;
         server.pod.remove().await
     })

@@ -72,11 +72,11 @@ fn namespaces(security: &LinuxSandboxSecurityContext) -> Option<Refusal> {
                 Refusal::of(field, "the host's namespace is not in the machine; remove it from the pod")
             }
             (Ok(named), _) => Refusal::of(
-                format!("a {kind} namespace of mode {}", named.as_str_name()),
+                format!("the mode {} for its {kind} namespace", named.as_str_name()),
                 "a pod's namespaces are its own or, for users, the host's; ask for POD",
             ),
             (Err(_), _) => Refusal::of(
-                format!("a {kind} namespace of mode {mode}"),
+                format!("the mode {mode} for its {kind} namespace"),
                 "CRI has no such mode; ask for POD",
             ),
         })
@@ -153,7 +153,7 @@ mod tests {
                 match refused {
                     None => assert!(can_be.contains(&mode), "{kind} {name}"),
                     Some(what) if mode == Node => assert!(what.starts_with("host"), "{what}"),
-                    Some(what) => assert_eq!(what, format!("a {kind} namespace of mode {name}")),
+                    Some(what) => assert_eq!(what, format!("the mode {name} for its {kind} namespace")),
                 }
                 assert!(
                     !can_be.contains(&mode)
@@ -161,7 +161,7 @@ mod tests {
                 );
             }
             let unknown = asking_for(|security| set(options(security), 9));
-            assert_eq!(unknown, Some(format!("a {kind} namespace of mode 9")));
+            assert_eq!(unknown, Some(format!("the mode 9 for its {kind} namespace")));
         }
     }
 

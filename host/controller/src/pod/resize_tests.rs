@@ -160,6 +160,21 @@ async fn a_machine_is_made_as_large_as_its_containers_may_need() {
 }
 
 #[tokio::test]
+async fn a_machine_is_let_go_when_one_of_its_containers_may_run_anywhere() {
+    let place = Place::new(Fails::Nothing).await;
+    // What the cgroup above has.
+    for (file, all) in [("cpuset.cpus.effective", "0-7"), ("cpuset.mems.effective", "0")] {
+        std::fs::write(place.directory.path().join(file), all).unwrap();
+    }
+    place.fit("c1", on_cpu(limits(1, 200), "2")).await.unwrap();
+    assert_eq!(place.pinned(), "2");
+    place.fit("c2", limits(1, 200)).await.unwrap();
+    assert_eq!(place.pinned(), "0-7");
+    place.fit("c2", on_cpu(limits(1, 200), "3")).await.unwrap();
+    assert_eq!(place.pinned(), "2,3");
+}
+
+#[tokio::test]
 async fn a_size_that_is_refused_leaves_no_trace() {
     let place = Place::new(Fails::Nothing).await;
     place.fit("c1", limits(1, 256)).await.unwrap();

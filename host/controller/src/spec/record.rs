@@ -40,7 +40,10 @@ pub fn check(record: &[u8]) -> Result<(), Error> {
         }
         let named = i32::try_from(mode).ok().and_then(|mode| NamespaceMode::try_from(mode).ok());
         unsupported(
-            format!("a {kind} namespace of mode {}", named.map_or("unknown", |mode| mode.as_str_name())),
+            format!(
+                "the mode {} for its {kind} namespace",
+                named.map_or("unknown", |mode| mode.as_str_name())
+            ),
             "a container's namespaces are its pod's; ask for POD, or for processes also CONTAINER or TARGET",
         )
     })
@@ -94,7 +97,7 @@ mod tests {
                     Ok(()) => assert!(can_be.contains(&mode), "{kind} {}", mode.as_str_name()),
                     Err(error) => {
                         assert!(!can_be.contains(&mode), "{error}");
-                        let named = format!("a {kind} namespace of mode {}", mode.as_str_name());
+                        let named = format!("the mode {} for its {kind} namespace", mode.as_str_name());
                         assert!(error.contains(&named), "{error}");
                     }
                 }
