@@ -8,6 +8,7 @@ use pericarp_protos::{
         FitResourcesRequest, HostClient, PrepareContainerRequest, PrepareContainerResponse, ReadyRequest,
         ReleaseContainerRequest,
     },
+    id::ContainerId,
     ttrpc::{
         self, Error,
         r#async::{Client, transport::Socket},
@@ -72,9 +73,9 @@ impl Host {
     /// Has the controller make a container's files appear under the share.
     ///
     /// Answers the OCI spec for the guest, as JSON, and the disks that were put into the machine for it.
-    pub async fn prepare_container(&self, id: &str) -> ttrpc::Result<PrepareContainerResponse> {
+    pub async fn prepare_container(&self, id: &ContainerId) -> ttrpc::Result<PrepareContainerResponse> {
         let mut request = PrepareContainerRequest::new();
-        id.clone_into(&mut request.container_id);
+        request.container_id = id.to_string();
         self.call(LONG, request, |client, context, request| async move {
             client.prepare_container(context, &request).await
         })
@@ -82,9 +83,9 @@ impl Host {
     }
 
     /// Undoes [`Self::prepare_container`].
-    pub async fn release_container(&self, id: &str) -> ttrpc::Result<()> {
+    pub async fn release_container(&self, id: &ContainerId) -> ttrpc::Result<()> {
         let mut request = ReleaseContainerRequest::new();
-        id.clone_into(&mut request.container_id);
+        request.container_id = id.to_string();
         self.call(LONG, request, |client, context, request| async move {
             client.release_container(context, &request).await
         })
@@ -93,9 +94,9 @@ impl Host {
     }
 
     /// Has the controller make the machine fit the limits that containerd has recorded for a container.
-    pub async fn fit_resources(&self, id: &str) -> ttrpc::Result<()> {
+    pub async fn fit_resources(&self, id: &ContainerId) -> ttrpc::Result<()> {
         let mut request = FitResourcesRequest::new();
-        id.clone_into(&mut request.container_id);
+        request.container_id = id.to_string();
         self.call(LONG, request, |client, context, request| async move {
             client.fit_resources(context, &request).await
         })

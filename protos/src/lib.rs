@@ -7,6 +7,7 @@
 //! The Task API itself comes from the `containerd-shim-protos` crate.
 
 pub mod guest;
+pub mod id;
 
 /// Code generated from `proto/`; reached through the modules below.
 #[allow(warnings, clippy::all, clippy::pedantic)]

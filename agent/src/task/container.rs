@@ -12,7 +12,10 @@ use std::{
 };
 
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, LinuxResources, Process as ProcessSpec, Spec};
-use pericarp_protos::guest::PID_NAMESPACE;
+use pericarp_protos::{
+    guest::PID_NAMESPACE,
+    id::{ContainerId, ExecId},
+};
 
 use super::{
     Exits, TaskError,
@@ -36,7 +39,7 @@ const EXECS_LIMIT: std::time::Duration = std::time::Duration::from_secs(10);
 /// One container, from `Create` to `Delete`.
 pub struct Container {
     /// containerd's id.
-    pub id: String,
+    pub id: ContainerId,
     /// The bundle directory on the host: containerd asks for it again.
     pub bundle: String,
     /// Its cgroup.
@@ -52,7 +55,7 @@ pub struct Container {
     huge_pages: tokio::sync::Mutex<Option<Reserved>>,
     spec: Spec,
     directory: Directory,
-    execs: Mutex<HashMap<String, Exec>>,
+    execs: Mutex<HashMap<ExecId, Exec>>,
     serial: AtomicU64,
     deleting: AtomicBool,
 }
@@ -65,7 +68,7 @@ struct Exec {
 /// What is wanted of a new container.
 pub struct Wanted<'a> {
     /// containerd's id.
-    pub id: &'a str,
+    pub id: &'a ContainerId,
     /// The bundle directory on the host.
     pub bundle: &'a str,
     /// The spec for this guest.
@@ -82,7 +85,7 @@ impl Container {
         wanted: Wanted<'_>,
     ) -> Result<Self, TaskError> {
         let Wanted { id, bundle, mut spec, urls } = wanted;
-        let cgroup_error = |source| TaskError::Cgroup { id: id.to_owned(), source };
+        let cgroup_error = |source| TaskError::Cgroup { id: id.to_string(), source };
         if let Some(process) = spec.process_mut() {
             process.set_terminal(Some(urls.terminal));
         }
@@ -101,7 +104,7 @@ impl Container {
                 ensure_pid_namespace(exits, of_user_namespace).await?;
             }
             let request = Request {
-                id: id.to_owned(),
+                id: id.to_string(),
                 directory: directory.0.clone(),
                 action: Action::Create(Box::new(spec.clone())),
             };
@@ -117,13 +120,13 @@ impl Container {
                 if let Err(error) = cgroup.remove().await {
                     tracing::warn!(%error, "a cgroup stays behind");
                 }
-                return Err(TaskError::Create { id: id.to_owned(), source });
+                return Err(TaskError::Create { id: id.to_string(), source });
             }
         };
-        let init = Process::new(id, "", urls, State::Created { pid });
+        let init = Process::new(id.as_str(), "", urls, State::Created { pid });
         init.set_stdio(stdio);
         Ok(Self {
-            id: id.to_owned(),
+            id: id.clone(),
             bundle: bundle.to_owned(),
             cgroup,
             init,
@@ -149,9 +152,9 @@ impl Container {
     pub async fn update(&self, resources: &LinuxResources) -> Result<(), TaskError> {
         if let Some(huge_pages) = self.huge_pages.lock().await.as_ref() {
             let set = huge_pages.set(resources).await;
-            set.map_err(|source| TaskError::HugePages { id: self.id.clone(), source })?;
+            set.map_err(|source| TaskError::HugePages { id: self.id.to_string(), source })?;
         }
-        self.cgroup.update(resources).map_err(|source| TaskError::Cgroup { id: self.id.clone(), source })
+        self.cgroup.update(resources).map_err(|source| TaskError::Cgroup { id: self.id.to_string(), source })
     }
 
     /// Lets the first process run its program.
@@ -162,20 +165,20 @@ impl Container {
         let socket = self.directory.0.join(runtime::START_SOCKET);
         UnixStream::connect(&socket)
             .and_then(|mut socket| io::Write::write_all(&mut socket, b"start container"))
-            .map_err(|source| TaskError::Start { id: self.id.clone(), source })?;
+            .map_err(|source| TaskError::Start { id: self.id.to_string(), source })?;
         self.init.set_state(State::Running { pid });
         Ok(pid)
     }
 
     /// Announces a process to be executed.
-    pub fn add_exec(&self, exec_id: &str, spec: ProcessSpec, urls: Urls) -> Result<(), TaskError> {
+    pub fn add_exec(&self, exec_id: &ExecId, spec: ProcessSpec, urls: Urls) -> Result<(), TaskError> {
         self.must_run()?;
         let mut execs = self.execs();
-        if execs.contains_key(exec_id) {
+        if execs.contains_key(exec_id.as_str()) {
             return Err(TaskError::AlreadyExists(format!("container {}: exec {exec_id}", self.id)));
         }
-        let process = Process::new(&self.id, exec_id, urls, State::Added);
-        execs.insert(exec_id.to_owned(), Exec { process, spec });
+        let process = Process::new(self.id.as_str(), exec_id.as_str(), urls, State::Added);
+        execs.insert(exec_id.clone(), Exec { process, spec });
         Ok(())
     }
 
@@ -225,16 +228,17 @@ impl Container {
         let prepared = prepare(streams, &process.subject, &process.urls)?;
         let directory = spec.cwd().clone();
         let request = Request {
-            id: self.id.clone(),
+            id: self.id.to_string(),
             directory: self.directory.0.clone(),
             action: Action::Exec {
                 spec: Box::new(self.exec_spec(spec)),
                 serial: self.serial.fetch_add(1, Ordering::Relaxed),
             },
         };
-        launch(exits, &request, prepared, process.urls.terminal)
-            .await
-            .map_err(|source| TaskError::Exec { id: self.id.clone(), source: in_words(source, &directory) })
+        launch(exits, &request, prepared, process.urls.terminal).await.map_err(|source| TaskError::Exec {
+            id: self.id.to_string(),
+            source: in_words(source, &directory),
+        })
     }
 
     /// The container's spec for one more process in it: the same seccomp filter and cgroup, and the
@@ -315,7 +319,7 @@ impl Container {
         let removed = self.cgroup.remove().await;
         if let Err(source) = removed {
             self.deleting.store(false, Ordering::Relaxed);
-            return Err(TaskError::Cgroup { id: self.id.clone(), source });
+            return Err(TaskError::Cgroup { id: self.id.to_string(), source });
         }
         self.init.wait().await;
         self.init.stdio().take();
@@ -340,7 +344,7 @@ impl Container {
         TaskError::State { subject: format!("container {}", self.id), problem }
     }
 
-    fn execs(&self) -> MutexGuard<'_, HashMap<String, Exec>> {
+    fn execs(&self) -> MutexGuard<'_, HashMap<ExecId, Exec>> {
         self.execs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

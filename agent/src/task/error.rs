@@ -1,7 +1,10 @@
 //! What can be wrong with a task call, with the codes that containerd's runc shim answers
 //! (containerd: `cmd/containerd-shim-runc-v2/{task,process}`).
 
-use pericarp_protos::ttrpc::{self, Code};
+use pericarp_protos::{
+    id::InvalidId,
+    ttrpc::{self, Code},
+};
 
 use crate::{
     cgroup::CgroupError, devices::DeviceError, huge_pages::HugePagesError, runtime::RuntimeError, server,
@@ -17,6 +20,9 @@ pub enum TaskError {
     /// The process has ended, so it cannot be signalled.
     #[error("{0}: process already finished: not found")]
     Finished(String),
+    /// What was given is no id.
+    #[error(transparent)]
+    Id(#[from] InvalidId),
     /// The id is in use.
     #[error("{0}: already exists")]
     AlreadyExists(String),
@@ -133,7 +139,8 @@ impl TaskError {
             Self::NotFound(_) | Self::Finished(_) => Code::NOT_FOUND,
             Self::AlreadyExists(_) | Self::Stdio { source: StdioError::Taken(_), .. } => Code::ALREADY_EXISTS,
             Self::State { .. } => Code::FAILED_PRECONDITION,
-            Self::Invalid { .. }
+            Self::Id(_)
+            | Self::Invalid { .. }
             | Self::Stdio { source: StdioError::Url(_), .. }
             | Self::Cgroup { source: CgroupError::Path(_) | CgroupError::Limits { .. }, .. } => {
                 Code::INVALID_ARGUMENT

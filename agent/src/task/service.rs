@@ -23,7 +23,9 @@ use containerd_shim_protos::{
     types::task::{ProcessInfo, Status},
 };
 use oci_spec::runtime::Spec;
-use pericarp_protos::{agent::container_timing::Phase, guest::CGROUP_PARENT, host::PrepareContainerResponse};
+use pericarp_protos::{
+    agent::container_timing::Phase, guest::CGROUP_PARENT, host::PrepareContainerResponse, id::ContainerId,
+};
 use tokio::sync::oneshot;
 
 use super::{
@@ -51,7 +53,7 @@ pub struct Tasks {
     streams: Arc<Streams>,
     events: Arc<Events>,
     oom: Option<Arc<OomWatcher>>,
-    containers: Mutex<HashMap<String, Slot>>,
+    containers: Mutex<HashMap<ContainerId, Slot>>,
     volumes: Arc<Volumes>,
     huge_pages: Arc<HugePages>,
 }
@@ -102,22 +104,25 @@ impl Tasks {
         }
     }
 
-    fn containers(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
+    fn containers(&self) -> MutexGuard<'_, HashMap<ContainerId, Slot>> {
         self.containers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Has the controller prepare the container, and makes it.
-    async fn make(&self, request: &api::CreateTaskRequest) -> Result<Arc<Container>, TaskError> {
-        let id = &request.id;
+    async fn make(
+        &self,
+        id: &ContainerId,
+        request: &api::CreateTaskRequest,
+    ) -> Result<Arc<Container>, TaskError> {
         let prepared = self
             .host
             .prepare_container(id)
             .await
-            .map_err(|source| TaskError::Prepare { id: id.clone(), source })?;
+            .map_err(|source| TaskError::Prepare { id: id.to_string(), source })?;
         let began = Instant::now();
-        let made = self.make_prepared(request, prepared).await;
+        let made = self.make_prepared(id, request, prepared).await;
         match &made {
-            Ok(_) => self.events.timing(id, Phase::PHASE_CREATE, began.elapsed()),
+            Ok(_) => self.events.timing(id.as_str(), Phase::PHASE_CREATE, began.elapsed()),
             Err(_) => self.release(id).await,
         }
         made
@@ -125,24 +130,24 @@ impl Tasks {
 
     async fn make_prepared(
         &self,
+        id: &ContainerId,
         request: &api::CreateTaskRequest,
         prepared: PrepareContainerResponse,
     ) -> Result<Arc<Container>, TaskError> {
-        let id = &request.id;
         let invalid = |problem| TaskError::Invalid { subject: format!("container {id}"), problem };
         self.pod.mount_share().map_err(invalid)?;
         leave_room_for_agent();
         let mut spec = spec::container(&prepared.spec)
             .map_err(|error| invalid(format!("its OCI spec cannot be read: {error}")))?;
-        let huge_pages = self.huge_pages.of(id);
+        let huge_pages = self.huge_pages.of(id.as_str());
         set_huge_pages(&huge_pages, &mut spec)
             .await
-            .map_err(|source| TaskError::HugePages { id: id.clone(), source })?;
+            .map_err(|source| TaskError::HugePages { id: id.to_string(), source })?;
         let (disks, spec) = Attached::new(spec, prepared.disks)
             .await
-            .map_err(|source| TaskError::Disks { id: id.clone(), source })?;
+            .map_err(|source| TaskError::Disks { id: id.to_string(), source })?;
         let volumes = self.volumes.hold(&spec).await;
-        match Box::pin(self.make_container(request, spec)).await {
+        match Box::pin(self.make_container(id, request, spec)).await {
             // A new container has none yet.
             Ok(container) => {
                 let _ = container.disks.set(disks);
@@ -158,10 +163,10 @@ impl Tasks {
 
     async fn make_container(
         &self,
+        id: &ContainerId,
         request: &api::CreateTaskRequest,
         spec: Spec,
     ) -> Result<Arc<Container>, TaskError> {
-        let id = &request.id;
         let urls = Urls {
             stdin: request.stdin.clone(),
             stdout: request.stdout.clone(),
@@ -192,9 +197,9 @@ impl Tasks {
         self.events.publish(About::Container, "/tasks/create", &event);
     }
 
-    async fn release(&self, id: &str) {
+    async fn release(&self, id: &ContainerId) {
         if let Err(error) = self.host.release_container(id).await {
-            tracing::warn!(id, %error, "the controller has not released a container");
+            tracing::warn!(%id, %error, "the controller has not released a container");
         }
     }
 
@@ -209,14 +214,14 @@ impl Tasks {
             let is_init = process.exec_id.is_empty();
             if is_init {
                 // Whoever hears of the end wants to know why.
-                if oom.is_some_and(|oom| oom.has_killed(&container.id)) {
-                    publish_oom(&events, &container.id);
+                if oom.is_some_and(|oom| oom.has_killed(container.id.as_str())) {
+                    publish_oom(&events, container.id.as_str());
                 }
                 end_of_init(&container).await;
             }
             let mut event = TaskExit::new();
-            event.container_id.clone_from(&container.id);
-            event.id = if is_init { container.id.clone() } else { process.exec_id.clone() };
+            event.container_id = container.id.to_string();
+            event.id = if is_init { container.id.to_string() } else { process.exec_id.clone() };
             event.pid = pid.cast_unsigned();
             event.exit_status = exit.status;
             event.exited_at = MessageField::some(timestamp(exit.at));
@@ -229,16 +234,16 @@ impl Tasks {
     fn start_init(&self, container: &Container) -> Result<i32, TaskError> {
         let began = Instant::now();
         if let Some(oom) = &self.oom
-            && let Err(error) = oom.watch(&container.id, &container.cgroup)
+            && let Err(error) = oom.watch(container.id.as_str(), &container.cgroup)
         {
             tracing::debug!(%error, "running out of memory will not be reported");
         }
         let pid = container.start()?;
         let mut event = TaskStart::new();
-        event.container_id.clone_from(&container.id);
+        event.container_id = container.id.to_string();
         event.pid = pid.cast_unsigned();
         self.events.publish(About::Container, "/tasks/start", &event);
-        self.events.timing(&container.id, Phase::PHASE_START, began.elapsed());
+        self.events.timing(container.id.as_str(), Phase::PHASE_START, began.elapsed());
         Ok(pid)
     }
 
@@ -249,7 +254,7 @@ impl Tasks {
         let exit = expectation.wait_for(pid);
         drop(expectation);
         let mut event = TaskExecStarted::new();
-        event.container_id.clone_from(&container.id);
+        event.container_id = container.id.to_string();
         exec_id.clone_into(&mut event.exec_id);
         event.pid = pid.cast_unsigned();
         self.events.publish(About::Exec, "/tasks/exec-started", &event);
@@ -260,8 +265,8 @@ impl Tasks {
     async fn delete_container(&self, id: &str) -> Result<Arc<Container>, TaskError> {
         let container = self.container(id)?;
         container.delete().await?;
-        self.release(id).await;
-        self.containers().remove(id);
+        self.release(&container.id).await;
+        self.containers().remove(&container.id);
         Ok(container)
     }
 }
@@ -273,20 +278,20 @@ impl shim_async::Task for Tasks {
         _: &TtrpcContext,
         request: api::CreateTaskRequest,
     ) -> ttrpc::Result<api::CreateTaskResponse> {
-        let id = &request.id;
+        let id: &ContainerId = &request.id.parse().map_err(TaskError::from)?;
         let subject = || format!("container {id}");
         if !self.pod.is_configured() {
             let problem = "the pod has not been configured";
             return Err(TaskError::State { subject: subject(), problem }.into());
         }
         if !request.checkpoint.is_empty() {
-            return Err(TaskError::Checkpoint(id.clone()).into());
+            return Err(TaskError::Checkpoint(id.to_string()).into());
         }
         match self.containers().entry(id.clone()) {
             Entry::Occupied(_) => return Err(TaskError::AlreadyExists(subject()).into()),
             Entry::Vacant(slot) => slot.insert(Slot::Creating),
         };
-        let made = self.make(&request).await;
+        let made = self.make(id, &request).await;
         let mut containers = self.containers();
         match made {
             Ok(container) => {
@@ -350,7 +355,7 @@ impl shim_async::Task for Tasks {
             stderr: request.stderr,
             terminal: request.terminal,
         };
-        container.add_exec(&request.exec_id, spec, urls)?;
+        container.add_exec(&request.exec_id.parse().map_err(TaskError::from)?, spec, urls)?;
         let mut event = TaskExecAdded::new();
         event.container_id = request.id;
         event.exec_id = request.exec_id;
@@ -467,7 +472,7 @@ impl shim_async::Task for Tasks {
         let resources = parse(&request.id, "resources", request.resources.as_ref(), spec::resources)?;
         // First, so that there is what the limits promise.
         self.host
-            .fit_resources(&request.id)
+            .fit_resources(&container.id)
             .await
             .map_err(|source| TaskError::Fit { id: request.id.clone(), source })?;
         leave_room_for_agent();

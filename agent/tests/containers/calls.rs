@@ -95,6 +95,18 @@ async fn every_call_for_what_does_not_exist_says_so() {
 }
 
 #[tokio::test]
+async fn what_is_no_id_is_refused_where_something_is_to_be_made_of_it() {
+    let agent = Agent::start().await;
+    agent.add_container("c1", &["sleep", "1000"]);
+    agent.create("c1", &[]).await;
+    agent.start_task("c1").await;
+    let invalid = Some(Code::INVALID_ARGUMENT);
+    for id in ["", "..", "../c1", "/c1", "a b"] {
+        check(&agent, "no id", &[("create", id, "", invalid), ("exec", "c1", id, invalid)]).await;
+    }
+}
+
+#[tokio::test]
 async fn a_call_that_does_not_fit_the_state_is_refused_as_containerd_expects() {
     let agent = Agent::start().await;
     agent.add_container("c1", &["sleep", "1000"]);

@@ -9,6 +9,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use pericarp_protos::id::SandboxId;
+
 use crate::metrics;
 
 const ROOT: &str = "/sys/fs/cgroup";
@@ -21,7 +23,7 @@ pub struct Cgroup {
 impl Cgroup {
     /// Makes the cgroup of sandbox `id`. `None` on a host without cgroup v2: machines are not accounted
     /// there.
-    pub fn make(parent: &str, id: &str) -> io::Result<Option<Cgroup>> {
+    pub fn make(parent: &str, id: &SandboxId) -> io::Result<Option<Cgroup>> {
         if !Path::new(ROOT).join("cgroup.controllers").exists() {
             return Ok(None);
         }
@@ -89,7 +91,7 @@ pub fn was_out_of_memory(path: &Path) -> bool {
 }
 
 /// Looks for a sandbox's cgroup in the whole hierarchy.
-pub fn find(id: &str) -> io::Result<Option<PathBuf>> {
+pub fn find(id: &SandboxId) -> io::Result<Option<PathBuf>> {
     find_below(Path::new(ROOT), &name(id), DEPTH_MAX)
 }
 
@@ -134,13 +136,13 @@ const OWN_PARENT: &str = "pericarp";
 /// kubelet's pods are in the fourth level at most.
 const DEPTH_MAX: u32 = 8;
 
-fn name(id: &str) -> String {
+fn name(id: &SandboxId) -> String {
     format!("pericarp-{id}")
 }
 
 /// The cgroup's path below the root. A systemd slice stands for the path of all its prefixes
 /// (systemd.slice(5)): `a-b.slice` lies in `a.slice`.
-fn relative(parent: &str, id: &str) -> PathBuf {
+fn relative(parent: &str, id: &SandboxId) -> PathBuf {
     let mut path = PathBuf::new();
     let components = Path::new(parent).components().filter_map(|component| match component {
         std::path::Component::Normal(name) => name.to_str(),
@@ -166,15 +168,19 @@ fn relative(parent: &str, id: &str) -> PathBuf {
 mod tests {
     use super::*;
 
+    fn id(text: &str) -> SandboxId {
+        text.parse().unwrap()
+    }
+
     #[test]
     fn a_plain_parent_is_used_as_it_is() {
-        assert_eq!(relative("/kubepods/pod1", "x"), Path::new("kubepods/pod1/pericarp-x"));
+        assert_eq!(relative("/kubepods/pod1", &id("x")), Path::new("kubepods/pod1/pericarp-x"));
     }
 
     #[test]
     fn a_systemd_slice_is_unfolded() {
         assert_eq!(
-            relative("kubepods-burstable-pod1.slice", "x"),
+            relative("kubepods-burstable-pod1.slice", &id("x")),
             Path::new("kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice/pericarp-x")
         );
     }
@@ -198,7 +204,7 @@ mod tests {
 
     #[test]
     fn a_parent_cannot_lead_out_of_the_hierarchy() {
-        assert_eq!(relative("/../../etc", "x"), Path::new("etc/pericarp-x"));
-        assert_eq!(relative("", "x"), Path::new("pericarp/pericarp-x"));
+        assert_eq!(relative("/../../etc", &id("x")), Path::new("etc/pericarp-x"));
+        assert_eq!(relative("", &id("x")), Path::new("pericarp/pericarp-x"));
     }
 }

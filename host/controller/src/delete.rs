@@ -10,6 +10,7 @@ use std::{
 
 use containerd_shim_protos::{api, shim_async::TaskClient};
 use pericarp_protos::{
+    id::{ContainerId, SandboxId},
     protobuf::well_known_types::timestamp::Timestamp,
     ttrpc::{self, context},
 };
@@ -33,7 +34,7 @@ pub struct Deleted {
 }
 
 /// Ends a container of a pod, if it still runs, and tells how it ended.
-pub async fn delete(config: &Config, sandbox: &str, container: &str) -> Deleted {
+pub async fn delete(config: &Config, sandbox: &SandboxId, container: &ContainerId) -> Deleted {
     let directory = config.run_dir.join(sandbox);
     if let Some(end) = end_on_record(&directory) {
         return Deleted { exit_status: end.exit.status(), exited_at: end.at };
@@ -47,12 +48,12 @@ pub async fn delete(config: &Config, sandbox: &str, container: &str) -> Deleted 
     Deleted { exit_status: KILLED, exited_at }
 }
 
-async fn delete_in_guest(directory: &Path, container: &str) -> ttrpc::Result<Deleted> {
+async fn delete_in_guest(directory: &Path, container: &ContainerId) -> ttrpc::Result<Deleted> {
     let client = dial_agent(&directory.join(file::VSOCK))
         .await
         .map_err(|error| ttrpc::Error::Socket(error.to_string()))?;
     let task = TaskClient::new(client);
-    let id = || container.to_owned();
+    let id = || container.to_string();
     let kill = api::KillRequest { id: id(), signal: KILL, all: true, ..api::KillRequest::default() };
     match task.kill(context::with_duration(LIMIT), &kill).await {
         // It has exited by itself.
@@ -90,7 +91,7 @@ mod tests {
     async fn a_container_whose_pod_has_gone_was_killed() {
         let directory = tempfile::tempdir().unwrap();
         let config = Config { run_dir: directory.path().into(), ..Config::default() };
-        let deleted = delete(&config, "sandbox", "container").await;
+        let deleted = delete(&config, &"sandbox".parse().unwrap(), &"container".parse().unwrap()).await;
         assert_eq!(deleted.exit_status, 137);
     }
 }

@@ -8,6 +8,7 @@ use pericarp_protos::{
         events::{ForwardRequest, events_client::EventsClient},
         types::Envelope,
     },
+    id::ContainerId,
 };
 use prost::Message as _;
 use tonic::{Code, transport::Channel};
@@ -87,12 +88,12 @@ const TASK_EVENTS: [(&str, &str); 10] = [
 
 /// The container that an event is about; `None` for what is no task event. containerd believes what it is
 /// told, so a guest must not tell of anything but its own containers.
-fn container_of(task: &TaskEvent) -> Option<String> {
+fn container_of(task: &TaskEvent) -> Option<ContainerId> {
     let payload = task.payload.as_ref()?;
     let expected = TASK_EVENTS.iter().find(|(topic, _)| *topic == task.topic)?.1;
     let named = payload.type_url.rsplit('/').next();
     let decoded = OfContainer::decode(payload.value.as_slice()).ok()?;
-    (named == Some(expected)).then_some(decoded.container_id)
+    if named == Some(expected) { decoded.container_id.try_into().ok() } else { None }
 }
 
 /// What became of an event that was to be handed on.
@@ -161,7 +162,8 @@ impl Pod {
         let mut ended = None;
         match &event.event {
             Some(event::Event::Task(task)) => {
-                let container = container_of(task).filter(|container| self.knows_container(container));
+                let container =
+                    container_of(task).filter(|container| self.knows_container(container.as_str()));
                 let Some(container) = container else {
                     let topic: String = task.topic.chars().take(TOPIC_MAX).collect();
                     tracing::warn!(pod = self.id, topic, "guest tells of what is not its own; dropped");
@@ -180,7 +182,7 @@ impl Pod {
         self.progress(|progress| {
             progress.last_event = event.sequence;
             if let Some(container) = &ended {
-                progress.forget(container);
+                progress.forget(container.as_str());
             }
         });
         if let Some(container) = ended {
@@ -190,11 +192,11 @@ impl Pod {
     }
 
     /// The agent has asked for this before, but maybe while there was no controller.
-    async fn release_deleted(&self, container: &str) {
+    async fn release_deleted(&self, container: &ContainerId) {
         if let Err(error) = self.release_container(container).await {
             tracing::warn!(
                 pod = self.id,
-                container,
+                %container,
                 error = chain(&error),
                 "cannot release a deleted container"
             );
@@ -247,8 +249,8 @@ mod tests {
     fn a_task_event_names_its_container() {
         let plain = event("/tasks/exit", "containerd.events.TaskExit", "c1");
         let with_host = event("/tasks/exit", "type.googleapis.com/containerd.events.TaskExit", "c1");
-        assert_eq!(container_of(&plain).as_deref(), Some("c1"));
-        assert_eq!(container_of(&with_host).as_deref(), Some("c1"));
+        assert_eq!(container_of(&plain).unwrap().as_str(), "c1");
+        assert_eq!(container_of(&with_host).unwrap().as_str(), "c1");
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use std::{collections::HashMap, sync::Arc};
 
+use pericarp_protos::id::{InvalidId, SandboxId};
 use pericarp_protos::sandbox::{
     ControllerCreateRequest, ControllerCreateResponse, ControllerMetricsRequest, ControllerMetricsResponse,
     ControllerPlatformRequest, ControllerPlatformResponse, ControllerShutdownRequest,
@@ -70,6 +71,10 @@ fn namespace(metadata: &MetadataMap) -> Result<String, Status> {
         .ok_or_else(|| Status::invalid_argument("the request carries no containerd namespace"))
 }
 
+fn sandbox_id(id: &str) -> Result<SandboxId, Status> {
+    id.parse().map_err(|error: InvalidId| Status::invalid_argument(error.to_string()))
+}
+
 /// The pod's configuration as CRI gave it to containerd, encoded.
 fn pod_config(request: &ControllerCreateRequest) -> Result<&[u8], Status> {
     let id = &request.sandbox_id;
@@ -85,18 +90,6 @@ fn pod_config(request: &ControllerCreateRequest) -> Result<&[u8], Status> {
     Ok(&options.value)
 }
 
-/// Whether an id can be a directory's name, and short enough for the sockets in it.
-fn check_id(id: &str) -> Result<(), Status> {
-    let plain = id.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'));
-    if plain && (1..=64).contains(&id.len()) {
-        Ok(())
-    } else {
-        Err(Status::invalid_argument(format!(
-            "pod sandbox id {id:?} is not 1 to 64 letters, digits, dashes and underscores"
-        )))
-    }
-}
-
 #[tonic::async_trait]
 impl Controller for Sandboxes {
     async fn create(
@@ -105,10 +98,10 @@ impl Controller for Sandboxes {
     ) -> Result<Response<ControllerCreateResponse>, Status> {
         let namespace = namespace(request.metadata())?;
         let request = request.into_inner();
-        check_id(&request.sandbox_id)?;
+        let sandbox = sandbox_id(&request.sandbox_id)?;
         let config = pod_config(&request)?;
         let (id, netns) = (request.sandbox_id.clone(), request.netns_path.clone());
-        let pod = Pod::from_message(id.clone(), namespace, config, netns, self.node.clone())?;
+        let pod = Pod::from_message(sandbox, namespace, config, netns, self.node.clone())?;
         match self.pods.lock().entry(id.clone()) {
             std::collections::hash_map::Entry::Occupied(known) => {
                 Err(Status::already_exists(format!("{} exists already", known.get().name())))
@@ -274,9 +267,9 @@ mod tests {
 
     #[test]
     fn an_id_that_is_no_directory_name_is_refused() {
-        assert!(check_id("0123456789abcdef").is_ok());
+        assert!(sandbox_id("0123456789abcdef").is_ok());
         for id in ["", "..", "a/b", "/x", &"x".repeat(65)] {
-            assert_eq!(check_id(id).unwrap_err().code(), Code::InvalidArgument, "{id:?}");
+            assert_eq!(sandbox_id(id).unwrap_err().code(), Code::InvalidArgument, "{id:?}");
         }
     }
 

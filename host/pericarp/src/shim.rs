@@ -10,7 +10,10 @@ use std::{
 
 use anyhow::{Context as _, bail};
 use pericarp_controller::{Deleted, config::Config};
-use pericarp_protos::containerd::types::{RuntimeInfo, RuntimeVersion};
+use pericarp_protos::{
+    containerd::types::{RuntimeInfo, RuntimeVersion},
+    id::{ContainerId, SandboxId},
+};
 use prost::Message as _;
 use prost_types::{Any, Timestamp};
 use serde_json::{Value, json};
@@ -103,18 +106,17 @@ struct DeleteResponse {
 
 fn delete(arguments: &[OsString], config: &Path) -> anyhow::Result<DeleteResponse> {
     let id = value_of(arguments, "-id").and_then(OsStr::to_str).context("delete without an -id")?;
+    let id: ContainerId = id.parse()?;
     let bundle = PathBuf::from(value_of(arguments, "-bundle").context("delete without a -bundle")?);
     // containerd writes it before the task is made (`ShimManager.Start`).
     let sandbox = bundle.join("sandbox");
     let sandbox = fs::read_to_string(&sandbox)
         .with_context(|| format!("cannot read {}: no pod is known for {id}", sandbox.display()))?;
-    if sandbox.is_empty() || sandbox.contains(['/', '.']) {
-        bail!("{sandbox:?} is not the id of a pod");
-    }
+    let sandbox: SandboxId = sandbox.try_into()?;
     let config = Config::load(config, true)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let Deleted { exit_status, exited_at } =
-        runtime.block_on(pericarp_controller::delete(&config, &sandbox, id));
+        runtime.block_on(pericarp_controller::delete(&config, &sandbox, &id));
     Ok(DeleteResponse { pid: 0, exit_status, exited_at: Some(exited_at.into()) })
 }
 

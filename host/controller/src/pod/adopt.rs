@@ -12,7 +12,7 @@ use std::{
     time::SystemTime,
 };
 
-use pericarp_protos::{cri, ttrpc::asynchronous::Server};
+use pericarp_protos::{cri, id::SandboxId, ttrpc::asynchronous::Server};
 use pericarp_vmm::MachineConfig;
 use rustix::{
     io::Errno,
@@ -51,8 +51,12 @@ pub async fn adopt_all(node: &Arc<Node>) -> io::Result<Vec<Arc<Pod>>> {
             continue;
         }
         let directory = entry.path();
+        let Some(Ok(id)) = entry.file_name().to_str().map(str::parse) else {
+            tracing::warn!(directory = %directory.display(), "passed over: its name is not the id of a pod");
+            continue;
+        };
         fault::point("adopting");
-        match take_over(node, &directory).await {
+        match take_over(node, &directory, &id).await {
             Ok(Some(pod)) => {
                 tracing::info!(pod = pod.id, name = pod.name(), phase = ?pod.phase(), "pod taken over");
                 pods.push(pod);
@@ -68,7 +72,7 @@ pub async fn adopt_all(node: &Arc<Node>) -> io::Result<Vec<Arc<Pod>>> {
 }
 
 /// Answers with the pod, unless it was only to be undone.
-async fn take_over(node: &Arc<Node>, directory: &Path) -> io::Result<Option<Arc<Pod>>> {
+async fn take_over(node: &Arc<Node>, directory: &Path, id: &SandboxId) -> io::Result<Option<Arc<Pod>>> {
     let record = match Record::read(directory) {
         Ok(Some(record)) => Some(record),
         // A controller was killed before it had written one: see `Pod::spawn`.
@@ -79,13 +83,13 @@ async fn take_over(node: &Arc<Node>, directory: &Path) -> io::Result<Option<Arc<
                 let error = chain(&error);
                 tracing::error!(aside = %aside.display(), error, "a pod's record is of no use");
             }
-            seen(directory)?
+            seen(directory, id)?
         }
     };
     let Some(record) = record else {
         let machine = find_machine(directory)?;
-        let cgroup = cgroup::find(&identity_of(directory).id)?;
-        return Ok(undo(node, identity_of(directory), machine, cgroup).await);
+        let cgroup = cgroup::find(id)?;
+        return Ok(undo(node, identity_of(id), machine, cgroup).await);
     };
     // Whoever asked for it has had an error instead of an answer.
     if record.stage == Stage::Starting {
@@ -151,13 +155,13 @@ fn end(process: Process, open: impl FnOnce(Process) -> io::Result<Option<(Pid, O
 }
 
 /// What can be seen of a pod without its record; `None` if its machine does not run.
-fn seen(directory: &Path) -> io::Result<Option<Record>> {
+fn seen(directory: &Path, id: &SandboxId) -> io::Result<Option<Record>> {
     let Some(machine) = find_machine(directory)? else { return Ok(None) };
     let size = fs::read(directory.join(file::CONFIG))
         .ok()
         .and_then(|text| serde_json::from_slice::<MachineConfig>(&text).ok())
         .map(|config| Size { vcpus: config.vcpus, memory_mib: config.memory_mib });
-    let record = Record::new(identity_of(directory), size, machine)?;
+    let record = Record::new(identity_of(id), size, machine)?;
     if let Err(error) = record.write(directory) {
         // It can be seen again by the next controller.
         tracing::warn!(directory = %directory.display(), %error, "a pod is not on record");
@@ -166,9 +170,9 @@ fn seen(directory: &Path) -> io::Result<Option<Record>> {
 }
 
 /// What a pod's directory tells of which pod it is.
-fn identity_of(directory: &Path) -> Identity {
+fn identity_of(id: &SandboxId) -> Identity {
     Identity {
-        id: directory.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+        id: id.clone(),
         namespace: NAMESPACE.to_owned(),
         // Its taps go with it when containerd removes it.
         netns: String::new(),
@@ -320,7 +324,7 @@ fn read_progress(pod: &Pod) -> io::Result<Progress> {
     };
     // Those of a controller that did not keep such a record.
     for container in Share::at(pod.directory.join(file::SHARE)).containers() {
-        progress.add(&container);
+        progress.add(container.as_str());
     }
     Ok(progress)
 }
@@ -374,6 +378,10 @@ mod tests {
     use super::*;
     use crate::pod::tests::node;
 
+    fn id() -> SandboxId {
+        "abc".parse().unwrap()
+    }
+
     #[test]
     fn a_pid_that_was_given_to_another_process_is_not_the_machine() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
@@ -412,7 +420,7 @@ mod tests {
     fn record(node: &Node, machine: Process, cgroup: Option<PathBuf>, stage: Stage) -> Record {
         let directory = node.config.run_dir.join("abc");
         fs::create_dir(&directory).unwrap();
-        let mut record = Record::new(identity_of(&directory), None, machine).unwrap();
+        let mut record = Record::new(identity_of(&id()), None, machine).unwrap();
         (record.cgroup, record.stage) = (cgroup, stage);
         record.write(&directory).unwrap();
         record
@@ -440,7 +448,7 @@ mod tests {
         let cgroup = directory.path().join("abc.cgroup");
         fs::create_dir_all(cgroup.join("busy")).unwrap();
         record(&node, process, Some(cgroup.clone()), Stage::Starting);
-        let pod = take_over(&node, &directory.path().join("abc")).await.unwrap().unwrap();
+        let pod = take_over(&node, &directory.path().join("abc"), &id()).await.unwrap().unwrap();
         assert_eq!(child.wait().unwrap().signal(), Some(9));
         assert_eq!(pod.phase(), Phase::Ended);
         let error = chain(&pod.shutdown().await.unwrap_err());

@@ -176,7 +176,7 @@ impl Pod {
         let host_service =
             machine::bind(&host_service_path(directory)).map_err(make("host service socket"))?;
         let parent = self.config.linux.as_ref().map_or("", |linux| linux.cgroup_parent.as_str());
-        let cgroup = Cgroup::make(parent, &self.id).map_err(make("cgroup"))?;
+        let cgroup = Cgroup::make(parent, &self.sandbox).map_err(make("cgroup"))?;
         let entrance = match &cgroup {
             Some(cgroup) => {
                 let path = cgroup.path().to_owned();
@@ -384,14 +384,17 @@ impl Requests for GuestRequests {
     }
 
     async fn prepare(&self, container: &str) -> Result<Prepared, (ttrpc::Code, String)> {
-        self.0.prepare_container(container).await.map_err(|error| error.into_status(&self.0))
+        let prepared = async { self.0.prepare_container(&self.0.container_id(container)?).await };
+        prepared.await.map_err(|error| error.into_status(&self.0))
     }
 
     async fn fit(&self, container: &str) -> Result<(), (ttrpc::Code, String)> {
-        self.0.fit_container(container).await.map_err(|error| error.into_status(&self.0))
+        let fitted = async { self.0.fit_container(&self.0.container_id(container)?).await };
+        fitted.await.map_err(|error| error.into_status(&self.0))
     }
 
     async fn release(&self, container: &str) -> Result<(), (ttrpc::Code, String)> {
-        self.0.release_container(container).await.map_err(|error| error.into_status(&self.0))
+        let released = async { self.0.release_container(&self.0.container_id(container)?).await };
+        released.await.map_err(|error| error.into_status(&self.0))
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use pericarp_protos::{host::Disk, ttrpc};
+use pericarp_protos::{host::Disk, id::ContainerId, ttrpc};
 use thiserror::Error;
 
 use super::{Phase, Pod, disks::DiskError, resize::ResizeError};
@@ -17,9 +17,6 @@ use crate::{
     spec::{self, HugeDirectory, Translated},
     user_namespace::UserNamespaceError,
 };
-
-/// Longest id that containerd gives (`identifiers.Validate`).
-const ID_MAX: usize = 76;
 
 /// A container cannot be prepared.
 #[derive(Debug, Error)]
@@ -75,7 +72,7 @@ impl ContainerError {
 
 impl Pod {
     /// Looks the container up, makes its files and disks appear in the guest, and answers with its spec.
-    pub(super) async fn prepare_container(&self, id: &str) -> Result<Prepared, ContainerError> {
+    pub(super) async fn prepare_container(&self, id: &ContainerId) -> Result<Prepared, ContainerError> {
         let begun = Instant::now();
         let record = self.look_up(id).await?;
         if let Some(asked_for) = &record.asked_for {
@@ -84,7 +81,7 @@ impl Pod {
         fault::point("container-looked-up");
         let share = self.share.lock().await;
         let Phase::Running { pid } = self.phase() else { return Err(ContainerError::Ended) };
-        let (spec, container) = (record.spec.clone(), id.to_owned());
+        let (spec, container) = (record.spec.clone(), id.clone());
         let pod = spec::Pod { machine_pid: pid, id_map: self.id_map, huge_directory: HugeDirectory::at };
         // It may have to ask a file system: not on the runtime's own threads.
         let translated = tokio::task::spawn_blocking(move || spec::translate(&spec, &container, &pod));
@@ -99,7 +96,7 @@ impl Pod {
                 if let Err(error) = self.take_away(id, &share).await {
                     tracing::warn!(
                         pod = self.id,
-                        container = id,
+                        container = %id,
                         error = chain(&error),
                         "cannot undo a preparation"
                     );
@@ -107,22 +104,18 @@ impl Pod {
                 return Err(error);
             }
         };
-        if !self.knows_container(id) {
-            self.progress(|progress| progress.add(id));
+        if !self.knows_container(id.as_str()) {
+            self.progress(|progress| progress.add(id.as_str()));
         }
         fault::point("container-prepared");
         let elapsed = begun.elapsed();
-        self.state().containers.entry(id.to_owned()).or_default().prepare =
-            Some(elapsed.as_secs_f64() * 1000.0);
-        tracing::info!(pod = self.id, container = id, ?elapsed, "container prepared");
+        self.state().containers.entry(id.clone()).or_default().prepare = Some(elapsed.as_secs_f64() * 1000.0);
+        tracing::info!(pod = self.id, container = %id, ?elapsed, "container prepared");
         Ok(Prepared { spec: translated.spec, disks })
     }
 
     /// Undoes what was prepared. A container that was not is no error.
-    pub(crate) async fn release_container(&self, id: &str) -> Result<(), ContainerError> {
-        if !is_id(id) {
-            return Err(self.not_of_this_pod(id));
-        }
+    pub(crate) async fn release_container(&self, id: &ContainerId) -> Result<(), ContainerError> {
         let share = self.share.lock().await;
         self.state().containers.remove(id);
         self.state().limits.remove(id);
@@ -134,14 +127,16 @@ impl Pod {
         Ok(())
     }
 
+    /// A guest's word for a container. What is no id names none.
+    pub(super) fn container_id(&self, text: &str) -> Result<ContainerId, ContainerError> {
+        text.parse().map_err(|_| self.not_of_this_pod(text))
+    }
+
     /// What is on record about a container of this pod. Nothing is believed of an id that a guest names.
-    pub(super) async fn look_up(&self, id: &str) -> Result<ContainerRecord, ContainerError> {
-        if !is_id(id) {
-            return Err(self.not_of_this_pod(id));
-        }
-        match self.node.source.container(&self.namespace, id).await {
+    pub(super) async fn look_up(&self, id: &ContainerId) -> Result<ContainerRecord, ContainerError> {
+        match self.node.source.container(&self.namespace, id.as_str()).await {
             Ok(record) if record.sandbox == self.id => Ok(record),
-            Ok(_) | Err(SourceError::NotFound { .. }) => Err(self.not_of_this_pod(id)),
+            Ok(_) | Err(SourceError::NotFound { .. }) => Err(self.not_of_this_pod(id.as_str())),
             Err(error) => Err(error.into()),
         }
     }
@@ -149,7 +144,7 @@ impl Pod {
     /// Mounts what is mounted and inserts what is a disk.
     async fn make_appear(
         &self,
-        id: &str,
+        id: &ContainerId,
         record: ContainerRecord,
         translated: &Translated,
         share: &Share,
@@ -166,7 +161,7 @@ impl Pod {
             disks.push(disk);
             root = Root::Disks(layers.writable);
         }
-        let (files, container, volumes) = (share.clone(), id.to_owned(), translated.volumes.clone());
+        let (files, container, volumes) = (share.clone(), id.clone(), translated.volumes.clone());
         let namespace = self.user_namespace()?;
         // Mounting may wait for a disk: not on the runtime's own threads.
         tokio::task::spawn_blocking(move || files.add(&container, &root, &volumes, namespace.as_ref()))
@@ -176,8 +171,8 @@ impl Pod {
     }
 
     /// Undoes [`Pod::make_appear`], whether or not it was called.
-    async fn take_away(&self, id: &str, share: &Share) -> Result<(), ContainerError> {
-        let (files, container) = (share.clone(), id.to_owned());
+    async fn take_away(&self, id: &ContainerId, share: &Share) -> Result<(), ContainerError> {
+        let (files, container) = (share.clone(), id.clone());
         let unmounted = tokio::task::spawn_blocking(move || files.remove_container(&container)).await;
         self.remove_disks(id).await?;
         unmounted.map_err(|_| ContainerError::Ended)?.map_err(ContainerError::from)
@@ -185,31 +180,8 @@ impl Pod {
 
     fn not_of_this_pod(&self, id: &str) -> ContainerError {
         // Only a guest that is broken or hostile asks for this.
-        let id: String = id.chars().take(ID_MAX).collect();
+        let id: String = id.chars().take(ContainerId::LONGEST).collect();
         tracing::warn!(pod = self.id, container = ?id, "guest asks for a container that is not its own");
         ContainerError::NotOfThisPod { id }
-    }
-}
-
-/// Whether a guest's word may be an id: one path component, and none of the special ones.
-fn is_id(id: &str) -> bool {
-    let mut bytes = id.bytes();
-    bytes.next().is_some_and(|first| first.is_ascii_alphanumeric())
-        && id.len() <= ID_MAX
-        && bytes.all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_' | b'.'))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_id_is_one_plain_path_component() {
-        for id in ["a", "0123abcdef", "web-1_x.y"] {
-            assert!(is_id(id), "{id}");
-        }
-        for id in ["", ".", "..", "../x", "a/b", "/etc", ".hidden", "a\0b", "a b", &"x".repeat(77)] {
-            assert!(!is_id(id), "{id:?}");
-        }
     }
 }

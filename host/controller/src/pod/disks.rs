@@ -10,6 +10,7 @@ use std::{
 use pericarp_protos::{
     guest::SHARE_DIR,
     host::{Disk, Layers, Node, Part, disk::Use},
+    id::ContainerId,
     ttrpc,
     vmm::InsertDiskResponse,
 };
@@ -59,14 +60,14 @@ impl Pod {
     /// mounted on the host.
     pub(super) async fn insert_layers(
         &self,
-        container: &str,
+        container: &ContainerId,
         layers: &ImageLayers,
     ) -> Result<Option<Disk>, DiskError> {
         let inserted = self.insert(container, 0, &layers.images, true, "its image layers").await?;
         let Some(InsertDiskResponse { device, extents, .. }) = inserted else {
             tracing::info!(
                 pod = self.id,
-                container,
+                %container,
                 "no free slot for the layers; they go through the share"
             );
             return Ok(None);
@@ -88,7 +89,7 @@ impl Pod {
     /// Puts a block device of the host into the machine.
     pub(super) async fn insert_volume(
         &self,
-        container: &str,
+        container: &ContainerId,
         number: usize,
         volume: &BlockVolume,
     ) -> Result<Disk, DiskError> {
@@ -108,7 +109,7 @@ impl Pod {
     /// Puts files into the machine as one disk, on record as the container's. `None`: there is no free slot.
     async fn insert(
         &self,
-        container: &str,
+        container: &ContainerId,
         number: usize,
         files: &[PathBuf],
         read_only: bool,
@@ -126,7 +127,7 @@ impl Pod {
     }
 
     /// Takes a container's disks out of the machine. A container without any is no error.
-    pub(super) async fn remove_disks(&self, container: &str) -> Result<(), DiskError> {
+    pub(super) async fn remove_disks(&self, container: &ContainerId) -> Result<(), DiskError> {
         let record = self.disk_record(container);
         let text = match fs::read_to_string(&record) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -139,7 +140,7 @@ impl Pod {
         fs::remove_file(record).map_err(DiskError::Record)
     }
 
-    fn record_disk(&self, container: &str, device: u32) -> Result<(), DiskError> {
+    fn record_disk(&self, container: &ContainerId, device: u32) -> Result<(), DiskError> {
         use std::io::Write as _;
         let record = self.disk_record(container);
         let written = || -> io::Result<()> {
@@ -149,7 +150,7 @@ impl Pod {
         written().map_err(DiskError::Record)
     }
 
-    fn disk_record(&self, container: &str) -> PathBuf {
+    fn disk_record(&self, container: &ContainerId) -> PathBuf {
         self.directory.join(RECORDS).join(container)
     }
 }
@@ -158,8 +159,8 @@ fn is_full(error: &ttrpc::Error) -> bool {
     matches!(error, ttrpc::Error::RpcStatus(status) if status.code() == ttrpc::Code::RESOURCE_EXHAUSTED)
 }
 
-fn serial(container: &str, number: usize) -> String {
-    let id: String = container.chars().take(SERIAL_ID).collect();
+fn serial(container: &ContainerId, number: usize) -> String {
+    let id: String = container.as_str().chars().take(SERIAL_ID).collect();
     format!("{id}-{}", number % 100)
 }
 
@@ -191,7 +192,7 @@ mod tests {
 
     #[test]
     fn a_serial_number_fits_whatever_the_containers_id() {
-        assert_eq!(serial("c1", 0), "c1-0");
-        assert!(serial(&"f".repeat(64), 12345).len() <= 20);
+        assert_eq!(serial(&"c1".parse().unwrap(), 0), "c1-0");
+        assert!(serial(&"f".repeat(64).parse().unwrap(), 12345).len() <= 20);
     }
 }

@@ -100,7 +100,8 @@ mod tests {
     async fn found_after(id: &str) -> Duration {
         let directory = tempfile::tempdir().unwrap();
         let (config, netns) = (PodSandboxConfig::default(), String::new());
-        let pod = Pod::new(id.into(), "k8s.io".into(), config, netns, node(directory.path())).unwrap();
+        let pod =
+            Pod::new(id.parse().unwrap(), "k8s.io".into(), config, netns, node(directory.path())).unwrap();
         pod.state().phase = Phase::Running { pid: 1 };
         let start = Instant::now();
         let limit = pod.falls_silent().await;

@@ -23,7 +23,12 @@ use std::{
     time::{Duration, SystemTime},
 };
 
-use pericarp_protos::{cri, ttrpc::asynchronous::Server, vmm::StatusResponse};
+use pericarp_protos::{
+    cri,
+    id::{ContainerId, SandboxId},
+    ttrpc::asynchronous::Server,
+    vmm::StatusResponse,
+};
 use prost::{DecodeError, Message as _};
 use serde_json::json;
 use thiserror::Error;
@@ -112,7 +117,10 @@ pub enum PodError {
 
 /// A pod and everything that belongs to it.
 pub struct Pod {
+    /// For messages.
     pub id: String,
+    /// The same, for paths and names.
+    sandbox: SandboxId,
     /// containerd's namespace, usually `k8s.io`.
     pub namespace: String,
     pub config: cri::PodSandboxConfig,
@@ -154,9 +162,9 @@ struct State {
     ready: Option<oneshot::Sender<Ready>>,
     marks: Marks,
     timeline: Option<PodTimeline>,
-    containers: HashMap<String, ContainerTimeline>,
+    containers: HashMap<ContainerId, ContainerTimeline>,
     /// What each prepared container may use.
-    limits: HashMap<String, Limits>,
+    limits: HashMap<ContainerId, Limits>,
     /// The machine's size now, as far as this controller has set it.
     size_now: Option<Size>,
     /// The host's CPUs and memory nodes that the machine is kept on, as far as this controller has set them.
@@ -177,30 +185,30 @@ struct Ready {
 impl Pod {
     /// Checks what is asked for and takes note of it; nothing is made yet.
     pub fn from_message(
-        id: String,
+        id: SandboxId,
         namespace: String,
         message: &[u8],
         netns: String,
         node: Arc<Node>,
     ) -> Result<Pod, PodError> {
-        let unreadable = |source| PodError::Unreadable { id: id.clone(), source };
+        let unreadable = |source| PodError::Unreadable { id: id.to_string(), source };
         let config = cri::PodSandboxConfig::decode(message).map_err(unreadable)?;
         if let Some(unknown) = cri_fields::unknown_in_message(POD_CONFIG_TYPE, message).map_err(unreadable)? {
             let Refusal { what, remedy } = Refusal::of_unknown(&unknown);
-            return Err(PodError::Refused { pod: name_of(&config, &id), what, remedy });
+            return Err(PodError::Refused { pod: name_of(&config, id.as_str()), what, remedy });
         }
         Pod::new(id, namespace, config, netns, node)
     }
 
     /// The same of a configuration of which everything has been understood.
     pub fn new(
-        id: String,
+        id: SandboxId,
         namespace: String,
         config: cri::PodSandboxConfig,
         netns: String,
         node: Arc<Node>,
     ) -> Result<Pod, PodError> {
-        let pod = name_of(&config, &id);
+        let pod = name_of(&config, id.as_str());
         if let Some(Refusal { what, remedy }) = refusals::refusal(&config) {
             return Err(PodError::Refused { pod, what, remedy });
         }
@@ -218,7 +226,8 @@ impl Pod {
         Pod {
             share: AsyncMutex::new(Share::at(directory.join(file::SHARE))),
             directory,
-            id,
+            id: id.to_string(),
+            sandbox: id,
             namespace,
             config,
             netns,
@@ -254,7 +263,7 @@ impl Pod {
 
     fn identity(&self) -> Identity {
         Identity {
-            id: self.id.clone(),
+            id: self.sandbox.clone(),
             namespace: self.namespace.clone(),
             netns: self.netns.clone(),
             config: self.config.clone(),

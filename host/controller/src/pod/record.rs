@@ -7,7 +7,7 @@ use std::{
     time::SystemTime,
 };
 
-use pericarp_protos::cri;
+use pericarp_protos::{cri, id::SandboxId};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -90,7 +90,7 @@ impl End {
 /// Which pod it is: what containerd has said of it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Identity {
-    pub id: String,
+    pub id: SandboxId,
     pub namespace: String,
     pub netns: String,
     pub config: cri::PodSandboxConfig,
@@ -226,7 +226,7 @@ mod tests {
             version: VERSION,
             stage: Stage::Running,
             pod: Identity {
-                id: "x".into(),
+                id: "x".parse().unwrap(),
                 namespace: "k8s.io".into(),
                 netns: "/run/netns/x".into(),
                 config: cri::PodSandboxConfig::default(),
@@ -277,7 +277,7 @@ mod tests {
         let mut newer = serde_json::to_value(record()).unwrap();
         newer["invented"] = "later".into();
         let directory = written(&newer.to_string());
-        assert_eq!(Record::read(directory.path()).unwrap().unwrap().pod.id, "x");
+        assert_eq!(Record::read(directory.path()).unwrap().unwrap().pod.id.as_str(), "x");
     }
 
     #[test]

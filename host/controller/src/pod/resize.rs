@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use pericarp_protos::ttrpc;
+use pericarp_protos::{id::ContainerId, ttrpc};
 use thiserror::Error;
 
 use super::{Phase, Pod, containers::ContainerError};
@@ -68,15 +68,15 @@ pub enum ResizeError {
 /// whoever waits for that has given up.
 struct AskedFor<'a> {
     pod: &'a Pod,
-    container: &'a str,
+    container: &'a ContainerId,
     /// What it had.
     before: Option<Limits>,
     stays: bool,
 }
 
 impl<'a> AskedFor<'a> {
-    fn note(pod: &'a Pod, container: &'a str, limits: Limits) -> AskedFor<'a> {
-        let before = pod.state().limits.insert(container.to_owned(), limits);
+    fn note(pod: &'a Pod, container: &'a ContainerId, limits: Limits) -> AskedFor<'a> {
+        let before = pod.state().limits.insert(container.clone(), limits);
         AskedFor { pod, container, before, stays: false }
     }
 
@@ -92,7 +92,7 @@ impl Drop for AskedFor<'_> {
         }
         let mut state = self.pod.state();
         match self.before.take() {
-            Some(before) => state.limits.insert(self.container.to_owned(), before),
+            Some(before) => state.limits.insert(self.container.clone(), before),
             None => state.limits.remove(self.container),
         };
     }
@@ -100,7 +100,7 @@ impl Drop for AskedFor<'_> {
 
 impl Pod {
     /// The guest's hint that containerd has other limits for a container.
-    pub(super) async fn fit_container(&self, id: &str) -> Result<(), ContainerError> {
+    pub(super) async fn fit_container(&self, id: &ContainerId) -> Result<(), ContainerError> {
         // As for any other request: the id is looked up, and the limits are containerd's, not the guest's.
         let record = self.look_up(id).await?;
         let share = self.share.lock().await;
@@ -112,9 +112,9 @@ impl Pod {
     /// is done by one at a time. On an error the pod is as it was.
     pub(super) async fn fit(
         &self,
-        id: &str,
+        id: &ContainerId,
         limits: Limits,
-        containers: &[String],
+        containers: &[ContainerId],
     ) -> Result<(), ContainerError> {
         // After a restart of the controller, nothing is known of those that were there before.
         for other in containers.iter().filter(|other| *other != id) {

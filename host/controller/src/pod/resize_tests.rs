@@ -124,7 +124,7 @@ impl Place {
     }
 
     async fn fit(&self, container: &str, limits: Limits) -> Result<(), String> {
-        self.pod.fit(container, limits, &[]).await.map_err(|error| chain(&error))
+        self.pod.fit(&container.parse().unwrap(), limits, &[]).await.map_err(|error| chain(&error))
     }
 
     fn sizes(&self) -> Vec<(u32, u64)> {
@@ -229,7 +229,7 @@ async fn the_hosts_kernel_kills_a_machine_when_it_would_kill_its_containers() {
     place.fit("c2", to_be_killed(Limits::default(), 900)).await.unwrap();
     assert_eq!(number(), "650");
     place.pod.share.lock().await.create().unwrap();
-    place.pod.release_container("c1").await.unwrap();
+    place.pod.release_container(&"c1".parse().unwrap()).await.unwrap();
     place.pod.share.lock().await.remove().unwrap();
     assert_eq!(number(), "900");
     machine.kill().unwrap();
@@ -241,7 +241,8 @@ async fn the_hosts_kernel_kills_a_machine_when_it_would_kill_its_containers() {
 #[tokio::test]
 async fn a_resize_that_nobody_waits_for_any_more_leaves_no_limits() {
     let place = Place::new(Fails::Nothing).await;
-    let mut fitting = Box::pin(place.pod.fit("c1", limits(2, 800), &[]));
+    let c1 = "c1".parse().unwrap();
+    let mut fitting = Box::pin(place.pod.fit(&c1, limits(2, 800), &[]));
     // As far as it comes without an answer of the machine's.
     let waker = std::task::Waker::noop();
     let polled = fitting.as_mut().poll(&mut std::task::Context::from_waker(waker));

@@ -73,7 +73,7 @@ fn config(network: cri::NamespaceMode) -> cri::PodSandboxConfig {
 
 pub(super) fn pod(run_dir: &std::path::Path) -> Arc<Pod> {
     let config = config(cri::NamespaceMode::Pod);
-    Arc::new(Pod::new("abc".into(), "k8s.io".into(), config, String::new(), node(run_dir)).unwrap())
+    Arc::new(Pod::new("abc".parse().unwrap(), "k8s.io".into(), config, String::new(), node(run_dir)).unwrap())
 }
 
 /// Gives a pod something that cannot be undone as long as this is so.
@@ -89,7 +89,9 @@ async fn a_pod_on_the_hosts_network_is_refused_with_its_name_and_what_to_do() {
     let directory = tempfile::tempdir().unwrap();
     let config = config(cri::NamespaceMode::Node);
     let error =
-        Pod::new("abc".into(), "k8s.io".into(), config, String::new(), node(directory.path())).err().unwrap();
+        Pod::new("abc".parse().unwrap(), "k8s.io".into(), config, String::new(), node(directory.path()))
+            .err()
+            .unwrap();
     let text = error.to_string();
     assert!(text.contains("default/web") && text.contains("remove hostNetwork"), "{text}");
 }
@@ -99,7 +101,9 @@ async fn a_pod_whose_netns_is_gone_does_not_start_and_leaves_nothing() {
     let directory = tempfile::tempdir().unwrap();
     let config = config(cri::NamespaceMode::Pod);
     let netns = "/run/netns/no-such-netns".to_owned();
-    let pod = Pod::new("abc".into(), "k8s.io".into(), config, netns.clone(), node(directory.path())).unwrap();
+    let pod =
+        Pod::new("abc".parse().unwrap(), "k8s.io".into(), config, netns.clone(), node(directory.path()))
+            .unwrap();
     let pod = Arc::new(pod);
     let error = pod.start().await.unwrap_err();
     let text = crate::errors::chain(&error);
@@ -132,7 +136,8 @@ async fn a_guest_cannot_prepare_another_pods_container() {
     let directory = tempfile::tempdir().unwrap();
     let pod = pod(directory.path());
     for id in ["known", "unknown", "../abc", ""] {
-        let (code, message) = pod.prepare_container(id).await.unwrap_err().into_status(&pod);
+        let prepared = async { pod.prepare_container(&pod.container_id(id)?).await };
+        let (code, message) = prepared.await.unwrap_err().into_status(&pod);
         assert_eq!(code, ttrpc::Code::NOT_FOUND, "{id}");
         assert!(message.contains("default/web") && message.contains("in this pod"), "{message}");
     }
@@ -143,7 +148,7 @@ async fn a_guest_cannot_prepare_another_pods_container() {
 async fn a_container_for_which_something_unknown_was_asked_is_refused_with_its_name() {
     let directory = tempfile::tempdir().unwrap();
     let pod = pod(directory.path());
-    let (code, message) = pod.prepare_container("odd").await.unwrap_err().into_status(&pod);
+    let (code, message) = pod.prepare_container(&"odd".parse().unwrap()).await.unwrap_err().into_status(&pod);
     assert_eq!(code, ttrpc::Code::INVALID_ARGUMENT, "{message}");
     assert!(message.contains("default/web") && message.contains("hologram"), "{message}");
 }
@@ -152,7 +157,13 @@ async fn a_container_for_which_something_unknown_was_asked_is_refused_with_its_n
 async fn a_pod_for_which_something_unknown_was_asked_is_refused_with_its_name() {
     let directory = tempfile::tempdir().unwrap();
     let made = |message: &[u8]| {
-        Pod::from_message("abc".into(), "k8s.io".into(), message, String::new(), node(directory.path()))
+        Pod::from_message(
+            "abc".parse().unwrap(),
+            "k8s.io".into(),
+            message,
+            String::new(),
+            node(directory.path()),
+        )
     };
     let known = config(cri::NamespaceMode::Pod).encode_to_vec();
     assert!(made(&known).is_ok());
@@ -167,8 +178,8 @@ async fn a_pod_for_which_something_unknown_was_asked_is_refused_with_its_name() 
 async fn releasing_what_was_never_prepared_is_no_error_but_a_path_is() {
     let directory = tempfile::tempdir().unwrap();
     let pod = pod(directory.path());
-    assert!(pod.release_container("gone").await.is_ok());
-    assert!(pod.release_container("../../etc").await.is_err());
+    assert!(pod.release_container(&"gone".parse().unwrap()).await.is_ok());
+    assert!(pod.container_id("../../etc").is_err());
 }
 
 #[tokio::test]
@@ -264,7 +275,9 @@ async fn events_wait_for_containerd_and_go_on_where_they_stopped() {
     let node = node_with_containerd(directory.path(), socket.to_str().unwrap());
     let new = || {
         let config = config(cri::NamespaceMode::Pod);
-        Arc::new(Pod::new("abc".into(), "k8s.io".into(), config, String::new(), node.clone()).unwrap())
+        Arc::new(
+            Pod::new("abc".parse().unwrap(), "k8s.io".into(), config, String::new(), node.clone()).unwrap(),
+        )
     };
     let pod = new();
     pod.progress(|progress| progress.add("c1"));

@@ -15,7 +15,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use pericarp_protos::guest::VOLUMES;
+use pericarp_protos::{guest::VOLUMES, id::ContainerId};
 use rustix::{
     fs::{FileType, Mode, OFlags, fstat, mkdirat, openat},
     io::Errno,
@@ -135,7 +135,7 @@ impl Share {
     /// Mounts a container's root file system and volumes. On an error nothing of it is left.
     pub fn add(
         &self,
-        container: &str,
+        container: &ContainerId,
         root: &Root,
         volumes: &[Volume],
         user_namespace: Option<&UserNamespace>,
@@ -143,7 +143,7 @@ impl Share {
         // Made first: what fails from here on is taken away again.
         let undo = Undo { share: self, container, armed: true };
         let made = mounts::below_mounts(&self.directory)?;
-        let directory = Path::new(container);
+        let directory: &Path = container.as_ref();
         self.make_directory(&made, directory)?;
         let name = if matches!(root, Root::Mounts { .. }) { ROOT } else { WRITABLE };
         let target = directory.join(name);
@@ -164,7 +164,7 @@ impl Share {
     }
 
     /// Undoes [`Share::add`]. A container that is not there is no error.
-    pub fn remove_container(&self, container: &str) -> Result<(), ShareError> {
+    pub fn remove_container(&self, container: &ContainerId) -> Result<(), ShareError> {
         let directory = self.directory.join(container);
         mounts::detach(&directory.join(ROOT))?;
         mounts::detach(&directory.join(WRITABLE))?;
@@ -183,16 +183,17 @@ impl Share {
     }
 
     /// The containers that have something in the share.
-    pub fn containers(&self) -> Vec<String> {
+    pub fn containers(&self) -> Vec<ContainerId> {
         let entries = std::fs::read_dir(&self.directory).into_iter().flatten().flatten();
         let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
-        names.filter(|name| name != VOLUMES).collect()
+        // The directory of the volumes has a name that is no id.
+        names.filter_map(|name| name.try_into().ok()).collect()
     }
 
     /// Takes a container for a user of its volumes; answers with what each of them needs.
     fn add_user<'a>(
         &self,
-        container: &str,
+        container: &ContainerId,
         volumes: &'a [Volume],
     ) -> Result<Vec<(&'a Volume, Needed)>, ShareError> {
         if volumes.is_empty() {
@@ -203,7 +204,7 @@ impl Share {
         let mut needed = Vec::with_capacity(volumes.len());
         for volume in volumes {
             let writable = volume.read_only == ReadOnly::No;
-            let add = users.add(&volume.name, &volume.source, container, writable);
+            let add = users.add(&volume.name, &volume.source, container.as_str(), writable);
             needed.push((volume, add.map_err(failed(volume))?));
         }
         // Before anything is mounted, so that it is undone with its user.
@@ -244,13 +245,13 @@ impl Share {
     }
 
     /// Unmounts the volumes that only this container has used.
-    fn remove_volumes(&self, made: &OwnedFd, container: &str) -> Result<(), ShareError> {
+    fn remove_volumes(&self, made: &OwnedFd, container: &ContainerId) -> Result<(), ShareError> {
         let file = self.users();
         let mut users = Users::load(&file).map_err(MountError::new("read", &file))?;
-        if !users.has(container) {
+        if !users.has(container.as_str()) {
             return Ok(());
         }
-        for name in users.remove(container) {
+        for name in users.remove(container.as_str()) {
             let target = Path::new(VOLUMES).join(name);
             mounts::detach(&self.directory.join(&target))?;
             let place = descriptor_path(made).join(&target);
@@ -302,7 +303,7 @@ impl Share {
 /// Takes a half-made container away when it goes out of scope.
 struct Undo<'a> {
     share: &'a Share,
-    container: &'a str,
+    container: &'a ContainerId,
     armed: bool,
 }
 
@@ -317,7 +318,7 @@ impl Drop for Undo<'_> {
         if self.armed
             && let Err(error) = self.share.remove_container(self.container)
         {
-            tracing::warn!(container = self.container, error = chain(&error), "cannot undo a preparation");
+            tracing::warn!(container = %self.container, error = chain(&error), "cannot undo a preparation");
         }
     }
 }

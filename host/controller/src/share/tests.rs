@@ -57,6 +57,10 @@ impl Drop for Place {
     }
 }
 
+fn id(text: &str) -> ContainerId {
+    text.parse().unwrap()
+}
+
 fn mounts_below(path: &Path) -> usize {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
     mounts
@@ -71,7 +75,7 @@ fn a_containers_root_and_volumes_appear_and_disappear() {
     fs::create_dir(place.path("data")).unwrap();
     fs::write(place.path("file"), "content").unwrap();
     let volumes = [place.volume("data", ReadOnly::No), place.volume("file", ReadOnly::Top)];
-    place.share.add("c1", &place.root(), &volumes, None).unwrap();
+    place.share.add(&id("c1"), &place.root(), &volumes, None).unwrap();
 
     assert_eq!(fs::read_to_string(place.shared("c1/rootfs/init")).unwrap(), "root");
     fs::write(place.shared(".volumes/data/new"), "written").unwrap();
@@ -79,13 +83,13 @@ fn a_containers_root_and_volumes_appear_and_disappear() {
     assert_eq!(fs::read_to_string(place.shared(".volumes/file")).unwrap(), "content");
     let error = fs::write(place.shared(".volumes/file"), "x").unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::ReadOnlyFilesystem);
-    assert_eq!(place.share.containers(), ["c1"]);
+    assert_eq!(place.share.containers(), [id("c1")]);
 
-    place.share.remove_container("c1").unwrap();
+    place.share.remove_container(&id("c1")).unwrap();
     assert!(!place.shared("c1").exists());
     assert_eq!(mounts_below(&place.path("share")), 1);
     assert_eq!(fs::read_to_string(place.path("data/new")).unwrap(), "written");
-    place.share.remove_container("c1").unwrap();
+    place.share.remove_container(&id("c1")).unwrap();
 }
 
 #[test]
@@ -93,7 +97,7 @@ fn containers_with_the_same_volume_have_one_mount_of_it_which_is_writable_if_one
     let place = Place::new();
     fs::create_dir(place.path("data")).unwrap();
     let add = |container: &str, read_only| {
-        place.share.add(container, &place.root(), &[place.volume("data", read_only)], None).unwrap();
+        place.share.add(&id(container), &place.root(), &[place.volume("data", read_only)], None).unwrap();
         fs::write(place.shared(".volumes/data/file"), container)
     };
     assert_eq!(add("c1", ReadOnly::Top).unwrap_err().kind(), io::ErrorKind::ReadOnlyFilesystem);
@@ -103,12 +107,12 @@ fn containers_with_the_same_volume_have_one_mount_of_it_which_is_writable_if_one
     assert_eq!(mounts_below(&place.path("share")), 5);
     let mut containers = place.share.containers();
     containers.sort();
-    assert_eq!(containers, ["c1", "c2", "c3"]);
+    assert_eq!(containers, ["c1", "c2", "c3"].map(id));
 
-    place.share.remove_container("c2").unwrap();
-    place.share.remove_container("c1").unwrap();
+    place.share.remove_container(&id("c2")).unwrap();
+    place.share.remove_container(&id("c1")).unwrap();
     assert!(place.shared(".volumes/data/file").exists(), "c3 has it still");
-    place.share.remove_container("c3").unwrap();
+    place.share.remove_container(&id("c3")).unwrap();
     assert!(!place.shared(".volumes/data").exists());
     assert_eq!(mounts_below(&place.path("share")), 1);
     assert_eq!(fs::read_to_string(place.path("data/file")).unwrap(), "c3");
@@ -119,7 +123,7 @@ fn removing_the_share_takes_its_mounts_and_nothing_of_the_host() {
     let place = Place::new();
     fs::create_dir(place.path("data")).unwrap();
     fs::write(place.path("data/precious"), "kept").unwrap();
-    place.share.add("c1", &place.root(), &[place.volume("data", ReadOnly::No)], None).unwrap();
+    place.share.add(&id("c1"), &place.root(), &[place.volume("data", ReadOnly::No)], None).unwrap();
     place.share.remove().unwrap();
     assert!(!place.path("share").exists());
     assert_eq!(mounts_below(&place.path("share")), 0);
@@ -133,7 +137,7 @@ fn a_mounted_tree_is_never_emptied_by_removing_its_directory() {
     let place = Place::new();
     fs::create_dir(place.path("data")).unwrap();
     fs::write(place.path("data/precious"), "kept").unwrap();
-    place.share.add("c1", &place.root(), &[place.volume("data", ReadOnly::No)], None).unwrap();
+    place.share.add(&id("c1"), &place.root(), &[place.volume("data", ReadOnly::No)], None).unwrap();
     assert!(mounts::remove_tree(&place.path("share")).is_err());
     assert_eq!(fs::read_to_string(place.path("data/precious")).unwrap(), "kept");
     assert_eq!(fs::read_to_string(place.path("root/init")).unwrap(), "root");
@@ -142,7 +146,7 @@ fn a_mounted_tree_is_never_emptied_by_removing_its_directory() {
 #[test]
 fn a_guest_can_make_nothing_in_the_share_itself() {
     let place = Place::new();
-    place.share.add("c1", &place.root(), &[], None).unwrap();
+    place.share.add(&id("c1"), &place.root(), &[], None).unwrap();
     for name in ["x", "c1/x"] {
         let error = fs::create_dir(place.shared(name)).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ReadOnlyFilesystem, "{name}");
@@ -157,7 +161,7 @@ fn a_guest_can_make_nothing_in_the_share_itself() {
 fn a_failed_preparation_leaves_nothing() {
     let place = Place::new();
     let volumes = [place.volume("missing", ReadOnly::No)];
-    let error = place.share.add("c1", &place.root(), &volumes, None).unwrap_err();
+    let error = place.share.add(&id("c1"), &place.root(), &volumes, None).unwrap_err();
     assert!(matches!(error, ShareError::VolumeMissing { .. }), "{error:?}");
     let text = error.to_string();
     assert!(
@@ -173,7 +177,7 @@ fn a_socket_is_refused_as_a_volume_by_its_kind() {
     let place = Place::new();
     let _listener = std::os::unix::net::UnixListener::bind(place.path("socket")).unwrap();
     let volumes = [place.volume("socket", ReadOnly::No)];
-    let error = place.share.add("c1", &place.root(), &volumes, None).unwrap_err();
+    let error = place.share.add(&id("c1"), &place.root(), &volumes, None).unwrap_err();
     assert!(matches!(error, ShareError::VolumeKind { kind: "socket", .. }), "{error:?}");
 }
 
@@ -182,14 +186,14 @@ fn a_source_that_became_a_symbolic_link_is_not_followed() {
     let place = Place::new();
     symlink("/etc", place.path("link")).unwrap();
     let volumes = [place.volume("link", ReadOnly::No)];
-    assert!(place.share.add("c1", &place.root(), &volumes, None).is_err());
+    assert!(place.share.add(&id("c1"), &place.root(), &volumes, None).is_err());
     assert!(!place.shared("c1").exists());
 }
 
 #[test]
 fn nothing_mounted_in_the_share_spreads() {
     let place = Place::new();
-    place.share.add("c1", &place.root(), &[], None).unwrap();
+    place.share.add(&id("c1"), &place.root(), &[], None).unwrap();
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
     let below = place.path("share");
     for line in mounts.lines().filter(|line| line.contains(&below.display().to_string())) {
@@ -226,7 +230,7 @@ fn an_overlay_with_more_layers_than_fit_a_page_is_mounted() {
     assert!(options.join(",").len() > 4096);
     let mount = Mount { kind: "overlay".into(), source: "overlay".into(), options };
     let root = Root::Mounts { snapshotter: "overlayfs".into(), mounts: vec![mount] };
-    let added = place.share.add("c1", &root, &[], None);
+    let added = place.share.add(&id("c1"), &root, &[], None);
     let seen = (0..60).all(|number| place.shared(&format!("c1/rootfs/from-{number}")).exists());
     let written = fs::write(place.shared("c1/rootfs/new"), "");
     let kept = disk.join("upper/new").exists();
@@ -259,7 +263,7 @@ fn volumes_and_layers_show_the_ids_of_the_pods_user_namespace() {
     let root = Root::Mounts { snapshotter: "overlayfs".into(), mounts: vec![mount.clone()] };
     let volume = |name: &str, ids| Volume { name: name.into(), ids, ..place.volume("data", ReadOnly::No) };
     let volumes = [volume("plain", Ids::Host), volume("mapped", Ids::Pod)];
-    place.share.add("c1", &root, &volumes, Some(&namespace)).unwrap();
+    place.share.add(&id("c1"), &root, &volumes, Some(&namespace)).unwrap();
 
     let owner = |name: &str| {
         let metadata = fs::metadata(place.shared(name)).unwrap();
@@ -272,14 +276,14 @@ fn volumes_and_layers_show_the_ids_of_the_pods_user_namespace() {
     chown(place.shared(".volumes/mapped/roots"), Some(65543), None).unwrap();
     assert_eq!(fs::metadata(place.path("data/roots")).unwrap().uid(), 7);
     assert_eq!(fs::metadata(place.path("lower/tool")).unwrap().uid(), 1000, "nothing of it is seen here");
-    place.share.remove_container("c1").unwrap();
+    place.share.remove_container(&id("c1")).unwrap();
     assert_eq!(mounts_below(place.directory.path()), 1);
 
     for (namespace, changed) in [(Some(&namespace), "uidmap=0:7:65536"), (None, "uidmap=0:65536:65536")] {
         let mut mount = mount.clone();
         mount.options[3] = changed.into();
         let root = Root::Mounts { snapshotter: "overlayfs".into(), mounts: vec![mount] };
-        let error = chain(&place.share.add("c1", &root, &[], namespace).unwrap_err());
+        let error = chain(&place.share.add(&id("c1"), &root, &[], namespace).unwrap_err());
         assert!(error.contains(changed) && error.contains("overlayfs"), "{error}");
     }
 }

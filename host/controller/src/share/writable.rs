@@ -105,7 +105,9 @@ mod tests {
 
         fn add(&self) -> Result<(), String> {
             let root = Root::Disks(Some(self.path("snapshot/fs")));
-            self.share.add("c1", &root, &[], None).map_err(|error| crate::errors::chain(&error))
+            self.share
+                .add(&"c1".parse().unwrap(), &root, &[], None)
+                .map_err(|error| crate::errors::chain(&error))
         }
 
         /// What is there of the host, apart from the inside of `fs`: kind, owner, permissions and content of each entry.
@@ -141,7 +143,7 @@ mod tests {
         fs::write(place.seen_by_guest("fs/new"), "written").unwrap();
         assert_eq!(fs::read_to_string(place.path("snapshot/fs/fs/new")).unwrap(), "written");
         // Once more, as after a container that could not be started.
-        place.share.remove_container("c1").unwrap();
+        place.share.remove_container(&"c1".parse().unwrap()).unwrap();
         place.add().unwrap();
         assert_eq!(fs::read_to_string(place.seen_by_guest("fs/new")).unwrap(), "written");
     }

@@ -20,6 +20,7 @@ use std::path::Path;
 use pericarp_protos::guest::{
     CGROUP_PARENT, IPC_NAMESPACE, NETWORK_NAMESPACE, PID_NAMESPACE, SHARE_DIR, USER_NAMESPACE, UTS_NAMESPACE,
 };
+use pericarp_protos::id::ContainerId;
 use serde_json::{Map, Value};
 
 use crate::user_namespace::IdMap;
@@ -92,7 +93,7 @@ pub struct Pod {
 }
 
 /// Translates the spec of `container`.
-pub fn translate(spec: &[u8], container: &str, pod: &Pod) -> Result<Translated, Error> {
+pub fn translate(spec: &[u8], container: &ContainerId, pod: &Pod) -> Result<Translated, Error> {
     let mut spec: Value = serde_json::from_slice(spec)?;
     unsupported::check(&spec)?;
     let root = spec.as_object_mut().ok_or(Error::Malformed("it is not an object"))?;
@@ -110,7 +111,7 @@ pub fn translate(spec: &[u8], container: &str, pod: &Pod) -> Result<Translated, 
 }
 
 /// Where the guest sees a container's part of the share.
-fn guest_directory(container: &str) -> String {
+fn guest_directory(container: &ContainerId) -> String {
     format!("{SHARE_DIR}/{container}")
 }
 
@@ -158,7 +159,7 @@ fn check_working_directory(root: &mut Map<String, Value>) -> Result<(), Error> {
 }
 
 /// Points the root at the share; says whether it is read-only.
-fn set_root_path(root: &mut Map<String, Value>, container: &str) -> Result<bool, Error> {
+fn set_root_path(root: &mut Map<String, Value>, container: &ContainerId) -> Result<bool, Error> {
     let root = object(root, "root", "root is not an object")?.ok_or(Error::Malformed("it has no root"))?;
     root.insert("path".into(), format!("{}/rootfs", guest_directory(container)).into());
     Ok(root.get("readonly").and_then(Value::as_bool).unwrap_or(false))
@@ -191,7 +192,11 @@ fn check_selinux(label: Option<&Value>) -> Result<(), Error> {
     unsupported(format!("the SELinux label {label:?}"), SELINUX_REMEDY)
 }
 
-fn linux(root: &mut Map<String, Value>, container: &str, pod: &Pod) -> Result<Vec<BlockVolume>, Error> {
+fn linux(
+    root: &mut Map<String, Value>,
+    container: &ContainerId,
+    pod: &Pod,
+) -> Result<Vec<BlockVolume>, Error> {
     let linux = object(root, "linux", "linux is not an object")?
         .ok_or(Error::Malformed("it has no linux section"))?;
     linux.insert("cgroupsPath".into(), format!("{CGROUP_PARENT}/{container}").into());
