@@ -1,9 +1,18 @@
 //! Pods: their life, and what their containers share.
 
+use std::{
+    fs,
+    process::{Child, Command},
+};
+
 use anyhow::{Context, Result, ensure};
 use futures::future::try_join_all;
-use pericarp_tests::{HANG_LIMIT, api, on_node};
+use pericarp_tests::{
+    HANG_LIMIT, api, controller::NODE_RUN_DIR, machine::MachineProcess, on_node, on_pericarp,
+};
 use tokio::time::timeout;
+
+use crate::resize;
 
 #[test]
 fn a_pod_is_ready_until_it_is_stopped_and_gone_when_it_is_removed() -> Result<()> {
@@ -229,6 +238,41 @@ fn ten_pods_run_at_once() -> Result<()> {
         }))
         .await?;
         assert_eq!(node.pods().await?, []);
+        Ok(())
+    })
+}
+
+/// A process of the node, until it goes out of scope.
+struct Busy(Child);
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        // It may have been killed before.
+        let _ = self.0.kill().and_then(|()| self.0.wait());
+    }
+}
+
+#[test]
+fn a_pod_that_cannot_be_undone_is_kept_until_it_can_be() -> Result<()> {
+    on_pericarp(async |node| {
+        let pod = node.pod("busy").run().await?;
+        pod.idle_container("idle").await?;
+        let cgroup = resize::cgroup(&pod).await?;
+        let record = format!("{NODE_RUN_DIR}/{}/state.json", pod.id);
+        // A cgroup cannot be removed while somebody is in it.
+        let busy = Busy(Command::new("sleep").arg("600").spawn()?);
+        fs::write(cgroup.join("cgroup.procs"), busy.0.id().to_string())?;
+        // containerd does not ask for a pod to be stopped whose machine has ended, only for it to be removed.
+        for attempt in [pod.stop().await, pod.remove().await] {
+            let error = format!("{:#}", attempt.err().context("it cannot be stopped, nor removed")?);
+            assert!(error.contains("cannot remove the pod's cgroup"), "{error}");
+            assert!(fs::exists(&record)?, "the record is gone");
+            assert_eq!(MachineProcess::of_pod(&pod.id)?, None);
+        }
+        drop(busy);
+        pod.stop().await?;
+        pod.remove().await?;
+        assert!(!cgroup.exists() && !fs::exists(&record)?);
         Ok(())
     })
 }

@@ -74,7 +74,7 @@ fn a_machine_grows_and_shrinks_with_the_limits_of_its_containers() -> Result<()>
 }
 
 /// The cgroup of a pod's machine on the node.
-async fn cgroup(pod: &Pod) -> Result<PathBuf> {
+pub async fn cgroup(pod: &Pod) -> Result<PathBuf> {
     let pid = pod.info().await?["pid"].clone();
     let groups = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
     let path = groups.trim().strip_prefix("0::/").unwrap_or_default();
