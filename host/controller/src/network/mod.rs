@@ -11,7 +11,6 @@
 //!
 //! All of it is done by netlink and bpf(2), on a thread of its own that has entered the namespace.
 
-mod bpf;
 mod inside;
 mod redirect;
 pub mod steer;

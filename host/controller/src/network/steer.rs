@@ -12,14 +12,13 @@ use std::{
     os::fd::{AsFd, OwnedFd},
 };
 
+use pericarp_bpf::{self as bpf, FRAME, Instruction, Kind, Register};
 use pericarp_vmm::Forward;
 use rustix::{
     io::Errno,
     net::{AddressFamily, SocketFlags, SocketType, bind, listen, socket_with, sockopt::set_ipv6_v6only},
 };
 use thiserror::Error;
-
-use super::bpf::{self, FRAME, Instruction, Register};
 
 /// Connections that wait to be accepted; the most that a machine has at once.
 const BACKLOG: i32 = 1024;
@@ -71,7 +70,7 @@ pub fn steer() -> Result<Forward, SteerError> {
     let (map, program) = load()?;
     bpf::put_socket(&map, &listener).map_err(refused("put a listener into a BPF map"))?;
     let netns = File::open("/proc/thread-self/ns/net").map_err(socket_error("find its own place"))?;
-    let steering = bpf::attach(&program, &netns)
+    let steering = bpf::attach_to_netns(&program, &netns)
         .map_err(refused("attach a BPF program to the pod's network namespace"))?;
     Ok(Forward { listener, steering })
 }
@@ -83,8 +82,8 @@ pub fn probe() -> Result<(), SteerError> {
 
 fn load() -> Result<(OwnedFd, OwnedFd), SteerError> {
     let map = bpf::socket_map().map_err(refused("make a BPF map for a socket (BPF_MAP_TYPE_SOCKMAP)"))?;
-    let program =
-        bpf::load(&program(&map)).map_err(refused("load a BPF program (BPF_PROG_TYPE_SK_LOOKUP)"))?;
+    let program = bpf::load(Kind::SocketLookup, "pericarp_forward", &program(&map))
+        .map_err(refused("load a BPF program (BPF_PROG_TYPE_SK_LOOKUP)"))?;
     Ok((map, program))
 }
 

@@ -135,7 +135,7 @@ fn a_listener_for_ipv4_alone_does_where_there_is_no_ipv6() {
         let (map, program) = load().unwrap();
         bpf::put_socket(&map, &listener).unwrap();
         let netns = File::open("/proc/thread-self/ns/net").unwrap();
-        (listener, bpf::attach(&program, &netns).unwrap())
+        (listener, bpf::attach_to_netns(&program, &netns).unwrap())
     });
     let _dialled = dial(&netns, "127.0.0.1", 80).unwrap();
     listener.accept().unwrap();

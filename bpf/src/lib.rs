@@ -1,4 +1,9 @@
-//! The four requests of bpf(2) that [`steer`](super::steer) makes, and instructions to make a program of.
+//! BPF programs without a compiler: instructions to make them of, and the requests of bpf(2) that load and attach them.
+//!
+//! The controller leads a pod's connections to localhost with one, and the agent decides with others which devices a container
+//! may use.
+
+mod instruction;
 
 use std::{
     ffi::CStr,
@@ -6,16 +11,38 @@ use std::{
     os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd},
 };
 
+pub use instruction::{FRAME, Instruction, Register};
+
 /// `enum bpf_cmd` (Linux `include/uapi/linux/bpf.h`, as all numbers here).
 const MAP_CREATE: libc::c_int = 0;
 const MAP_UPDATE_ELEM: libc::c_int = 2;
 const PROG_LOAD: libc::c_int = 5;
+const PROG_ATTACH: libc::c_int = 8;
 const LINK_CREATE: libc::c_int = 28;
 
 const MAP_TYPE_SOCKMAP: u32 = 15;
-const PROG_TYPE_SK_LOOKUP: u32 = 30;
-/// `enum bpf_attach_type`.
-const SK_LOOKUP: u32 = 36;
+
+/// Others may attach programs below, and all of them have to agree. Without it a container could have none for its own cgroups.
+const F_ALLOW_MULTI: u32 = 1 << 1;
+
+/// What a program decides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Which socket a connection goes to.
+    SocketLookup,
+    /// Whether a process of a cgroup may use a device.
+    CgroupDevice,
+}
+
+impl Kind {
+    /// `enum bpf_prog_type` and `enum bpf_attach_type`.
+    const fn numbers(self) -> (u32, u32) {
+        match self {
+            Kind::SocketLookup => (30, 36),
+            Kind::CgroupDevice => (15, 6),
+        }
+    }
+}
 
 /// Not read for a program that calls nothing which only the GPL may call.
 const LICENSE: &CStr = c"Apache-2.0";
@@ -95,6 +122,19 @@ unsafe impl Attributes for LinkCreate {
     const COMMAND: libc::c_int = LINK_CREATE;
 }
 
+#[repr(C)]
+struct ProgramAttach {
+    target: u32,
+    program: u32,
+    attach_type: u32,
+    flags: u32,
+}
+
+// SAFETY: `BPF_PROG_ATTACH` reads these; there are no addresses.
+unsafe impl Attributes for ProgramAttach {
+    const COMMAND: libc::c_int = PROG_ATTACH;
+}
+
 fn bpf<T: Attributes>(attributes: &mut T) -> io::Result<libc::c_int> {
     // SAFETY: the kernel reads and writes no more than the size that it is told, and what the addresses in it stand
     // for (see `Attributes`).
@@ -140,10 +180,12 @@ pub fn put_socket(map: impl AsFd, socket: impl AsFd) -> io::Result<()> {
     Ok(())
 }
 
-/// Loads a program that chooses the socket for a connection. An error quotes what the verifier says.
-pub fn load(program: &[Instruction]) -> io::Result<OwnedFd> {
+/// Loads a program, which the kernel lists under `name` (at most 15 bytes; the rest is left out). An error quotes what the
+/// verifier says.
+pub fn load(kind: Kind, name: &str, program: &[Instruction]) -> io::Result<OwnedFd> {
+    let (program_type, expected_attach_type) = kind.numbers();
     let mut attributes = ProgramLoad {
-        program_type: PROG_TYPE_SK_LOOKUP,
+        program_type,
         instruction_count: u32::try_from(program.len()).map_err(io::Error::other)?,
         instructions: address(program),
         license: address(LICENSE.as_ptr()),
@@ -152,12 +194,15 @@ pub fn load(program: &[Instruction]) -> io::Result<OwnedFd> {
         log: 0,
         kernel_version: 0,
         flags: 0,
-        name: *b"pericarp_forward",
+        name: [0; 16],
         interface: 0,
-        expected_attach_type: SK_LOOKUP,
+        expected_attach_type,
     };
     // The kernel wants the name's end within it.
-    attributes.name[15] = 0;
+    let last = attributes.name.len() - 1;
+    for (to, from) in attributes.name[..last].iter_mut().zip(name.bytes()) {
+        *to = from;
+    }
     let error = match bpf_fd(&mut attributes) {
         Ok(program) => return Ok(program),
         Err(error) => error,
@@ -182,100 +227,23 @@ fn with_log(error: io::Error, log: &[u8]) -> io::Error {
     if end.is_empty() { error } else { io::Error::new(error.kind(), format!("{error}; its verifier: {end}")) }
 }
 
-/// Attaches a program to a network namespace for as long as the link that this answers with is open anywhere.
-pub fn attach(program: impl AsFd, netns: impl AsFd) -> io::Result<OwnedFd> {
-    bpf_fd(&mut LinkCreate {
+/// Attaches a program of kind [`Kind::SocketLookup`] to a network namespace, for as long as the link that this answers with is
+/// open anywhere.
+pub fn attach_to_netns(program: impl AsFd, netns: impl AsFd) -> io::Result<OwnedFd> {
+    let (_, attach_type) = Kind::SocketLookup.numbers();
+    bpf_fd(&mut LinkCreate { program: number(program), target: number(netns), attach_type, flags: 0 })
+}
+
+/// Attaches a program of kind [`Kind::CgroupDevice`] to a cgroup, given by its directory, for as long as that exists.
+pub fn attach_to_cgroup(program: impl AsFd, cgroup: impl AsFd) -> io::Result<()> {
+    let (_, attach_type) = Kind::CgroupDevice.numbers();
+    bpf(&mut ProgramAttach {
+        target: number(cgroup),
         program: number(program),
-        target: number(netns),
-        attach_type: SK_LOOKUP,
-        flags: 0,
-    })
-}
-
-/// A register: 0 has a call's result, 1 to 5 its arguments, and 1 the context at the start. 6 to 9 survive calls.
-pub type Register = u8;
-
-/// The frame pointer; memory below it is the program's own.
-pub const FRAME: Register = 10;
-
-/// `struct bpf_insn`.
-#[derive(Clone, Copy, Debug)]
-#[repr(C)]
-pub struct Instruction {
-    code: u8,
-    /// The destination in the lower half, the source in the upper.
-    registers: u8,
-    /// Of an address, or of a jump, counted from the next instruction.
-    pub offset: i16,
-    immediate: i32,
-}
-
-impl Instruction {
-    const fn new(code: u8, to: Register, from: Register, offset: i16, immediate: i32) -> Instruction {
-        Instruction { code, registers: from << 4 | to, offset, immediate }
-    }
-
-    /// `to = from`
-    pub const fn copy(to: Register, from: Register) -> Instruction {
-        Instruction::new(0xbf, to, from, 0, 0)
-    }
-
-    /// `to = value`
-    pub const fn set(to: Register, value: i32) -> Instruction {
-        Instruction::new(0xb7, to, 0, 0, value)
-    }
-
-    /// `to += value`
-    pub const fn add(to: Register, value: i32) -> Instruction {
-        Instruction::new(0x07, to, 0, 0, value)
-    }
-
-    /// `to |= from`
-    pub const fn or(to: Register, from: Register) -> Instruction {
-        Instruction::new(0x4f, to, from, 0, 0)
-    }
-
-    /// `to = *(u8 *)(from + offset)`
-    pub const fn load_byte(to: Register, from: Register, offset: i16) -> Instruction {
-        Instruction::new(0x71, to, from, offset, 0)
-    }
-
-    /// `to = *(u32 *)(from + offset)`
-    pub const fn load_word(to: Register, from: Register, offset: i16) -> Instruction {
-        Instruction::new(0x61, to, from, offset, 0)
-    }
-
-    /// `*(u32 *)(to + offset) = value`
-    pub const fn store_word(to: Register, offset: i16, value: i32) -> Instruction {
-        Instruction::new(0x62, to, 0, offset, value)
-    }
-
-    /// `if register == value: skip offset instructions`
-    pub const fn jump_if(register: Register, value: i32, offset: i16) -> Instruction {
-        Instruction::new(0x15, register, 0, offset, value)
-    }
-
-    /// `if register != value: skip offset instructions`
-    pub const fn jump_unless(register: Register, value: i32, offset: i16) -> Instruction {
-        Instruction::new(0x55, register, 0, offset, value)
-    }
-
-    /// `to = map`
-    pub fn load_map(to: Register, map: impl AsFd) -> [Instruction; 2] {
-        const IS_MAP: Register = 1;
-        let fd = map.as_fd().as_raw_fd();
-        [Instruction::new(0x18, to, IS_MAP, 0, fd), Instruction::new(0, 0, 0, 0, 0)]
-    }
-
-    /// Calls one of the kernel's helpers (`enum bpf_func_id`).
-    pub const fn call(helper: i32) -> Instruction {
-        Instruction::new(0x85, 0, 0, 0, helper)
-    }
-
-    /// Ends the program; its answer is in register 0.
-    pub const fn exit() -> Instruction {
-        Instruction::new(0x95, 0, 0, 0, 0)
-    }
+        attach_type,
+        flags: F_ALLOW_MULTI,
+    })?;
+    Ok(())
 }
 
 #[cfg(test)]
@@ -285,7 +253,7 @@ mod tests {
     #[test]
     fn what_the_verifier_says_of_a_bad_program_is_told() {
         // Answers with a register that was never written.
-        let error = load(&[Instruction::exit()]).unwrap_err().to_string();
+        let error = load(Kind::SocketLookup, "bad", &[Instruction::exit()]).unwrap_err().to_string();
         assert!(error.contains("its verifier: "), "{error}");
         assert!(error.contains("R0 !read_ok"), "{error}");
     }
