@@ -1,7 +1,9 @@
 //! A container's cgroup (cgroup v2; kernel: `Documentation/admin-guide/cgroup-v2.rst`).
 
+mod devices;
 mod oom;
 mod stats;
+mod tree;
 
 use std::{
     fs, io,
@@ -12,9 +14,10 @@ use std::{
 use libcgroups::common::{
     AnyCgroupManager, CgroupConfig, CgroupManager, ControllerOpt, create_cgroup_manager,
 };
-use oci_spec::runtime::LinuxResources;
+use oci_spec::runtime::{Linux, LinuxResources};
 use tokio::io::{Interest, unix::AsyncFd};
 
+pub use devices::{DeviceRules, DeviceRulesError};
 pub use oom::OomWatcher;
 
 /// Where the hierarchy is mounted.
@@ -52,6 +55,17 @@ pub enum CgroupError {
         /// What the kernel or libcgroups objected to.
         message: String,
     },
+    /// The device rules cannot be followed.
+    #[error("cgroup {path:?}: {source}")]
+    Devices {
+        /// The cgroup.
+        path: PathBuf,
+        /// What is wrong with them.
+        source: DeviceRulesError,
+    },
+    /// The thread that does the work has failed.
+    #[error("cgroup {0:?}: the work was not done")]
+    Lost(PathBuf),
     /// Processes survive SIGKILL, for example in an uninterruptible read.
     #[error("cgroup {0:?} still has processes {limit} s after they were killed", limit = KILL_LIMIT.as_secs())]
     Busy(PathBuf),
@@ -72,7 +86,8 @@ pub fn delegate(name: &str) -> io::Result<()> {
     leave_room_for_agent(name)
 }
 
-/// Limits what all containers may have together, by what the guest has now: its memory may have changed.
+/// Limits what all containers may have together, by what the guest has now: its memory may have changed. This may take long,
+/// as the kernel makes room before it takes a lower limit.
 pub fn leave_room_for_agent(parent: &str) -> io::Result<()> {
     let parent = Path::new(ROOT).join(parent.trim_start_matches('/'));
     // A kernel without one of these controllers has no such file, and nothing can be done about that.
@@ -115,20 +130,38 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
-    /// Makes the cgroup that the OCI spec's `linux.cgroupsPath` names.
+    /// Makes the cgroup that the OCI spec's `linux.cgroupsPath` names, with the spec's rules for devices. Without them, or anything
+    /// else that it is to have, there is no cgroup.
     ///
     /// When memory runs out in it, all of its processes are killed: a container that lost one of
     /// them at random is of no use. And however many processes it starts, as many are left to others as make it
     /// possible to look into them. A container's own limits may say something else.
-    pub fn create(path: Option<&Path>) -> Result<Self, CgroupError> {
-        let cgroup = Self::existing(path)?;
+    pub fn create(linux: Option<&Linux>) -> Result<Self, CgroupError> {
+        let cgroup = Self::existing(linux.and_then(|linux| linux.cgroups_path().as_deref()))?;
+        let resources = linux.and_then(|linux| linux.resources().as_ref());
+        let rules = resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
+        let rules = DeviceRules::new(rules)
+            .map_err(|source| CgroupError::Devices { path: cgroup.path.clone(), source })?;
         fs::create_dir_all(&cgroup.directory).map_err(cgroup.error("create it"))?;
-        cgroup.set_default("memory.oom.group", "1").map_err(cgroup.error("set memory.oom.group"))?;
+        match cgroup.set_up(&rules) {
+            Ok(()) => Ok(cgroup),
+            Err(error) => {
+                if let Err(error) = tree::remove(&cgroup.directory) {
+                    tracing::warn!(cgroup = %cgroup.directory.display(), %error, "a cgroup stays behind");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// What a container has before anything runs in it.
+    fn set_up(&self, devices: &DeviceRules) -> Result<(), CgroupError> {
+        self.set_default("memory.oom.group", "1").map_err(self.error("set memory.oom.group"))?;
         if let Some(tasks) = tasks_for_containers() {
             let tasks = tasks.saturating_sub(tasks / 4).to_string();
-            cgroup.set_default("pids.max", &tasks).map_err(cgroup.error("set pids.max"))?;
+            self.set_default("pids.max", &tasks).map_err(self.error("set pids.max"))?;
         }
-        Ok(cgroup)
+        devices.apply(&self.directory).map_err(self.error("have its device rules followed"))
     }
 
     /// Writes a file of a controller, which the kernel may not have.
@@ -176,8 +209,17 @@ impl Cgroup {
         &self.directory
     }
 
-    /// Changes resource limits; limits that `resources` does not name stay.
-    pub fn update(&self, resources: &LinuxResources) -> Result<(), CgroupError> {
+    /// Changes resource limits; limits that `resources` does not name stay. So do the rules for devices, which cannot be changed,
+    /// as with runc: containerd repeats those that it knows with every update.
+    ///
+    /// Elsewhere, because the kernel makes room before it takes a lower limit, by writing memory out and killing processes.
+    pub async fn update(&self, resources: &LinuxResources) -> Result<(), CgroupError> {
+        let (cgroup, resources) = (self.clone(), resources.clone());
+        let updating = tokio::task::spawn_blocking(move || cgroup.update_now(&resources));
+        updating.await.unwrap_or_else(|_| Err(CgroupError::Lost(self.path.clone())))
+    }
+
+    fn update_now(&self, resources: &LinuxResources) -> Result<(), CgroupError> {
         let limits = |error: &dyn std::fmt::Display| CgroupError::Limits {
             path: self.path.clone(),
             message: error.to_string(),
@@ -197,10 +239,9 @@ impl Cgroup {
     /// Every process in the cgroup and in those below it, as the guest numbers them. In one that has been removed there
     /// is none.
     pub fn pids(&self) -> Result<Vec<u32>, CgroupError> {
-        let mut pids = Vec::new();
-        match collect_pids(&self.directory, &mut pids) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(pids),
-            collected => collected.map(|()| pids).map_err(self.error("list its processes")),
+        match tree::pids(&self.directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+            collected => collected.map_err(self.error("list its processes")),
         }
     }
 
@@ -230,7 +271,12 @@ impl Cgroup {
             Ok(waited) => waited.map_err(self.error("wait for its processes"))?,
             Err(_) => return Err(CgroupError::Busy(self.path.clone())),
         }
-        remove_tree(&self.directory).map_err(self.error("remove it"))
+        // Elsewhere: a container may have made many below it.
+        let directory = self.directory.clone();
+        match tokio::task::spawn_blocking(move || tree::remove(&directory)).await {
+            Ok(removed) => removed.map_err(self.error("remove it")),
+            Err(_) => Err(CgroupError::Lost(self.path.clone())),
+        }
     }
 
     /// Waits until `cgroup.events` has the line; the kernel announces each change (POLLPRI).
@@ -257,29 +303,6 @@ impl Cgroup {
         let path = self.path.clone();
         move |source| CgroupError::Io { path, what, source }
     }
-}
-
-fn collect_pids(directory: &Path, pids: &mut Vec<u32>) -> io::Result<()> {
-    let listed = fs::read_to_string(directory.join("cgroup.procs"))?;
-    pids.extend(listed.lines().filter_map(|pid| pid.parse::<u32>().ok()));
-    for entry in fs::read_dir(directory)? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            collect_pids(&entry.path(), pids)?;
-        }
-    }
-    Ok(())
-}
-
-/// Removes a cgroup and those that the container made below it.
-fn remove_tree(directory: &Path) -> io::Result<()> {
-    for entry in fs::read_dir(directory)? {
-        let entry = entry?;
-        if entry.file_type()?.is_dir() {
-            remove_tree(&entry.path())?;
-        }
-    }
-    fs::remove_dir(directory)
 }
 
 #[cfg(test)]

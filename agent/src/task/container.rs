@@ -95,8 +95,7 @@ impl Container {
             what: "make a directory for it",
             source,
         })?;
-        let path = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().clone());
-        let cgroup = Cgroup::create(path.as_deref()).map_err(cgroup_error)?;
+        let cgroup = Cgroup::create(spec.linux().as_ref()).map_err(cgroup_error)?;
         let cpu = take_cpu_limits(&mut spec);
         let made = async {
             if shares_pod_pid_namespace(&spec) {
@@ -110,7 +109,7 @@ impl Container {
             };
             let launched = launch(exits, &request, prepared, urls.terminal).await?;
             if let Some(cpu) = cpu {
-                cgroup.update(&cpu).map_err(|error| RuntimeError::Container(error.to_string()))?;
+                cgroup.update(&cpu).await.map_err(|error| RuntimeError::Container(error.to_string()))?;
             }
             Ok(launched)
         };
@@ -154,7 +153,10 @@ impl Container {
             let set = huge_pages.set(resources).await;
             set.map_err(|source| TaskError::HugePages { id: self.id.to_string(), source })?;
         }
-        self.cgroup.update(resources).map_err(|source| TaskError::Cgroup { id: self.id.to_string(), source })
+        self.cgroup
+            .update(resources)
+            .await
+            .map_err(|source| TaskError::Cgroup { id: self.id.to_string(), source })
     }
 
     /// Lets the first process run its program.

@@ -136,7 +136,7 @@ impl Tasks {
     ) -> Result<Arc<Container>, TaskError> {
         let invalid = |problem| TaskError::Invalid { subject: format!("container {id}"), problem };
         self.pod.mount_share().map_err(invalid)?;
-        leave_room_for_agent();
+        leave_room_for_agent().await;
         let mut spec = spec::container(&prepared.spec)
             .map_err(|error| invalid(format!("its OCI spec cannot be read: {error}")))?;
         let huge_pages = self.huge_pages.of(id.as_str());
@@ -475,7 +475,7 @@ impl shim_async::Task for Tasks {
             .fit_resources(&container.id)
             .await
             .map_err(|source| TaskError::Fit { id: request.id.clone(), source })?;
-        leave_room_for_agent();
+        leave_room_for_agent().await;
         container.update(&resources).await?;
         Ok(Empty::new())
     }
@@ -563,8 +563,9 @@ fn publish_oom(events: &Events, container_id: &str) {
 }
 
 /// The guest's memory may have changed since the last time.
-fn leave_room_for_agent() {
-    if let Err(error) = cgroup::leave_room_for_agent(CGROUP_PARENT) {
+async fn leave_room_for_agent() {
+    let limiting = tokio::task::spawn_blocking(|| cgroup::leave_room_for_agent(CGROUP_PARENT));
+    if let Err(error) = limiting.await.unwrap_or_else(|error| Err(std::io::Error::other(error))) {
         tracing::warn!(%error, "the containers' common limits are not those of the guest's size");
     }
 }
