@@ -72,6 +72,34 @@ fn a_fork_bomb_takes_only_its_own_container_with_or_without_a_limit() -> Result<
 }
 
 #[test]
+fn what_is_counted_for_a_user_and_not_for_a_container_is_not_used_up_by_one() -> Result<()> {
+    on_pericarp(async |node| {
+        let pod = small(node.pod("hoard")).run().await?;
+        let neighbour = pod.idle_container("neighbour").await?;
+        let hoarder = pod.container("hoarder").command(["peer", "hoard"]).with_security(|security| {
+            security.seccomp = None;
+        });
+        let hoarder = hoarder.start().await?;
+        // All that it wants, so that none of these limits is left that would be the agent's, too.
+        hoarder
+            .wait_for_output("hoards 60000 of epoll, 20000 of inotify, 700 namespaces\n")
+            .await
+            .with_context(|| format!("{:?}", hoarder.log().map(|log| log.stdout())))?;
+        answers(&neighbour).await?;
+        assert!(pod.is_ready().await?);
+        let (status, _) = pod.container("next").command(["true"]).run().await?;
+        assert_eq!(status.exit_code, 0);
+        // A container whose memory is used up is still noticed, which takes a place of inotify's.
+        let resources =
+            api::LinuxContainerResources { memory_limit_in_bytes: 16 << 20, ..Default::default() };
+        let (status, _) =
+            pod.container("greedy").command(["tail", "/dev/zero"]).resources(resources).run().await?;
+        assert_eq!(status.reason, "OOMKilled");
+        Ok(())
+    })
+}
+
+#[test]
 fn a_command_that_uses_up_the_memory_is_killed_alone_if_the_container_says_so() -> Result<()> {
     on_node(async |node| {
         let pod = node.pod("command").run().await?;

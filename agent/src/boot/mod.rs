@@ -2,6 +2,7 @@
 //!
 //! Every system call here is on the path of every pod's start.
 
+mod limits;
 mod mounts;
 mod network;
 
@@ -35,6 +36,7 @@ pub fn prepare() -> Result<(), BootError> {
     bring_loopback_up().map_err(BootError::new("bring the loopback interface up"))?;
     setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTOR_LIMIT, DESCRIPTOR_LIMIT)
         .map_err(|errno| BootError::new("raise the limit of open files")(errno.into()))?;
+    limits::raise()?;
     std::fs::write("/proc/self/oom_score_adj", "-1000")
         .map_err(BootError::new("protect the agent from the OOM killer"))
 }

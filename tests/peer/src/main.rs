@@ -9,10 +9,12 @@
 //! * `peer portrait` prints all that the container it runs in can tell of itself.
 //! * `peer files DIRECTORY` prints what the file system there can do.
 //! * `peer bomb` starts itself over and over, and each of them does; it says `full` when it cannot for the first time.
+//! * `peer hoard` takes what the kernel counts for each user, says how much it has, and keeps it.
 //! * `peer map FILE TEXT` maps a file of one huge page of 2 MiB, prints the text in it, and writes another.
 //! * `peer hold-lock FILE` locks a file until its stdin ends; `peer try-lock FILE` says whether it could be locked.
 
 mod files;
+mod hoard;
 mod portrait;
 
 use std::{
@@ -41,6 +43,7 @@ fn main() -> ExitCode {
         ["hold-lock", path] => files::hold_lock(path),
         ["try-lock", path] => files::try_lock(path),
         ["bomb"] => bomb(),
+        ["hoard"] => hoard::all(),
         ["portrait"] => {
             portrait::print();
             Ok(())
