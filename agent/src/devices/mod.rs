@@ -1,6 +1,7 @@
 //! Devices that come while the guest runs: disks for containers, processors, and memory.
 
 mod cpus;
+mod guest;
 mod layers;
 mod node;
 mod parts;
@@ -80,6 +81,9 @@ pub enum DeviceError {
     /// There is nothing in the spec that a disk could be put in the place of.
     #[error("the spec has no root")]
     NoRoot,
+    /// The guest's devices cannot be listed.
+    #[error("cannot list the guest's devices: {0}")]
+    List(io::Error),
     /// Only one of upper and work directory.
     #[error("layers need both an upper and a work directory, or neither")]
     HalfWritable,
@@ -144,16 +148,18 @@ fn remove_directories(directory: &PathBuf) -> io::Result<()> {
 pub struct Attached(Mutex<Vec<Undo>>);
 
 impl Attached {
-    /// Binds the disks and makes of them what the container needs, and changes its spec accordingly.
-    /// Undoes everything if something fails.
+    /// Binds the disks and makes of them what the container needs, and changes its spec accordingly; gives it the guest's devices
+    /// if it is privileged. Undoes everything if something fails.
     pub async fn new(mut spec: Spec, disks: Vec<Disk>) -> Result<(Self, Spec), DeviceError> {
         if disks.is_empty() {
+            guest::give(&mut spec)?;
             return Ok((Self::default(), spec));
         }
         // Elsewhere, because it waits for the disks.
         let attaching = tokio::task::spawn_blocking(move || {
             let mut undo = Vec::new();
-            match attach(&mut spec, &disks, &mut undo) {
+            // Last the guest's devices, with which no path of the container's own is to be taken.
+            match attach(&mut spec, &disks, &mut undo).and_then(|()| guest::give(&mut spec)) {
                 Ok(()) => Ok((Self(Mutex::new(undo)), spec)),
                 Err(error) => {
                     run_all(undo);
