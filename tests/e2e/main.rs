@@ -5,6 +5,7 @@
 mod attach;
 mod containers;
 mod controller;
+mod controls;
 mod devices;
 mod disks;
 mod errors;
