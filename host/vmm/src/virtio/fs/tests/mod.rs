@@ -1,5 +1,6 @@
 //! The device, played with by a guest that may be hostile: requests made by hand, through queues in memory.
 
+mod linux;
 mod names;
 mod privileges;
 mod requests;
@@ -15,6 +16,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use rustix::{mount::MountPropagationFlags, thread::UnshareFlags};
 use tempfile::TempDir;
 use virtiofsd::fuse::{
     EntryOut, FsOptions, InHeader, InitInCompat, Opcode, OpenIn, OpenOut, OutHeader, ROOT_ID,
@@ -84,6 +86,20 @@ fn manifest(directory: &Path) -> BTreeMap<PathBuf, String> {
     found
 }
 
+/// Runs on a thread with a mount namespace of its own.
+fn in_new_mount_namespace(test: impl FnOnce() + Send) {
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            // SAFETY: only this thread's mounts and working directory part from the process's, and it ends with the test.
+            unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }
+                .expect("these tests need root");
+            let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+            rustix::mount::mount_change("/", private).unwrap();
+            test();
+        });
+    });
+}
+
 struct Answer {
     /// Bytes that the device says it has written.
     length: u32,
@@ -93,6 +109,18 @@ struct Answer {
 }
 
 impl Answer {
+    fn parse(answer: &[u8]) -> Answer {
+        let length = u32::try_from(answer.len()).unwrap();
+        let Some((bytes, body)) = answer.split_at_checked(size_of::<OutHeader>()) else {
+            assert_eq!(length, 0);
+            return Answer { length, error: 0, body: Vec::new() };
+        };
+        let mut header = OutHeader::default();
+        header.as_mut_slice().copy_from_slice(bytes);
+        assert_eq!((header.len, header.unique), (length, 7));
+        Answer { length, error: -header.error, body: body.to_vec() }
+    }
+
     fn read<T: ByteValued + Default>(&self) -> T {
         assert_eq!(self.error, 0);
         let mut value = T::default();
@@ -158,6 +186,10 @@ impl Guest {
         self.send(&message, room)
     }
 
+    fn send(&mut self, message: &[u8], room: u32) -> Answer {
+        Answer::parse(&self.exchange(message, room))
+    }
+
     fn message(&self, opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
         let header = InHeader {
             len: u32::try_from(size_of::<InHeader>() + body.len()).unwrap(),
@@ -171,35 +203,29 @@ impl Guest {
         [header.as_slice(), body].concat()
     }
 
-    /// Sends bytes as a request, with room for an answer of its own.
-    fn send(&mut self, message: &[u8], room: u32) -> Answer {
+    fn send_chain(&mut self, chain: &[Buffer]) -> Answer {
+        Answer::parse(&self.exchange_chain(chain))
+    }
+
+    /// Sends bytes as a request; answers with what comes back.
+    fn exchange(&mut self, message: &[u8], room: u32) -> Vec<u8> {
         self.memory.write_slice(message, GuestAddress(REQUEST)).unwrap();
         let length = u32::try_from(message.len()).unwrap();
         let mut chain = vec![Buffer { address: REQUEST, length, writable: false }];
         if room > 0 {
             chain.push(Buffer { address: ANSWER, length: room, writable: true });
         }
-        self.send_chain(&chain)
+        self.exchange_chain(&chain)
     }
 
-    fn send_chain(&mut self, chain: &[Buffer]) -> Answer {
-        self.memory.write_obj(0u128, GuestAddress(ANSWER)).unwrap();
+    fn exchange_chain(&mut self, chain: &[Buffer]) -> Vec<u8> {
         let head = self.ring.add(chain);
         self.notify.write(1).unwrap();
         let (used, length) = self.next_used();
         assert_eq!(used, head);
-        let header: OutHeader = {
-            let mut header = OutHeader::default();
-            self.memory.read_slice(header.as_mut_slice(), GuestAddress(ANSWER)).unwrap();
-            header
-        };
-        if length == 0 {
-            return Answer { length, error: 0, body: Vec::new() };
-        }
-        assert_eq!((header.len, header.unique), (length, 7));
-        let mut body = vec![0; length as usize - size_of::<OutHeader>()];
-        self.memory.read_slice(&mut body, GuestAddress(ANSWER + size_of::<OutHeader>() as u64)).unwrap();
-        Answer { length, error: -header.error, body }
+        let mut answer = vec![0; length as usize];
+        self.memory.read_slice(&mut answer, GuestAddress(ANSWER)).unwrap();
+        answer
     }
 
     fn next_used(&mut self) -> (u16, u32) {

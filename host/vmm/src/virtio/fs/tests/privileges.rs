@@ -2,11 +2,7 @@
 
 use std::{os::unix::fs::PermissionsExt as _, process::Command};
 
-use rustix::{
-    fs::XattrFlags,
-    mount::{MountPropagationFlags, UnmountFlags},
-    thread::UnshareFlags,
-};
+use rustix::{fs::XattrFlags, mount::UnmountFlags};
 use virtiofsd::{
     filesystem::{Context, Extensions, FileSystem as _},
     fuse::{
@@ -161,20 +157,6 @@ fn mount_ext4(directory: &Path) -> PathBuf {
     run(Command::new("mkfs.ext4").args(["-q", "-m", "40"]).arg(&image));
     run(Command::new("mount").args(["-o", "loop"]).arg(&image).arg(&share));
     share
-}
-
-/// Runs on a thread with a mount namespace of its own.
-fn in_new_mount_namespace(test: impl FnOnce() + Send) {
-    std::thread::scope(|scope| {
-        scope.spawn(|| {
-            // SAFETY: only this thread's mounts and working directory part from the process's, and it ends with the test.
-            unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }
-                .expect("these tests need root");
-            let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
-            rustix::mount::mount_change("/", private).unwrap();
-            test();
-        });
-    });
 }
 
 #[test]
