@@ -8,7 +8,7 @@ mod instruction;
 use std::{
     ffi::CStr,
     io,
-    os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd},
+    os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd},
 };
 
 pub use instruction::{FRAME, Instruction, Register};
@@ -153,8 +153,9 @@ fn bpf_fd<T: Attributes>(attributes: &mut T) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-fn number(fd: impl AsFd) -> u32 {
-    fd.as_fd().as_raw_fd().cast_unsigned()
+/// Borrowed, because what is only a number to the kernel has to be open until it has been asked.
+fn number(fd: BorrowedFd<'_>) -> u32 {
+    fd.as_raw_fd().cast_unsigned()
 }
 
 fn address<T: ?Sized>(of: *const T) -> u64 {
@@ -169,9 +170,9 @@ pub fn socket_map() -> io::Result<OwnedFd> {
 /// Puts a socket into a [`socket_map`].
 pub fn put_socket(map: impl AsFd, socket: impl AsFd) -> io::Result<()> {
     let key = 0u32;
-    let value = number(socket);
+    let value = number(socket.as_fd());
     bpf(&mut MapUpdateElement {
-        map: number(map),
+        map: number(map.as_fd()),
         padding: 0,
         key: address(&raw const key),
         value: address(&raw const value),
@@ -231,15 +232,20 @@ fn with_log(error: io::Error, log: &[u8]) -> io::Error {
 /// open anywhere.
 pub fn attach_to_netns(program: impl AsFd, netns: impl AsFd) -> io::Result<OwnedFd> {
     let (_, attach_type) = Kind::SocketLookup.numbers();
-    bpf_fd(&mut LinkCreate { program: number(program), target: number(netns), attach_type, flags: 0 })
+    bpf_fd(&mut LinkCreate {
+        program: number(program.as_fd()),
+        target: number(netns.as_fd()),
+        attach_type,
+        flags: 0,
+    })
 }
 
 /// Attaches a program of kind [`Kind::CgroupDevice`] to a cgroup, given by its directory, for as long as that exists.
 pub fn attach_to_cgroup(program: impl AsFd, cgroup: impl AsFd) -> io::Result<()> {
     let (_, attach_type) = Kind::CgroupDevice.numbers();
     bpf(&mut ProgramAttach {
-        target: number(cgroup),
-        program: number(program),
+        target: number(cgroup.as_fd()),
+        program: number(program.as_fd()),
         attach_type,
         flags: F_ALLOW_MULTI,
     })?;

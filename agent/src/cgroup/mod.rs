@@ -142,16 +142,18 @@ impl Cgroup {
         let rules = resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
         let rules = DeviceRules::new(rules)
             .map_err(|source| CgroupError::Devices { path: cgroup.path.clone(), source })?;
-        fs::create_dir_all(&cgroup.directory).map_err(cgroup.error("create it"))?;
-        match cgroup.set_up(&rules) {
-            Ok(()) => Ok(cgroup),
-            Err(error) => {
-                if let Err(error) = tree::remove(&cgroup.directory) {
-                    tracing::warn!(cgroup = %cgroup.directory.display(), %error, "a cgroup stays behind");
-                }
-                Err(error)
+        cgroup.make(&rules)?;
+        Ok(cgroup)
+    }
+
+    /// Makes it whole, or not at all.
+    fn make(&self, devices: &DeviceRules) -> Result<(), CgroupError> {
+        fs::create_dir_all(&self.directory).map_err(self.error("create it"))?;
+        self.set_up(devices).inspect_err(|_| {
+            if let Err(error) = tree::remove(&self.directory) {
+                tracing::warn!(cgroup = %self.directory.display(), %error, "a cgroup stays behind");
             }
-        }
+        })
     }
 
     /// What a container has before anything runs in it.
@@ -166,7 +168,8 @@ impl Cgroup {
 
     /// Writes a file of a controller, which the kernel may not have.
     fn set_default(&self, file: &str, value: &str) -> io::Result<()> {
-        match fs::write(self.directory.join(file), value) {
+        let file = fs::OpenOptions::new().write(true).open(self.directory.join(file));
+        match file.and_then(|mut file| io::Write::write_all(&mut file, value.as_bytes())) {
             Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::EACCES | libc::EPERM)) => {
                 Ok(())
             }
@@ -308,6 +311,17 @@ impl Cgroup {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_cgroup_that_cannot_have_its_device_rules_is_not_left_behind() {
+        let parent = tempfile::tempdir().unwrap();
+        let directory = parent.path().join("c1");
+        let cgroup = Cgroup { path: "/c1".into(), directory: directory.clone() };
+        // No program can be attached to it, as it is an ordinary directory.
+        let error = cgroup.make(&DeviceRules::default()).unwrap_err();
+        assert!(error.to_string().contains("have its device rules followed"), "{error}");
+        assert!(!directory.exists());
+    }
 
     #[test]
     fn a_cgroup_path_stays_below_the_root() {

@@ -142,9 +142,10 @@ impl TaskError {
             Self::Id(_)
             | Self::Invalid { .. }
             | Self::Stdio { source: StdioError::Url(_), .. }
-            | Self::Cgroup { source: CgroupError::Path(_) | CgroupError::Limits { .. }, .. } => {
-                Code::INVALID_ARGUMENT
-            }
+            | Self::Cgroup {
+                source: CgroupError::Path(_) | CgroupError::Limits { .. } | CgroupError::Devices { .. },
+                ..
+            } => Code::INVALID_ARGUMENT,
             Self::Checkpoint(_) => Code::UNIMPLEMENTED,
             Self::Prepare { source: ttrpc::Error::RpcStatus(status), .. }
             | Self::Fit { source: ttrpc::Error::RpcStatus(status), .. } => status.code(),

@@ -6,6 +6,7 @@
 #![allow(clippy::assigning_clones, reason = "the fields of generated messages")]
 
 mod calls;
+mod cgroups;
 mod execs;
 mod harness;
 mod lifecycle;
