@@ -28,6 +28,7 @@ fn main() -> ExitCode {
     match arguments.first().map(String::as_str) {
         Some(runtime::HELPER_ARGUMENT) => runtime::helper::main(&arguments[1..]),
         Some(runtime::PAUSE_ARGUMENT) => runtime::pause::main(),
+        Some(runtime::HOLD_ARGUMENT) => runtime::pause::hold(),
         Some("serve-on-sockets") => service::serve_on_sockets(&arguments[1..]),
         _ if std::process::id() == 1 => service::serve_as_init(),
         _ => {

@@ -1,4 +1,4 @@
-//! `docs/compatibility.md` speaks of every field and call, and names tests that exist.
+//! `docs/compatibility.md` speaks of every field and call, and it and `docs/threat-model.md` name tests that exist.
 
 use std::{collections::BTreeSet, fs, path::Path};
 
@@ -115,12 +115,41 @@ fn every_field_and_call_has_its_row_and_no_row_is_about_anything_else() -> Resul
     Ok(())
 }
 
-#[test]
-fn every_test_that_a_row_names_exists() -> Result<()> {
+fn all_tests() -> Result<BTreeSet<String>> {
     let mut found = BTreeSet::new();
-    for directory in ["tests/e2e", "tests/src", "agent", "host"] {
+    for directory in ["tests/e2e", "tests/src", "agent", "host", "protos"] {
         tests_in(&root().join(directory), &mut found)?;
     }
+    Ok(found)
+}
+
+#[test]
+fn every_boundary_of_the_threat_model_names_tests_that_exist() -> Result<()> {
+    let page = fs::read_to_string(root().join("docs/threat-model.md"))?;
+    let found = all_tests()?;
+    // Its last cell.
+    let names = |row: &str| -> Vec<String> {
+        let cell = row.trim_end_matches('|').rsplit('|').next().unwrap_or_default();
+        cell.split('`').skip(1).step_by(2).map(str::to_owned).collect()
+    };
+    let (mut boundaries, mut wrong) = (0, Vec::new());
+    for table in page.split("| boundary | what enforces it | test |").skip(1) {
+        for row in table.lines().skip(2).take_while(|line| line.starts_with('|')) {
+            boundaries += 1;
+            let names = names(row);
+            if names.is_empty() || names.iter().any(|name| !found.contains(name)) {
+                wrong.push(row.to_owned());
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "without tests, or with some that do not exist: {wrong:#?}");
+    ensure!(boundaries >= 20, "only {boundaries} boundaries were found on the page");
+    Ok(())
+}
+
+#[test]
+fn every_test_that_a_row_names_exists() -> Result<()> {
+    let found = all_tests()?;
     let rows = rows()?;
     let missing: Vec<_> = rows.iter().filter(|(_, test)| !found.contains(test)).collect();
     assert!(missing.is_empty(), "{missing:?}");

@@ -9,7 +9,7 @@ use std::{
         unix::{fs::fchown, net::UnixStream},
     },
     path::{Path, PathBuf},
-    process::{Command, ExitCode},
+    process::ExitCode,
     rc::Rc,
     sync::Mutex,
 };
@@ -37,8 +37,7 @@ use pericarp_protos::agent::ConfigureRequest;
 use protobuf::Message as _;
 
 use super::{
-    Action, BoxError, NO_CONSOLE, PAUSE_ARGUMENT, Request, directory, executor::GuestExecutor, namespaces,
-    protocol,
+    Action, BoxError, NO_CONSOLE, Request, directory, executor::GuestExecutor, namespaces, pause, protocol,
 };
 use crate::cgroup;
 
@@ -251,8 +250,7 @@ fn pid_namespace(of_user_namespace: bool) -> Result<i32, BoxError> {
         namespaces::enter_user_namespace()?;
     }
     unshare(CloneFlags::CLONE_NEWPID)?;
-    let pause = Command::new("/proc/self/exe").arg(PAUSE_ARGUMENT).env_clear().spawn()?;
-    Ok(pause.id().cast_signed())
+    pause::spawn()
 }
 
 /// The most telling text for an error: runc's own for a command that cannot be run, and otherwise

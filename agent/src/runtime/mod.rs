@@ -42,6 +42,9 @@ pub const HELPER_ARGUMENT: &str = "container";
 /// First argument of a PID namespace's first process.
 pub const PAUSE_ARGUMENT: &str = "pause";
 
+/// The first argument of a process that only keeps the namespaces that it was started in.
+pub const HOLD_ARGUMENT: &str = "hold";
+
 /// Stands for "no console" in a helper's arguments.
 const NO_CONSOLE: &str = "-";
 

@@ -9,7 +9,7 @@ use std::{
     io,
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
-    process::{Child, Command},
+    process::Child,
 };
 
 use nix::{
@@ -23,7 +23,7 @@ use pericarp_protos::{
     guest::{IPC_NAMESPACE, NETWORK_NAMESPACE, USER_NAMESPACE, UTS_NAMESPACE},
 };
 
-use super::{BoxError, PAUSE_ARGUMENT};
+use super::{BoxError, pause};
 use crate::{boot, network, pod};
 
 /// Those that belong to the user namespace: their files in `/proc/<pid>/ns`, and where they are kept.
@@ -52,8 +52,7 @@ pub fn make(request: &ConfigureRequest) -> Result<(), BoxError> {
 /// Makes the namespaces by means of a process in them, and keeps them without it.
 fn hold(user: &UserNamespace) -> Result<(), BoxError> {
     let flags = OWNED.iter().fold(CloneFlags::CLONE_NEWUSER, |flags, (_, _, kind)| flags | *kind);
-    let mut command = Command::new("/proc/self/exe");
-    command.arg(PAUSE_ARGUMENT).env_clear();
+    let mut command = pause::command_to_hold();
     let root = Uid::from_raw(user.uids.outside);
     let enter = move || {
         // To whom the directory of message queues belongs, as with runc.

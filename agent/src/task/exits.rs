@@ -6,9 +6,9 @@ use std::{
     time::SystemTime,
 };
 
-use nix::{
-    errno::Errno,
-    sys::wait::{WaitPidFlag, WaitStatus, waitpid},
+use rustix::{
+    io::Errno,
+    process::{WaitOptions, WaitStatus, wait},
 };
 use tokio::sync::oneshot;
 
@@ -76,14 +76,14 @@ impl Exits {
     /// Reaps every child that has exited.
     pub fn reap(&self) {
         loop {
-            match waitpid(None, Some(WaitPidFlag::WNOHANG)) {
-                Ok(WaitStatus::Exited(pid, code)) => self.exited(pid.as_raw(), code.cast_unsigned()),
-                Ok(WaitStatus::Signaled(pid, signal, _)) => {
-                    self.exited(pid.as_raw(), 128 + (signal as i32).cast_unsigned());
+            match wait(WaitOptions::NOHANG) {
+                Ok(Some((pid, status))) => {
+                    if let Some(status) = code(status) {
+                        self.exited(pid.as_raw_nonzero().get(), status);
+                    }
                 }
-                Ok(WaitStatus::StillAlive) => return,
-                Err(Errno::EINTR) | Ok(_) => {}
-                Err(_) => return,
+                Err(Errno::INTR) => {}
+                Ok(None) | Err(_) => return,
             }
         }
     }
@@ -107,6 +107,13 @@ impl Exits {
     fn book(&self) -> MutexGuard<'_, Book> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The exit code that a shell would tell; `None` for a process that has not ended. Signals are numbers here: those above
+/// 31, the real-time signals, have no names, and a library that wants one forgets a process that died of them.
+fn code(status: WaitStatus) -> Option<u32> {
+    let code = status.exit_status().or_else(|| Some(128 + status.terminating_signal()?))?;
+    Some(code.cast_unsigned())
 }
 
 impl Expectation {
@@ -148,6 +155,22 @@ mod tests {
         assert!(seven.try_recv().is_err());
         exits.exited(7, 137);
         assert_eq!(seven.try_recv().unwrap().status, 137);
+    }
+
+    #[test]
+    #[expect(clippy::zombie_processes, reason = "it is waited for by its number")]
+    fn a_process_may_die_of_a_signal_without_a_name() {
+        for signal in [libc::SIGKILL, libc::SIGTERM, libc::SIGSEGV].into_iter().chain(34..=64) {
+            let child = std::process::Command::new("sh")
+                .args(["-c", "ulimit -c 0; exec sleep infinity"])
+                .spawn()
+                .unwrap();
+            let pid = rustix::process::Pid::from_child(&child);
+            // SAFETY: kill(2) touches no memory of this process.
+            assert_eq!(unsafe { libc::kill(pid.as_raw_nonzero().get(), signal) }, 0, "signal {signal}");
+            let (_, status) = rustix::process::waitpid(Some(pid), WaitOptions::empty()).unwrap().unwrap();
+            assert_eq!(code(status), Some(128 + signal.cast_unsigned()));
+        }
     }
 
     #[test]

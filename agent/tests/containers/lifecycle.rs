@@ -312,3 +312,43 @@ async fn containers_can_share_the_pods_pid_namespace() {
     request.id = "c1".into();
     agent.delete("c1", "").await.unwrap();
 }
+
+#[tokio::test]
+async fn the_first_process_of_a_shared_pid_namespace_has_nothing_to_take() {
+    let agent = Agent::start().await;
+    let script = "grep -E '^(Cap...|NoNewPrivs):' /proc/1/status; ls -A /proc/1/root/ | wc -l; \
+        ls /proc/1/fd | wc -l; ls -A /proc/1/cwd/ | wc -l";
+    agent.add_container("c1", &["sh", "-c", script]).change(|spec| {
+        spec["linux"]["namespaces"][0]["path"] = "/run/pericarp/ns/pid".into();
+        // Who may trace any process sees the most.
+        for set in ["bounding", "effective", "permitted"] {
+            spec["process"]["capabilities"][set] = serde_json::json!(["CAP_SYS_PTRACE", "CAP_DAC_OVERRIDE"]);
+        }
+    });
+    let output = agent.stream("c1-stdout").await;
+    agent.create("c1", &["stdout"]).await;
+    agent.start_task("c1").await;
+    let output = String::from_utf8(output.read_to_end().await).unwrap();
+    let none = "0000000000000000";
+    let capabilities: String =
+        ["Inh", "Prm", "Eff", "Bnd", "Amb"].iter().map(|set| format!("Cap{set}:\t{none}\n")).collect();
+    assert_eq!(output, format!("{capabilities}NoNewPrivs:\t1\n0\n0\n0\n"));
+    assert_eq!(agent.wait("c1", "").await, 0);
+    agent.delete("c1", "").await.unwrap();
+}
+
+#[tokio::test]
+async fn processes_that_die_of_real_time_signals_have_died() {
+    let agent = Agent::start().await;
+    agent.add_container("c1", &["sleep", "1234"]);
+    agent.create("c1", &[]).await;
+    agent.start_task("c1").await;
+    agent.exec("c1", "e1", process(&["sleep", "1234"]), &[]).await.unwrap();
+    let mut kill = api::KillRequest::new();
+    (kill.id, kill.exec_id, kill.signal) = ("c1".into(), "e1".into(), 34);
+    agent.task.kill(context(), &kill).await.unwrap();
+    assert_eq!(agent.wait("c1", "e1").await, 128 + 34);
+    agent.kill("c1", 64).await.unwrap();
+    assert_eq!(agent.wait("c1", "").await, 128 + 64);
+    agent.delete("c1", "").await.unwrap();
+}
