@@ -121,6 +121,17 @@ fn a_pod_larger_than_the_host_is_refused_with_the_figures() -> Result<()> {
 }
 
 #[test]
+fn an_annotation_for_nested_virtualization_that_is_neither_yes_nor_no_is_refused() -> Result<()> {
+    on_pericarp(async |node| {
+        let pod = node.pod("perhaps").with(|config| {
+            config.annotations.insert("io.pericarp.nested-virtualization".to_owned(), "perhaps".to_owned());
+        });
+        says(&refused(node, pod, "perhaps").await?, &["io.pericarp.nested-virtualization", "\"perhaps\""]);
+        Ok(())
+    })
+}
+
+#[test]
 fn a_sysctl_that_the_guest_does_not_have_is_named() -> Result<()> {
     on_pericarp(async |node| {
         let pod = node.pod("sysctl").with_linux(|linux| {

@@ -53,6 +53,39 @@ fn a_container_runs_on_the_guests_kernel_in_a_machine_of_the_asked_size() -> Res
     })
 }
 
+#[test]
+fn a_guest_has_no_virtualization_unless_its_pod_asks_for_it() -> Result<()> {
+    on_pericarp(async |node| {
+        let flags = |text: &str| -> Vec<String> {
+            let line = text.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
+            line.split_whitespace().map(str::to_owned).collect()
+        };
+        let virtualization = |text: &str| flags(text).iter().any(|flag| flag == "vmx" || flag == "svm");
+        let pod = node.pod("plain").run().await?;
+        let container = pod.idle_container("idle").await?;
+        let plain = container.shell("cat /proc/cpuinfo").await?;
+        assert!(!virtualization(&plain), "{plain}");
+        // The list that keeps it out lets through what guests run with.
+        for flag in ["hypervisor", "x2apic", "tsc_deadline_timer", "lm", "nx", "sse2"] {
+            assert!(flags(&plain).iter().any(|has| has == flag), "{flag} is missing: {plain}");
+        }
+        let pod = node
+            .pod("nested")
+            .with(|config| {
+                config.annotations.insert("io.pericarp.nested-virtualization".to_owned(), "true".to_owned());
+            })
+            .run()
+            .await?;
+        let nested = pod.idle_container("idle").await?.shell("cat /proc/cpuinfo").await?;
+        let parameter = ["kvm_amd", "kvm_intel"]
+            .iter()
+            .find_map(|module| fs::read_to_string(format!("/sys/module/{module}/parameters/nested")).ok());
+        let offered = parameter.is_some_and(|value| matches!(value.trim(), "1" | "Y"));
+        assert_eq!(virtualization(&nested), offered, "{nested}");
+        Ok(())
+    })
+}
+
 /// The processes of a cgroup and of all below it.
 fn processes_below(cgroup: &Path) -> Result<Vec<i32>> {
     let text = fs::read_to_string(cgroup.join("cgroup.procs"))?;

@@ -28,6 +28,8 @@ pub struct Config {
     pub guest_timeout_seconds: u64,
     /// The size that a pod's console log never exceeds, in KiB.
     pub console_limit_kib: u64,
+    /// Whether pods may have virtual machines of their own, by [annotation](crate::nested::ANNOTATION).
+    pub nested_virtualization: bool,
     /// What is logged: a `tracing` filter such as "info" or "`pericarp_controller=debug`".
     pub log: String,
     /// The size of a pod's machine when the pod asks for nothing.
@@ -67,6 +69,7 @@ impl Default for Config {
             ready_timeout_seconds: 10,
             guest_timeout_seconds: 60,
             console_limit_kib: 256,
+            nested_virtualization: false,
             log: "info".into(),
             defaults: Defaults::default(),
             limits: Limits::default(),

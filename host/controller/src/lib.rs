@@ -17,6 +17,7 @@ mod guest;
 mod machine;
 mod metrics;
 mod mounts;
+mod nested;
 mod network;
 mod notify;
 mod oom;

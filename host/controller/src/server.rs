@@ -16,7 +16,7 @@ use tonic::{Code, Request, Response, Status, metadata::MetadataMap};
 
 use crate::{
     errors::chain,
-    fault, metrics,
+    fault, metrics, nested,
     orphans::Pods,
     pod::{BootError, Node, POD_CONFIG_TYPE, Phase, Pod, PodError},
 };
@@ -53,7 +53,10 @@ impl Sandboxes {
 impl From<PodError> for Status {
     fn from(error: PodError) -> Status {
         let code = match &error {
-            PodError::Refused { .. } | PodError::Unreadable { .. } => Code::InvalidArgument,
+            PodError::Nested { source: nested::Error::NotAllowed, .. } => Code::PermissionDenied,
+            PodError::Refused { .. } | PodError::Unreadable { .. } | PodError::Nested { .. } => {
+                Code::InvalidArgument
+            }
             PodError::Size { .. } => Code::ResourceExhausted,
             PodError::Phase { .. } => Code::FailedPrecondition,
             PodError::Boot { source: BootError::NotReady { .. }, .. } => Code::DeadlineExceeded,

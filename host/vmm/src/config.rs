@@ -22,17 +22,20 @@ pub struct MachineConfig {
     /// Number of virtual CPUs, at least 1.
     pub vcpus: u8,
     /// Virtual CPUs that the machine can be given while it runs, those of its start included. 0: no more.
-    #[serde(default, skip_serializing_if = "is_zero")]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub vcpus_max: u8,
     /// Guest memory in MiB.
     pub memory_mib: u32,
     /// Memory in MiB that the machine can be given while it runs, that of its start included. 0: no more.
-    #[serde(default, skip_serializing_if = "is_zero")]
+    #[serde(default, skip_serializing_if = "is_default")]
     pub memory_max_mib: u32,
     /// Places for disks that come while the machine runs, at most [`MachineConfig::DISK_SLOTS_MAX`]; and
     /// no more than there are interrupt lines left beside the other devices.
     #[serde(default = "disk_slots")]
     pub disk_slots: u8,
+    /// Whether the guest may have virtual machines of its own, where the host has nested virtualization.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub nested_virtualization: bool,
     /// Where the guest's kernel messages go.
     pub console: ConsoleConfig,
     /// The guest's vsock device.
@@ -66,8 +69,8 @@ fn disk_slots() -> u8 {
     MachineConfig::DISK_SLOTS
 }
 
-fn is_zero<T: Default + PartialEq>(number: &T) -> bool {
-    *number == T::default()
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// A virtio-net device on a tap that exists already.
@@ -146,6 +149,7 @@ mod tests {
         let config: MachineConfig = serde_json::from_str(written).unwrap();
         assert_eq!((config.vcpus_max(), config.memory_max_mib()), (2, 512));
         assert_eq!(config.disk_slots, MachineConfig::DISK_SLOTS);
+        assert!(!config.nested_virtualization);
         let again: MachineConfig = serde_json::from_str(&serde_json::to_string(&config).unwrap()).unwrap();
         assert_eq!(again, config);
     }

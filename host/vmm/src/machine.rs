@@ -139,7 +139,7 @@ pub fn run(config: &MachineConfig, inherited: Inherited, process_start_ns: u64) 
         None => boot_memory.clone(),
     };
     register_memory(&vm, &memory)?;
-    let maker = vcpu::Maker::new(&kvm, vm.clone(), config.vcpus_max())?;
+    let maker = vcpu::Maker::new(&kvm, vm.clone(), config.vcpus_max(), config.nested_virtualization)?;
     let vcpus = (0..config.vcpus).map(|id| maker.make(id)).collect::<Result<Vec<_>, _>>()?;
     let devices = make_devices(config, inherited.forward)?;
     let fixed = u32::try_from(devices.len()).unwrap_or(u32::MAX);

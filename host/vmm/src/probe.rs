@@ -156,7 +156,7 @@ impl Guest {
         arch::set_up_vm(&vm).map_err(machine::refused("give the machine interrupt controllers"))?;
         let memory = memory::allocate(&[(GuestAddress(0), MEMORY_BYTES)]).map_err(machine::Error::Memory)?;
         register_memory(&vm, &memory)?;
-        let vcpu = vcpu::Maker::new(kvm, vm.clone(), 1)?.make(0)?;
+        let vcpu = vcpu::Maker::new(kvm, vm.clone(), 1, false)?.make(0)?;
         registers::enter_kernel(&vcpu, arch::probe::load(&memory)?)?;
         Ok(Guest { vcpu, _vm: vm, _memory: memory })
     }

@@ -27,9 +27,10 @@ pub struct Maker {
 }
 
 impl Maker {
-    /// For a machine that never has more than `max`.
-    pub fn new(kvm: &Kvm, vm: Arc<VmFd>, max: u8) -> Result<Maker, Error> {
-        let supported = cpuid::supported(kvm).map_err(refused("tell what processor features it supports"))?;
+    /// For a machine that never has more than `max`. `nested`: whether its guest may have virtual machines of its own.
+    pub fn new(kvm: &Kvm, vm: Arc<VmFd>, max: u8, nested: bool) -> Result<Maker, Error> {
+        let supported =
+            cpuid::supported(kvm, nested).map_err(refused("tell what processor features it supports"))?;
         Ok(Maker { vm, supported, max })
     }
 

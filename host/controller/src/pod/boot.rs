@@ -27,7 +27,7 @@ use crate::{
     fault,
     guest::{self as guest_calls, Agent, Prepared, Requests},
     machine::{self, Exit, Machine, file},
-    mounts,
+    mounts, nested,
     network::NetworkError,
     share::Share,
     size::Size,
@@ -224,6 +224,8 @@ impl Pod {
             memory_mib: self.size.memory_mib,
             memory_max_mib: most.memory_mib,
             disk_slots: MachineConfig::DISK_SLOTS,
+            // What is refused was refused when the pod was new.
+            nested_virtualization: nested::of(&self.config, config).unwrap_or(false),
             console: ConsoleConfig {
                 path: self.directory.join(file::CONSOLE),
                 limit_bytes: config.console_limit_kib << 10,

@@ -42,6 +42,7 @@ use crate::{
     cri_fields,
     events::Forwarder,
     machine::{self, Exit, file},
+    nested,
     network::InterfaceStatus,
     share::Share,
     size::{self, Host, Limits, Size},
@@ -98,6 +99,12 @@ pub enum PodError {
         pod: String,
         #[source]
         source: size::Error,
+    },
+    #[error("{pod}")]
+    Nested {
+        pod: String,
+        #[source]
+        source: nested::Error,
     },
     #[error("{pod} cannot be started: it is {phase:?}")]
     Phase { pod: String, phase: Phase },
@@ -211,6 +218,9 @@ impl Pod {
         let pod = name_of(&config, id.as_str());
         if let Some(Refusal { what, remedy }) = refusals::refusal(&config) {
             return Err(PodError::Refused { pod, what, remedy });
+        }
+        if let Err(source) = nested::of(&config, &node.config) {
+            return Err(PodError::Nested { pod, source });
         }
         let size =
             Size::of(&config, &node.config, node.host).map_err(|source| PodError::Size { pod, source })?;

@@ -97,6 +97,18 @@ async fn a_pod_on_the_hosts_network_is_refused_with_its_name_and_what_to_do() {
 }
 
 #[tokio::test]
+async fn a_pod_that_asks_for_nested_virtualization_is_refused_where_it_is_not_allowed() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut config = config(cri::NamespaceMode::Pod);
+    config.annotations.insert("io.pericarp.nested-virtualization".to_owned(), "true".to_owned());
+    let error =
+        Pod::new("abc".parse().unwrap(), "k8s.io".into(), config, String::new(), node(directory.path()))
+            .err()
+            .unwrap();
+    assert!(matches!(&error, PodError::Nested { source: crate::nested::Error::NotAllowed, .. }), "{error:?}");
+}
+
+#[tokio::test]
 async fn a_pod_whose_netns_is_gone_does_not_start_and_leaves_nothing() {
     let directory = tempfile::tempdir().unwrap();
     let config = config(cri::NamespaceMode::Pod);

@@ -1,4 +1,6 @@
-//! CPUID: what KVM supports on this host, with the topology of the machine put in.
+//! CPUID: what KVM supports on this host and a guest may see, with the topology of the machine put in.
+
+mod allowed;
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::Kvm;
@@ -14,9 +16,12 @@ const FEATURES_ECX_TSC_DEADLINE: u32 = 1 << 24;
 const FEATURES_ECX_HYPERVISOR: u32 = 1 << 31;
 const FEATURES_EDX_HYPERTHREADING: u32 = 1 << 28;
 
-/// What KVM can give to a guest on this host.
-pub fn supported(kvm: &Kvm) -> Result<CpuId, kvm_ioctls::Error> {
-    kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+/// What KVM can give to a guest on this host, and the guest may see. `nested`: whether it may have virtual machines
+/// of its own.
+pub fn supported(kvm: &Kvm, nested: bool) -> Result<CpuId, kvm_ioctls::Error> {
+    let mut cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
+    allowed::restrict(&mut cpuid, nested);
+    Ok(cpuid)
 }
 
 /// The CPUID of one vCPU in a machine of `vcpus`: one socket, a core each, no threads.
@@ -67,20 +72,4 @@ pub fn for_vcpu(supported: &CpuId, id: u8, vcpus: u8) -> CpuId {
 }
 
 #[cfg(test)]
-mod tests {
-    use kvm_bindings::kvm_cpuid_entry2;
-
-    use super::*;
-
-    #[test]
-    fn each_vcpu_sees_its_own_apic_id() {
-        let entries = [LEAF_FEATURES, LEAF_TOPOLOGY]
-            .map(|function| kvm_cpuid_entry2 { function, ..kvm_cpuid_entry2::default() });
-        let supported = CpuId::from_entries(&entries).unwrap();
-        let cpuid = for_vcpu(&supported, 3, 4);
-        assert_eq!(cpuid.as_slice()[0].ebx >> 24, 3);
-        assert_eq!(cpuid.as_slice()[0].ebx >> 16 & 0xff, 4);
-        assert_eq!(cpuid.as_slice()[1].edx, 3);
-        assert_ne!(cpuid.as_slice()[0].ecx & FEATURES_ECX_TSC_DEADLINE, 0);
-    }
-}
+mod tests;
