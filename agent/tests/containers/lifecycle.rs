@@ -330,8 +330,7 @@ async fn the_first_process_of_a_shared_pid_namespace_has_nothing_to_take() {
     agent.start_task("c1").await;
     let output = String::from_utf8(output.read_to_end().await).unwrap();
     let none = "0000000000000000";
-    let capabilities: String =
-        ["Inh", "Prm", "Eff", "Bnd", "Amb"].iter().map(|set| format!("Cap{set}:\t{none}\n")).collect();
+    let capabilities = ["Inh", "Prm", "Eff", "Bnd", "Amb"].map(|set| format!("Cap{set}:\t{none}\n")).concat();
     assert_eq!(output, format!("{capabilities}NoNewPrivs:\t1\n0\n0\n0\n"));
     assert_eq!(agent.wait("c1", "").await, 0);
     agent.delete("c1", "").await.unwrap();
