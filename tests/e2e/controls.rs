@@ -57,7 +57,7 @@ const REFUSED: &str = "Operation not permitted";
 const ROWS: [Row; 23] = [
     row("seccomp is on", "sed -n 's/^Seccomp:\t//p' /proc/self/status", ["0", "2", "0"]),
     row(
-        "seccomp stops a call with the profile's error",
+        "seccomp stops a call with the error of its profile",
         "mkdir /dev/shm/made 2>&1 | sed 's/.*: //'; rmdir /dev/shm/made 2> /dev/null",
         ["", "No space left on device", ""],
     ),

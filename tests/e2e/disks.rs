@@ -54,9 +54,9 @@ fn a_raw_block_volume_is_a_disk_of_the_pod() -> Result<()> {
 
         // Its numbers are no secret, and anybody may make a node of them.
         let writer = with_device(pod.container("writer-again"), &disk, "rwm").start().await?;
-        let node = writer.shell("stat -c 'b 0x%t 0x%T' /dev/data").await?;
+        let node = writer.shell("stat -c '$((0x%t)) $((0x%T))' /dev/data").await?;
         let sibling = pod.idle_container("sibling").await?;
-        let script = format!("mknod /dev/theirs {node} && ! head -c 1 /dev/theirs 2>&1");
+        let script = format!("mknod /dev/theirs b {node} && ! head -c 1 /dev/theirs 2>&1");
         assert_eq!(sibling.shell(&script).await?, "head: /dev/theirs: Operation not permitted");
         writer.stop(0).await?;
         writer.remove().await?;

@@ -7,18 +7,23 @@ use serde_json::{Value, json};
 
 use crate::harness::{Agent, status};
 
-/// Runs a shell's commands in a container that may make device nodes; answers with its exit status.
+/// Runs a shell's commands in a container that may make device nodes, and might read the kernel's log; answers with its exit
+/// status.
 async fn run(agent: &Agent, id: &str, commands: &str, rules: &Value) -> u32 {
+    let commands = &format!("exec 2> /said\n{commands}");
     agent.add_container(id, &["sh", "-c", commands]).change(|spec| {
         spec["linux"]["resources"] = json!({ "devices": rules });
         for set in ["bounding", "effective", "permitted"] {
-            spec["process"]["capabilities"][set].as_array_mut().unwrap().push("CAP_MKNOD".into());
+            let capabilities = spec["process"]["capabilities"][set].as_array_mut().unwrap();
+            capabilities.extend(["CAP_MKNOD".into(), "CAP_SYSLOG".into()]);
         }
     });
     agent.create(id, &[]).await;
     agent.start_task(id).await;
     let exit = agent.wait(id, "").await;
     agent.delete(id, "").await.unwrap();
+    let said = fs::read_to_string(agent.path().join("rootfs/said")).unwrap();
+    println!("{id}: {exit} {said}");
     exit
 }
 
@@ -26,7 +31,7 @@ async fn run(agent: &Agent, id: &str, commands: &str, rules: &Value) -> u32 {
 fn open(devices: &[&str], how: &str, may: bool) -> String {
     let tries = devices.iter().map(|device| {
         let not = if may { "" } else { "! " };
-        format!("rm -f /dev/my; busybox mknod /dev/my {device} || exit 1; {not}{{ : {how} /dev/my; }} 2> /dev/null || exit 2;")
+        format!("busybox rm -f /dev/my; busybox mknod /dev/my {device} || exit 1; {not}true 2> /dev/null {how} /dev/my || exit 2;")
     });
     tries.collect()
 }
