@@ -10,6 +10,9 @@ use super::{ActivateError, Active, ActiveQueue, Counter, Device, F_EVENT_IDX, al
 use crate::memory::GuestMemory;
 
 const QUEUE_SIZE: u16 = 64;
+/// Requests served for one notification, as many as there can be at a time: a vCPU that goes on asking must not keep
+/// another in here.
+const BATCH: usize = QUEUE_SIZE as usize;
 /// Most bytes given for one request; the guest asks again if it wants more.
 const REQUEST_MAX: usize = 4096;
 
@@ -21,21 +24,23 @@ pub struct Rng {
 }
 
 impl Rng {
-    fn serve(&mut self) -> Result<(), virtio_queue::Error> {
+    fn serve(&mut self, batch: usize) -> Result<(), virtio_queue::Error> {
         let Some((memory, queue)) = &mut self.active else { return Ok(()) };
-        loop {
-            queue.queue.disable_notification(&*memory)?;
-            while let Some(chain) = queue.pop(memory)? {
-                let head = chain.head_index();
-                let given =
-                    chain.writable().next().map_or(0, |buffer| fill(memory, buffer.addr(), buffer.len()));
-                self.bytes.add(u64::from(given));
-                queue.add_used(memory, head, given)?;
-            }
-            if !queue.queue.enable_notification(&*memory)? {
-                break;
-            }
+        queue.queue.disable_notification(&*memory)?;
+        for _ in 0..batch {
+            let chain = match queue.pop(memory)? {
+                Some(chain) => chain,
+                // One may have come before the guest was asked to notify of it.
+                None if queue.queue.enable_notification(&*memory)? => continue,
+                None => break,
+            };
+            let head = chain.head_index();
+            let given = chain.writable().next().map_or(0, |buffer| fill(memory, buffer.addr(), buffer.len()));
+            self.bytes.add(u64::from(given));
+            queue.add_used(memory, head, given)?;
         }
+        // A guest that makes more requests than that, without waiting, has to notify once more.
+        queue.queue.enable_notification(&*memory)?;
         queue.signal(memory)
     }
 }
@@ -84,7 +89,7 @@ impl Device for Rng {
     }
 
     fn notify(&mut self, _queue: usize) {
-        if let Err(error) = self.serve() {
+        if let Err(error) = self.serve(BATCH) {
             tracing::warn!(%error, "rng: the guest broke its queue; the device stops");
             self.active = None;
         }
@@ -96,5 +101,28 @@ impl Device for Rng {
 
     fn counters(&self) -> Vec<(&'static str, Counter)> {
         vec![("bytes", self.bytes.clone())]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::virtio::testing::{Buffer, RING_SIZE, Ring, guest_memory};
+
+    #[test]
+    fn a_guest_that_goes_on_asking_is_served_a_batch_for_each_notification() {
+        let memory = guest_memory();
+        let (mut ring, queue) = Ring::new(&memory, RING_SIZE, QUEUE_SIZE);
+        let mut device = Rng { active: Some((memory, queue)), bytes: Counter::default() };
+        for _ in 0..5 {
+            ring.add(&[Buffer { address: 0x10_0000, length: 8, writable: true }]);
+        }
+        for expected in [2, 2, 1, 0] {
+            device.serve(2).unwrap();
+            let served = std::iter::from_fn(|| ring.used()).collect::<Vec<_>>();
+            assert_eq!(served.len(), expected);
+            assert!(served.iter().all(|(_, length)| *length == 8));
+        }
+        assert_eq!(device.bytes.get(), 40);
     }
 }

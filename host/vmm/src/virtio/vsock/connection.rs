@@ -1,6 +1,6 @@
 //! One stream between a host program's socket and the guest, with flow control both ways.
 
-use std::{collections::VecDeque, num::Wrapping, os::fd::OwnedFd};
+use std::{collections::VecDeque, num::Wrapping, os::fd::OwnedFd, time::Instant};
 
 use rustix::{
     io::Errno,
@@ -10,6 +10,7 @@ use rustix::{
 use super::{
     forward,
     packet::{Header, Operation, Ports, SHUTDOWN_BOTH, SHUTDOWN_RECEIVE, SHUTDOWN_SEND},
+    places::Place,
 };
 
 /// Bytes that the guest may send before the host program has taken them. Also the most that one
@@ -36,6 +37,10 @@ pub struct Connection {
     pub state: State,
     /// Whether the mux has it in its list of those that have something for the guest.
     pub queued: bool,
+    /// When the mux ends it whatever the guest does, once it is [`ending`](Self::ending).
+    pub deadline: Option<Instant>,
+    /// Its place among all, for as long as it exists.
+    _place: Place,
     /// A unix or TCP socket: non-blocking, watched edge-triggered.
     stream: OwnedFd,
     /// What goes to the guest before the host program's data.
@@ -87,33 +92,35 @@ struct Owed {
 
 impl Connection {
     /// The host program wants to reach the guest's port.
-    pub fn to_guest(ports: Ports, stream: impl Into<OwnedFd>) -> Connection {
+    pub fn to_guest(ports: Ports, stream: impl Into<OwnedFd>, place: Place) -> Connection {
         let owed = Owed { request: true, ..Owed::default() };
-        Connection::new(ports, stream.into(), State::Requested, owed)
+        Connection::new(ports, stream.into(), State::Requested, owed, place)
     }
 
     /// A connection to a port on the pod's localhost, which the guest is to take there: see [`forward`].
-    pub fn forwarded(ports: Ports, stream: impl Into<OwnedFd>, port: u16) -> Connection {
+    pub fn forwarded(ports: Ports, stream: impl Into<OwnedFd>, port: u16, place: Place) -> Connection {
         Connection {
             preamble: forward::preamble(port).into(),
             awaits_answer: true,
-            ..Connection::to_guest(ports, stream)
+            ..Connection::to_guest(ports, stream, place)
         }
     }
 
     /// The guest has connected to a host port; `stream` leads to who serves it.
-    pub fn from_guest(request: &Header, stream: impl Into<OwnedFd>) -> Connection {
+    pub fn from_guest(request: &Header, stream: impl Into<OwnedFd>, place: Place) -> Connection {
         let owed = Owed { response: true, ..Owed::default() };
-        let mut connection = Connection::new(request.ports, stream.into(), State::Established, owed);
+        let mut connection = Connection::new(request.ports, stream.into(), State::Established, owed, place);
         connection.take_credit(request);
         connection
     }
 
-    fn new(ports: Ports, stream: OwnedFd, state: State, owed: Owed) -> Connection {
+    fn new(ports: Ports, stream: OwnedFd, state: State, owed: Owed, place: Place) -> Connection {
         Connection {
             ports,
             state,
             queued: false,
+            deadline: None,
+            _place: place,
             stream,
             preamble: VecDeque::new(),
             awaits_answer: false,
@@ -186,6 +193,16 @@ impl Connection {
                     || owed.credit_request
                     || self.may_read()
             }
+        }
+    }
+
+    /// Whether nothing is left but that the guest hears of its end and answers. What a host program that has gone left
+    /// behind for the guest comes first, however long the guest takes.
+    pub fn ending(&self) -> bool {
+        let finished = self.host_finished || self.guest_finished & SHUTDOWN_RECEIVE != 0;
+        match self.state {
+            State::Requested | State::Established => self.owed.reset || self.hung_up && finished,
+            State::Draining | State::Closed => false,
         }
     }
 

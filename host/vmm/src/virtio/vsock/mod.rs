@@ -15,6 +15,7 @@ mod connection;
 mod forward;
 mod mux;
 mod packet;
+mod places;
 mod worker;
 
 use std::{

@@ -1,7 +1,7 @@
 //! All streams of a machine: who is connected to whom, and whose turn it is to send.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{BTreeSet, HashMap, VecDeque},
     io,
     net::TcpStream,
     os::{
@@ -9,6 +9,7 @@ use std::{
         unix::net::{UnixListener, UnixStream},
     },
     path::PathBuf,
+    time::{Duration, Instant},
 };
 
 use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType};
@@ -19,11 +20,15 @@ use super::{
     connection::{BUF_ALLOC, Connection, State},
     forward::{self, Forward},
     packet::{Header, Operation, Ports},
+    places::{Kind, Place, Places},
 };
 use crate::config::VsockConfig;
 
-/// Connections at the same time, greetings included.
-const CONNECTIONS_MAX: usize = 1024;
+/// How long a guest may take to let go of a connection that has ended on the host; Linux waits as long for its peers
+/// (`VSOCK_CLOSE_TIMEOUT`).
+pub const CLOSE_TIMEOUT: Duration = Duration::from_secs(8);
+/// Connections accepted before those that exist have their turn.
+const ACCEPT_BATCH: usize = 32;
 /// Resets that are owed to the guest for packets without a connection. While the list is full, no
 /// further packet is taken from the guest.
 const RESETS_MAX: usize = 256;
@@ -46,13 +51,18 @@ pub struct Mux {
     forward: Option<(Forward, u32)>,
     epoll: Epoll,
     /// Host programs that have connected and not yet said to which port.
-    greetings: HashMap<u64, UnixStream>,
+    greetings: HashMap<u64, (UnixStream, Place)>,
     connections: HashMap<u64, Connection>,
     /// Connections by their ports, without those that the guest has dropped.
     by_ports: HashMap<Ports, u64>,
     /// Connections that may have something for the guest, each at most once.
     ready: VecDeque<u64>,
     resets: VecDeque<Ports>,
+    /// When connections that wait for the guest's last word are ended without it.
+    ending: BTreeSet<(Instant, u64)>,
+    places: Places,
+    /// Listeners that may have more connections than were accepted in one turn.
+    unaccepted: VecDeque<u64>,
     next_id: u64,
     next_host_port: u32,
     counters: Counters,
@@ -86,6 +96,9 @@ impl Mux {
             by_ports: HashMap::new(),
             ready: VecDeque::new(),
             resets: VecDeque::new(),
+            ending: BTreeSet::new(),
+            places: Places::default(),
+            unaccepted: VecDeque::new(),
             next_id: FIRST_ID,
             next_host_port: FIRST_HOST_PORT,
             counters,
@@ -99,10 +112,12 @@ impl Mux {
 
     /// Something happened on one of the mux's own descriptors.
     pub fn on_event(&mut self, token: u64, events: EventSet) {
-        if token == LISTENER {
-            self.accept();
-        } else if token == FORWARD {
-            self.accept_forwarded();
+        if token == LISTENER || token == FORWARD {
+            // Edge-triggered: what this turn does not take is remembered.
+            let all = if token == LISTENER { self.accept() } else { self.accept_forwarded() };
+            if !all && !self.unaccepted.contains(&token) {
+                self.unaccepted.push_back(token);
+            }
         } else if self.greetings.contains_key(&token) {
             self.greet(token);
         } else if let Some(connection) = self.connections.get_mut(&token) {
@@ -130,67 +145,82 @@ impl Mux {
         self.connections.is_empty() && self.by_ports.is_empty() && self.greetings.is_empty()
     }
 
-    fn full(&self) -> bool {
-        self.connections.len() + self.greetings.len() >= CONNECTIONS_MAX
+    /// Whether connections wait that can be accepted without another event.
+    pub fn accepts_more(&self) -> bool {
+        !self.unaccepted.is_empty()
     }
 
-    fn accept(&mut self) {
-        loop {
+    /// Accepts some of them.
+    pub fn accept_more(&mut self) {
+        if let Some(token) = self.unaccepted.pop_front() {
+            self.on_event(token, EventSet::IN);
+        }
+    }
+
+    /// Accepts some of the host programs' connections. Answers whether those were all.
+    fn accept(&mut self) -> bool {
+        for _ in 0..ACCEPT_BATCH {
             let watched = match self.listener.accept() {
-                // Dropping the stream is the answer to a host program that is one too many.
-                Ok(_) if self.full() => continue,
-                Ok((stream, _)) => stream
-                    .set_nonblocking(true)
-                    .and_then(|()| self.watch(stream.as_fd()))
-                    .map(|id| self.greetings.insert(id, stream)),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Ok((stream, _)) => {
+                    // Dropping the stream is the answer to a host program that is one too many.
+                    let Some(place) = self.places.take(Kind::HostProgram) else { continue };
+                    stream
+                        .set_nonblocking(true)
+                        .and_then(|()| self.watch(stream.as_fd()))
+                        .map(|id| self.greetings.insert(id, (stream, place)))
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => {
                     tracing::warn!(%error, "vsock: cannot accept a host program's connection");
-                    return;
+                    return true;
                 }
             };
             if let Err(error) = watched {
                 tracing::warn!(%error, "vsock: cannot watch a host program's connection");
             }
         }
+        false
     }
 
-    fn accept_forwarded(&mut self) {
-        while let Some((forward, guest)) = &self.forward {
+    /// The same for connections to the pod's localhost.
+    fn accept_forwarded(&mut self) -> bool {
+        for _ in 0..ACCEPT_BATCH {
+            let Some((forward, guest)) = &self.forward else { return true };
             let guest = *guest;
             let taken = match forward.listener.accept() {
                 Ok((stream, _)) => self.carry(stream, guest),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
                 // Its client has taken it back.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => Ok(()),
                 Err(error) => {
                     tracing::warn!(%error, "vsock: cannot accept a connection to be forwarded");
-                    return;
+                    return true;
                 }
             };
             if let Err(error) = taken {
                 tracing::warn!(%error, "vsock: cannot watch a connection to be forwarded");
             }
         }
+        false
     }
 
     /// Begins a stream to the guest for a connection to the pod's localhost.
     fn carry(&mut self, stream: TcpStream, guest: u32) -> io::Result<()> {
         let port = forward::prepare(&stream)?;
         // Dropping the stream resets it.
-        if !self.full() {
+        if let Some(place) = self.places.take(Kind::Forwarded) {
             let id = self.watch(stream.as_fd())?;
             let ports = Ports { host: self.free_host_port(guest), guest };
-            self.insert(id, Connection::forwarded(ports, stream, port));
+            self.insert(id, Connection::forwarded(ports, stream, port, place));
         }
         Ok(())
     }
 
     /// Reads `CONNECT <port>\n`, and not a byte more: what follows is for the guest.
     fn greet(&mut self, id: u64) {
-        let Some(stream) = self.greetings.get(&id) else { return };
+        let Some((stream, _)) = self.greetings.get(&id) else { return };
         let mut line = [0; GREETING_MAX];
         let length = match rustix::net::recv(stream, &mut line[..], RecvFlags::PEEK) {
             Ok((_, 0)) => {
@@ -210,13 +240,13 @@ impl Mux {
             }
             return;
         };
-        let Some(stream) = self.greetings.remove(&id) else { return };
+        let Some((stream, place)) = self.greetings.remove(&id) else { return };
         let consumed = rustix::net::recv(&stream, &mut line[..=end], RecvFlags::empty());
         if let (Some(guest), Ok((_, count))) = (parse_greeting(&line[..end]), consumed)
             && count == end + 1
         {
             let ports = Ports { host: self.free_host_port(guest), guest };
-            self.insert(id, Connection::to_guest(ports, stream));
+            self.insert(id, Connection::to_guest(ports, stream, place));
         }
     }
 
@@ -240,6 +270,11 @@ impl Mux {
     /// Brings the tables up to date with a connection that has changed.
     fn settle(&mut self, id: u64) {
         let Some(connection) = self.connections.get_mut(&id) else { return };
+        if connection.deadline.is_none() && connection.ending() {
+            let deadline = Instant::now() + CLOSE_TIMEOUT;
+            connection.deadline = Some(deadline);
+            self.ending.insert((deadline, id));
+        }
         match connection.state {
             State::Requested | State::Established => {
                 if connection.has_output() && !connection.queued {
@@ -255,7 +290,33 @@ impl Mux {
             self.by_ports.remove(&connection.ports);
         }
         if connection.state == State::Closed {
+            if let Some(deadline) = connection.deadline {
+                self.ending.remove(&(deadline, id));
+            }
             self.connections.remove(&id);
+        }
+    }
+
+    /// When [`expire`](Self::expire) has something to do next.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.ending.first().map(|(deadline, _)| *deadline)
+    }
+
+    /// Ends the connections for whose last word from the guest the time is up: their places are needed, and a guest
+    /// that ignores their end, or takes no packets, must not keep them.
+    pub fn expire(&mut self, now: Instant) {
+        while let Some((deadline, id)) = self.ending.first().copied()
+            && deadline <= now
+        {
+            self.ending.pop_first();
+            let Some(connection) = self.connections.get_mut(&id) else { continue };
+            let (ports, known) = (connection.ports, self.by_ports.get(&connection.ports) == Some(&id));
+            connection.deadline = None;
+            connection.state = State::Closed;
+            self.settle(id);
+            if known {
+                self.refuse(ports);
+            }
         }
     }
 
@@ -304,9 +365,10 @@ impl Mux {
 
     /// The guest connects to a host port.
     fn connect(&mut self, request: &Header) -> io::Result<()> {
-        if self.full() || !self.config.host_ports.contains(&request.ports.host) {
+        if !self.config.host_ports.contains(&request.ports.host) {
             return Err(io::ErrorKind::ConnectionRefused.into());
         }
+        let place = self.places.take(Kind::Guest).ok_or(io::ErrorKind::QuotaExceeded)?;
         let mut path = self.config.path.clone().into_os_string();
         path.push(format!("_{}", request.ports.host));
         let socket = rustix::net::socket_with(
@@ -319,7 +381,7 @@ impl Mux {
         rustix::net::connect(&socket, &SocketAddrUnix::new(PathBuf::from(path))?)?;
         let stream = UnixStream::from(socket);
         let id = self.watch(stream.as_fd())?;
-        self.insert(id, Connection::from_guest(request, stream));
+        self.insert(id, Connection::from_guest(request, stream, place));
         Ok(())
     }
 

@@ -1,6 +1,11 @@
 //! The thread that moves packets between the guest's queues and the mux.
 
-use std::{io, ops::ControlFlow, os::fd::AsRawFd as _};
+use std::{
+    io,
+    ops::ControlFlow,
+    os::fd::AsRawFd as _,
+    time::{Duration, Instant},
+};
 
 use virtio_queue::QueueT as _;
 use vm_memory::{Bytes as _, GuestMemoryError};
@@ -60,13 +65,17 @@ impl Worker {
     pub fn run(mut self) {
         let mut more = true;
         loop {
-            match self.handle_events(if more { 0 } else { -1 }) {
+            let patience = if more { Some(0) } else { self.patience() };
+            match self.handle_events(patience.unwrap_or(-1)) {
                 Ok(ControlFlow::Continue(())) => {}
                 Ok(ControlFlow::Break(())) => return,
                 Err(error) => {
                     tracing::error!(%error, "vsock: cannot wait for events; the device stops");
                     return;
                 }
+            }
+            if self.mux.deadline().is_some() {
+                self.mux.expire(Instant::now());
             }
             more = match self.move_packets() {
                 Ok(more) => more,
@@ -76,6 +85,14 @@ impl Worker {
                 }
             };
         }
+    }
+
+    /// How many milliseconds may pass without an event: until a connection has to be ended. `None`: any number.
+    fn patience(&self) -> Option<i32> {
+        let left = self.mux.deadline()?.saturating_duration_since(Instant::now());
+        // Rounded up, so that the time is up when the wait is.
+        let left = (left + Duration::from_micros(999)).as_millis();
+        Some(i32::try_from(left).unwrap_or(i32::MAX))
     }
 
     /// Waits for at most `patience` milliseconds (-1: for ever). Breaks when it is time to stop.
@@ -100,10 +117,11 @@ impl Worker {
 
     /// Moves some packets both ways. Answers whether there may be more without another event.
     fn move_packets(&mut self) -> Result<bool, virtio_queue::Error> {
+        self.mux.accept_more();
         let more_from_guest = self.transmit()?;
         let more_to_guest = self.receive()?;
         // With the list of resets full, the guest's packets wait until it has taken some of them.
-        Ok(more_from_guest && self.mux.accepts_packets() || more_to_guest)
+        Ok(more_from_guest && self.mux.accepts_packets() || more_to_guest || self.mux.accepts_more())
     }
 
     /// Takes a batch of the guest's packets. Answers whether there are more.

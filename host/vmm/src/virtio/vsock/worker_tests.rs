@@ -2,13 +2,14 @@
 
 #[path = "forward_tests.rs"]
 mod forward;
+#[path = "limits_tests.rs"]
+mod limits;
 
 use std::{
     collections::HashMap,
     io::{Read as _, Write as _},
     net::Shutdown,
     os::unix::net::{UnixListener, UnixStream},
-    time::Duration,
 };
 
 use tempfile::TempDir;

@@ -1,0 +1,103 @@
+//! What a guest and forwarded connections can take from host programs: less than all.
+
+use super::*;
+use crate::virtio::vsock::{
+    mux::CLOSE_TIMEOUT,
+    places::{FORWARDED_MAX, FROM_GUEST_MAX, Kind, Places},
+};
+
+/// Lets the time for closing connections pass.
+fn time_out(scene: &mut Scene) {
+    scene.turn();
+    scene.worker.mux.expire(Instant::now() + CLOSE_TIMEOUT);
+    scene.turn();
+}
+
+#[test]
+fn connections_that_the_guest_makes_leave_places_for_host_programs() {
+    let mut scene = Scene::new();
+    let path = scene.directory.path().join(format!("vsock.sock_{HOST_PORT}"));
+    let listener = UnixListener::bind(path).unwrap();
+    let mut accepted = Vec::new();
+    for guest in 0..u32::try_from(FROM_GUEST_MAX).unwrap() {
+        scene.send(packet(Ports { host: HOST_PORT, guest }, Operation::Request), &[]);
+        assert_eq!(scene.operations(), [Operation::Response], "connection {guest}");
+        accepted.push(listener.accept().unwrap());
+    }
+    let ports = Ports { host: HOST_PORT, guest: 100_000 };
+    scene.send(packet(ports, Operation::Request), &[]);
+    assert_eq!(scene.operations(), [Operation::Reset], "there is no place for one more");
+    let _of_host_program = scene.established();
+    // A place is free again when its connection has ended.
+    scene.send(packet(Ports { host: HOST_PORT, guest: 0 }, Operation::Reset), &[]);
+    scene.send(packet(ports, Operation::Request), &[]);
+    assert_eq!(scene.operations(), [Operation::Response]);
+}
+
+#[test]
+fn each_kind_of_connection_has_places_that_no_other_takes() {
+    let places = Places::default();
+    let mut forwarded: Vec<_> = (0..FORWARDED_MAX).map(|_| places.take(Kind::Forwarded).unwrap()).collect();
+    assert!(places.take(Kind::Forwarded).is_none());
+    let guest: Vec<_> = (0..FROM_GUEST_MAX).map(|_| places.take(Kind::Guest).unwrap()).collect();
+    assert!(places.take(Kind::Guest).is_none());
+    let host: Vec<_> = std::iter::from_fn(|| places.take(Kind::HostProgram)).collect();
+    assert_eq!(host.len() + guest.len() + forwarded.len(), 1024);
+    forwarded.pop();
+    assert!(places.take(Kind::Forwarded).is_some());
+}
+
+#[test]
+fn a_guest_that_ignores_the_end_of_a_connection_does_not_keep_its_place() {
+    let mut scene = Scene::new();
+    let (stream, ports) = scene.established();
+    drop(stream);
+    let end = scene.received();
+    assert_eq!((end.len(), end[0].0.operation, end[0].0.flags), (1, Operation::Shutdown, SHUTDOWN_BOTH));
+    scene.worker.mux.expire(Instant::now());
+    assert!(!scene.worker.mux.is_empty(), "the guest has time to answer");
+    time_out(&mut scene);
+    assert!(scene.worker.mux.is_empty());
+    let packets = scene.received();
+    assert_eq!((packets[0].0.operation, packets[0].0.ports), (Operation::Reset, ports));
+}
+
+#[test]
+fn a_guest_that_takes_no_packets_does_not_keep_the_place_of_a_caller_that_has_gone() {
+    let mut scene = Scene::without_buffers();
+    let mut stream = scene.connect();
+    stream.write_all(b"CONNECT 1024\n").unwrap();
+    scene.turn();
+    drop(stream);
+    time_out(&mut scene);
+    assert!(scene.worker.mux.is_empty());
+}
+
+#[test]
+fn a_slow_reader_of_what_a_host_program_left_behind_is_not_cut_off() {
+    let mut scene = Scene::new();
+    let (mut stream, ports) = scene.established();
+    // The guest takes four bytes, and no more for now.
+    let little = Header { buf_alloc: 4, ..packet(ports, Operation::CreditUpdate) };
+    scene.send(little, &[]);
+    stream.write_all(b"all of it").unwrap();
+    drop(stream);
+    let packets = scene.received();
+    assert_eq!(packets[0].1, b"all ");
+    time_out(&mut scene);
+    assert!(!scene.worker.mux.is_empty());
+    scene.send(Header { fwd_cnt: 4, ..packet(ports, Operation::CreditUpdate) }, &[]);
+    assert!(scene.received().iter().any(|(_, payload)| payload == b"of it"));
+}
+
+#[test]
+fn a_connection_that_ends_in_time_leaves_nothing_to_wait_for() {
+    let mut scene = Scene::new();
+    let (stream, ports) = scene.established();
+    drop(stream);
+    scene.received();
+    assert!(scene.worker.patience().unwrap() > 0);
+    scene.send(packet(ports, Operation::Reset), &[]);
+    assert!(scene.worker.mux.is_empty());
+    assert_eq!(scene.worker.patience(), None);
+}
