@@ -45,6 +45,8 @@ pub mod file {
 
 /// Limit of every call to a machine's control socket.
 const CONTROL_TIMEOUT: Duration = Duration::from_secs(2);
+/// How often a machine is asked to remove a disk that is not closed yet.
+const REMOVE_TRIES: u32 = 5;
 
 /// How a machine's process ended, as far as that can be known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -272,9 +274,18 @@ impl Control {
     /// Takes a disk out of it. One that is not there is no error.
     pub async fn remove_disk(&self, device: u32) -> ttrpc::Result<()> {
         let request = RemoveDiskRequest { device, ..RemoveDiskRequest::default() };
-        match self.client.remove_disk(context::with_duration(CONTROL_TIMEOUT), &request).await {
-            Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::NOT_FOUND => Ok(()),
-            other => other.map(drop),
+        let mut tries = 0;
+        loop {
+            tries += 1;
+            match self.client.remove_disk(context::with_duration(CONTROL_TIMEOUT), &request).await {
+                Err(ttrpc::Error::RpcStatus(status)) if status.code() == ttrpc::Code::NOT_FOUND => {
+                    return Ok(());
+                }
+                // The machine has waited for its files to be closed before it answered so.
+                Err(ttrpc::Error::RpcStatus(status))
+                    if status.code() == ttrpc::Code::UNAVAILABLE && tries < REMOVE_TRIES => {}
+                other => return other.map(drop),
+            }
         }
     }
 

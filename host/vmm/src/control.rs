@@ -19,7 +19,7 @@ use pericarp_protos::{
 
 use crate::{
     ExitReason,
-    disks::{Disks, InsertError, NamedCounters},
+    disks::{Disks, InsertError, NamedCounters, Removal},
     extra_memory::{ExtraMemory, MemoryRequestError},
     memory::{self, GuestMemory},
     vcpu::Vcpus,
@@ -30,6 +30,8 @@ use crate::{
 const THREADS: usize = 4;
 /// Longest that one call waits for the guest.
 const WAIT_MAX: Duration = Duration::from_secs(60);
+/// Longest that one call waits for a disk's files to be closed; the controller waits for two seconds.
+const CLOSE_MAX: Duration = Duration::from_secs(1);
 
 /// What the service answers from.
 pub struct Control {
@@ -115,10 +117,15 @@ impl Machine for Control {
         _context: &TtrpcContext,
         request: RemoveDiskRequest,
     ) -> ttrpc::Result<RemoveDiskResponse> {
-        if !self.disks.remove(request.device) {
-            return Err(status(Code::NOT_FOUND, format!("there is no disk in slot {}", request.device)));
+        let slot = request.device;
+        match self.disks.remove(slot, CLOSE_MAX) {
+            Removal::Closed => Ok(RemoveDiskResponse::default()),
+            Removal::NoDisk => Err(status(Code::NOT_FOUND, format!("there is no disk in slot {slot}"))),
+            Removal::StillOpen => {
+                let message = format!("the disk in slot {slot} is still being closed; ask again");
+                Err(status(Code::UNAVAILABLE, message))
+            }
         }
-        Ok(RemoveDiskResponse::default())
     }
 
     fn resize(&self, _context: &TtrpcContext, request: ResizeRequest) -> ttrpc::Result<ResizeResponse> {

@@ -12,7 +12,7 @@ pub mod page;
 pub mod rng;
 pub mod slot;
 #[cfg(test)]
-mod testing;
+pub mod testing;
 pub mod vsock;
 
 use std::{
