@@ -1,11 +1,11 @@
 //! Every control that a container's spec has, each with what a container sees that has it and one that has not: a control
 //! that does nothing fails its row.
 //!
-//! All rows run in three containers of one pod, and in three under runc, which must see the same. Two controls are not of a
-//! container alone, or cannot be asked for over CRI: the user namespace (`user_namespaces.rs`) and limits of a process, which
-//! are below.
+//! All rows run in three containers of one pod, and in three under runc, which must see the same. Three controls are not of
+//! a container alone, or cannot be asked for over CRI: the user namespace (`user_namespaces.rs`), and a process's limits and
+//! ambient capabilities, which are below.
 
-use std::{fmt::Write as _, fs};
+use std::{fmt::Write as _, fs, os::unix::fs::PermissionsExt as _};
 
 use anyhow::{Context, Result, ensure};
 use futures::{StreamExt, TryStreamExt, stream};
@@ -54,11 +54,11 @@ macro_rules! device {
 
 const REFUSED: &str = "Operation not permitted";
 
-const ROWS: [Row; 23] = [
+const ROWS: [Row; 22] = [
     row("seccomp is on", "sed -n 's/^Seccomp:\t//p' /proc/self/status", ["0", "2", "0"]),
     row(
         "seccomp stops a call with the error of its profile",
-        "mkdir /dev/shm/made 2>&1 | sed 's/.*: //'; rmdir /dev/shm/made 2> /dev/null",
+        "mkdir /dev/shm/made-$WHO 2>&1 | sed 's/.*: //'; rmdir /dev/shm/made-$WHO 2> /dev/null",
         ["", "No space left on device", ""],
     ),
     row(
@@ -69,16 +69,11 @@ const ROWS: [Row; 23] = [
     row(
         "capabilities: effective",
         "sed -n 's/^CapEff:\t//p' /proc/self/status",
-        ["000001ffffffffff", "00000000a80425fa", "0000000000002000"],
-    ),
-    row(
-        "capabilities: ambient",
-        "sed -n 's/^CapAmb:\t//p' /proc/self/status",
-        ["0000000000000000", "0000000000000000", "0000000000002000"],
+        ["000001ffffffffff", "00000000a80425fa", "0000000000000000"],
     ),
     row(
         "a dropped capability is missed",
-        "echo > /dev/shm/mine; chown 7 /dev/shm/mine 2>&1 | sed 's/.*: //'; rm -f /dev/shm/mine",
+        "echo > /dev/shm/mine-$WHO; chown 7 /dev/shm/mine-$WHO 2>&1 | sed 's/.*: //'; rm -f /dev/shm/mine-$WHO",
         ["", REFUSED, REFUSED],
     ),
     row(
@@ -103,21 +98,21 @@ const ROWS: [Row; 23] = [
         "case \" $(id -G) \" in *' 4242 '*) echo in;; *) echo out;; esac",
         ["out", "out", "in"],
     ),
-    row("memory limit", "cat /sys/fs/cgroup/memory.max", ["max", "67108864", "max"]),
-    row("CPU limit", "cat /sys/fs/cgroup/cpu.max", ["max 100000", "50000 100000", "max 100000"]),
+    row("memory limit", "cat $CGROUP/memory.max", ["max", "67108864", "max"]),
+    row("CPU limit", "cat $CGROUP/cpu.max", ["max 100000", "50000 100000", "max 100000"]),
     row(
         "CPU share",
-        "[ $(cat /sys/fs/cgroup/cpu.weight) -lt 100 ] && echo small || echo usual",
+        "[ $(cat $CGROUP/cpu.weight) -lt 100 ] && echo small || echo usual",
         ["usual", "small", "usual"],
     ),
     row(
         "limit of processes",
-        "[ $(cat /sys/fs/cgroup/pids.max) = 64 ] && echo 64 || echo more",
+        "[ $(cat $CGROUP/pids.max) = 64 ] && echo 64 || echo more",
         ["more", "64", "more"],
     ),
     row(
         "limit of huge pages",
-        "[ $(cat /sys/fs/cgroup/hugetlb.2MB.max) = 4194304 ] && echo 4 MiB || echo more",
+        "[ $(cat $CGROUP/hugetlb.2MB.max) = 4194304 ] && echo 4 MiB || echo more",
         ["more", "4 MiB", "more"],
     )
     // The node's kernel may have no such pages.
@@ -155,15 +150,6 @@ const ROWS: [Row; 23] = [
     .of_machine(),
 ];
 
-fn capabilities(add_ambient: &[&str], drop: &[&str]) -> api::Capability {
-    let names = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
-    api::Capability {
-        add_capabilities: names(add_ambient),
-        drop_capabilities: names(drop),
-        add_ambient_capabilities: names(add_ambient),
-    }
-}
-
 fn open(container: ContainerBuilder) -> ContainerBuilder {
     container.with_security(|security| {
         security.privileged = true;
@@ -188,7 +174,8 @@ fn walled(container: ContainerBuilder, profile: &str) -> ContainerBuilder {
             profile_type: api::security_profile::ProfileType::Localhost.into(),
             localhost_ref: profile.to_owned(),
         });
-        security.capabilities = Some(capabilities(&[], &["CHOWN"]));
+        security.capabilities =
+            Some(api::Capability { drop_capabilities: vec!["CHOWN".to_owned()], ..Default::default() });
         security.masked_paths.push("/etc/passwd".to_owned());
         security.readonly_rootfs = true;
     })
@@ -201,7 +188,6 @@ fn user(container: ContainerBuilder) -> ContainerBuilder {
         security.run_as_group = Some(api::Int64Value { value: 1000 });
         security.supplemental_groups = vec![4242];
         security.no_new_privs = true;
-        security.capabilities = Some(capabilities(&["NET_RAW"], &[]));
     })
 }
 
@@ -211,7 +197,9 @@ async fn run(
     name: &str,
     change: impl FnOnce(ContainerBuilder) -> ContainerBuilder,
 ) -> Result<Vec<String>> {
-    let mut script = "exec 2>&1\n".to_owned();
+    // A privileged container has no cgroup namespace.
+    let mut script =
+        format!("exec 2>&1\nWHO={name}\nCGROUP=/sys/fs/cgroup$(sed 's/^0:://' /proc/self/cgroup)\n");
     for row in &ROWS {
         let _ = writeln!(script, "echo '== {}'\n{}", row.control, row.script);
     }
@@ -276,7 +264,7 @@ fn every_control_makes_the_difference_that_it_is_for() -> Result<()> {
 }
 
 #[test]
-fn a_process_has_the_limits_of_its_spec() -> Result<()> {
+fn a_process_has_the_limits_and_ambient_capabilities_of_its_spec() -> Result<()> {
     without_containerd(async || {
         let bare = Bare::start(json!({})).await?;
         let commands = "ulimit -n; ulimit -Hn; ulimit -c; ulimit -l";
@@ -293,6 +281,24 @@ fn a_process_has_the_limits_of_its_spec() -> Result<()> {
         let limited = fs::read_to_string(bare.out("limited"))?;
         assert_eq!(limited.trim(), "123\n456\n1\n4");
         ensure!(usual.lines().zip(limited.lines()).all(|(usual, limited)| usual != limited), "{usual}");
+
+        // Of a user who is not root, all that are left.
+        let out = bare.out("ambient");
+        fs::write(&out, "")?;
+        fs::set_permissions(&out, fs::Permissions::from_mode(0o666))?;
+        let commands = "grep -E 'Cap(Eff|Amb)' /proc/self/status";
+        bare.run("ambient", commands, Vec::new(), |spec| {
+            spec["process"]["user"] = json!({ "uid": 1000, "gid": 1000 });
+            for set in ["bounding", "permitted", "effective", "inheritable", "ambient"] {
+                spec["process"]["capabilities"][set] = json!(["CAP_NET_RAW"]);
+            }
+        })
+        .await
+        .with_context(|| bare.console())?;
+        let ambient = fs::read_to_string(out)?;
+        assert_eq!(ambient, "CapEff:\t0000000000002000\nCapAmb:\t0000000000002000\n");
+        let usual = bare.shell("usual-ambient", commands).await?;
+        ensure!(usual.ends_with("CapAmb:\t0000000000000000"), "{usual}");
         Ok(())
     })
 }
