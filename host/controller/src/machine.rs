@@ -97,7 +97,9 @@ impl Machine {
     ) -> io::Result<(Machine, OwnedFd)> {
         let path = directory.join(file::CONFIG);
         fs::write(&path, serde_json::to_vec_pretty(config)?)?;
-        let log = OpenOptions::new().create(true).append(true).mode(0o600).open(directory.join(file::LOG))?;
+        // The machine reads it when it is full, to keep the newest half.
+        let log = directory.join(file::LOG);
+        let log = OpenOptions::new().create(true).read(true).append(true).mode(0o600).open(log)?;
         let mut command = Command::new("/proc/self/exe");
         command
             .arg0("pericarp")

@@ -12,6 +12,7 @@ use std::{
     },
     path::{Path, PathBuf},
     process::ExitCode,
+    sync::Mutex,
 };
 
 use anyhow::{Context as _, bail};
@@ -162,7 +163,8 @@ fn vmm(
     forward: ForwardSockets,
     process_start_ns: u64,
 ) -> anyhow::Result<()> {
-    log_to_stderr("info");
+    let log = pericarp_vmm::Log::to_stderr().context("cannot write the machine's log")?;
+    log_to("info", Mutex::new(log));
     // When the host runs out of memory the controller is spared (its unit file says so), but not the machine.
     if let Err(error) = fs::write("/proc/self/oom_score_adj", "0") {
         tracing::warn!(%error, "the machine keeps the controller's OOM score");
@@ -184,7 +186,14 @@ fn vmm(
 
 /// `default` is a filter such as "info"; the environment's `PERICARP_LOG` wins.
 fn log_to_stderr(default: &str) {
+    log_to(default, std::io::stderr);
+}
+
+fn log_to(
+    default: &str,
+    writer: impl for<'w> tracing_subscriber::fmt::MakeWriter<'w> + Send + Sync + 'static,
+) {
     use tracing_subscriber::{EnvFilter, fmt};
     let filter = EnvFilter::try_from_env("PERICARP_LOG").unwrap_or_else(|_| EnvFilter::new(default));
-    fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+    fmt().with_env_filter(filter).with_writer(writer).with_ansi(false).init();
 }

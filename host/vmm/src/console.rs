@@ -1,19 +1,15 @@
 //! The console: an 8250 serial line whose output goes to a bounded log. Input there is none.
 
-use std::{
-    fs::{File, OpenOptions},
-    io::{self, Read as _, Seek as _, SeekFrom, Write},
-    os::unix::fs::OpenOptionsExt as _,
-};
+use std::{fs::OpenOptions, io, os::unix::fs::OpenOptionsExt as _};
 
 use vm_superio::{Serial, Trigger, serial::NoEvents};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::config::ConsoleConfig;
+use crate::{bounded_file::BoundedFile, config::ConsoleConfig};
 
 /// The guest's serial line.
 pub struct Console {
-    line: Serial<Interrupt, NoEvents, BoundedLog>,
+    line: Serial<Interrupt, NoEvents, BoundedFile>,
 }
 
 impl Console {
@@ -27,7 +23,7 @@ impl Console {
             .write(true)
             .mode(0o600)
             .open(&config.path)?;
-        let log = BoundedLog { file, limit: config.limit_bytes.max(2), size: 0 };
+        let log = BoundedFile::new(file, config.limit_bytes)?;
         Ok(Console { line: Serial::new(Interrupt(irqfd), log) })
     }
 
@@ -52,43 +48,6 @@ impl Trigger for Interrupt {
 
     fn trigger(&self) -> io::Result<()> {
         self.0.write(1)
-    }
-}
-
-/// A file that never grows beyond its limit: when it is full, its older half is dropped.
-struct BoundedLog {
-    file: File,
-    limit: u64,
-    size: u64,
-}
-
-impl BoundedLog {
-    fn drop_older_half(&mut self) -> io::Result<()> {
-        let keep = self.limit / 2;
-        let mut newest = Vec::new();
-        self.file.seek(SeekFrom::Start(self.size.saturating_sub(keep)))?;
-        (&self.file).take(keep).read_to_end(&mut newest)?;
-        self.file.set_len(0)?;
-        self.file.seek(SeekFrom::Start(0))?;
-        self.size = 0;
-        self.file.write_all(&newest)?;
-        self.size = newest.len() as u64;
-        Ok(())
-    }
-}
-
-impl Write for BoundedLog {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if self.size + bytes.len() as u64 > self.limit {
-            self.drop_older_half()?;
-        }
-        let written = self.file.write(bytes)?;
-        self.size += written as u64;
-        Ok(written)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }
 

@@ -4,12 +4,14 @@
 //! everything else is reached from there. [`probe()`] finds out whether this host can run one.
 
 mod arch;
+mod bounded_file;
 mod bus;
 mod config;
 mod console;
 mod control;
 mod disks;
 mod extra_memory;
+mod log;
 mod machine;
 mod memory;
 mod probe;
@@ -20,6 +22,7 @@ mod virtio;
 pub const LAST_WORDS: &str = "the machine has ended";
 
 pub use config::{ConsoleConfig, MachineConfig, NetConfig, ShareConfig, VsockConfig};
+pub use log::Log;
 pub use machine::{Error, ExitReason, Inherited, monotonic_ns, run};
 pub use probe::{ProbeError, Progress, probe};
 pub use virtio::vsock::Forward;

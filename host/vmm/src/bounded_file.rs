@@ -1,0 +1,52 @@
+//! A file for what a guest can make grow.
+
+use std::{
+    fs::File,
+    io::{self, Read as _, Seek as _, SeekFrom, Write},
+};
+
+/// A file that never grows beyond its limit: when it is full, its older half is dropped.
+pub struct BoundedFile {
+    file: File,
+    limit: u64,
+    size: u64,
+}
+
+impl BoundedFile {
+    /// Goes on at the end of a file that can be read and written. `limit` is in bytes.
+    pub fn new(mut file: File, limit: u64) -> io::Result<BoundedFile> {
+        let size = file.seek(SeekFrom::End(0))?;
+        Ok(BoundedFile { file, limit: limit.max(2), size })
+    }
+
+    fn drop_older_half(&mut self) -> io::Result<()> {
+        let keep = self.limit / 2;
+        let mut newest = Vec::new();
+        self.file.seek(SeekFrom::Start(self.size.saturating_sub(keep)))?;
+        (&self.file).take(keep).read_to_end(&mut newest)?;
+        self.file.set_len(0)?;
+        self.file.seek(SeekFrom::Start(0))?;
+        self.size = 0;
+        self.file.write_all(&newest)?;
+        self.size = newest.len() as u64;
+        Ok(())
+    }
+}
+
+impl Write for BoundedFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        // No more at once than what is free after the older half is gone.
+        let most = usize::try_from(self.limit / 2).unwrap_or(usize::MAX);
+        let bytes = &bytes[..bytes.len().min(most)];
+        if self.size + bytes.len() as u64 > self.limit {
+            self.drop_older_half()?;
+        }
+        let written = self.file.write(bytes)?;
+        self.size += written as u64;
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
