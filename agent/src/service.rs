@@ -8,14 +8,17 @@ use std::{
 };
 
 use containerd_shim_protos::shim_async::create_task;
-use pericarp_protos::{agent::create_agent, guest::AGENT_PORT};
+use pericarp_protos::{
+    agent::create_agent,
+    guest::{AGENT_PORT, REQUESTS_PORT},
+};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::{
     boot,
     events::Events,
     forward,
-    host::{Address, Host},
+    host::{Address, Host, say_ready},
     pod::Pod,
     server::{self, Listener, Services},
     stdio::Streams,
@@ -34,23 +37,26 @@ pub fn serve_as_init() -> ExitCode {
     }
     run(async move {
         let listener = Listener::vsock(AGENT_PORT)?;
-        let host = Arc::new(Host::new(Address::Vsock));
-        announce(Arc::clone(&host), began);
-        serve(listener, host, Some(forward::listen()?)).await
+        // Before there is a container that could take it, and for good.
+        let requests = Listener::vsock(REQUESTS_PORT)?;
+        announce(Address::Vsock, began);
+        serve(listener, requests, Some(forward::listen()?)).await
     })
 }
 
-/// Serves on unix sockets, for tests: `arguments` are the agent's and the controller's. Nothing is
+/// Serves on unix sockets, for tests: `arguments` are the agent's, the controller's for the first word, and
+/// the agent's for the controller. Nothing is
 /// booted; what the agent needs must be there.
 pub fn serve_on_sockets(arguments: &[String]) -> ExitCode {
-    let [agent, controller] = arguments else { return ExitCode::FAILURE };
+    let [agent, controller, requests] = arguments else { return ExitCode::FAILURE };
     log_to("/dev/stderr");
     let (agent, controller) = (PathBuf::from(agent), PathBuf::from(controller));
+    let requests = PathBuf::from(requests);
     run(async move {
         let listener = Listener::Unix(tokio::net::UnixListener::bind(agent)?);
-        let host = Arc::new(Host::new(Address::Unix(controller)));
-        announce(Arc::clone(&host), Instant::now());
-        serve(listener, host, None).await
+        let requests = Listener::Unix(tokio::net::UnixListener::bind(requests)?);
+        announce(Address::Unix(controller), Instant::now());
+        serve(listener, requests, None).await
     })
 }
 
@@ -74,16 +80,19 @@ fn run(serve: impl Future<Output = std::io::Result<()>>) -> ExitCode {
 }
 
 /// Tells the controller that the agent serves.
-fn announce(host: Arc<Host>, began: Instant) {
+fn announce(controller: Address, began: Instant) {
     tokio::spawn(async move {
-        if let Err(error) = host.ready(began.elapsed()).await {
+        if let Err(error) = say_ready(&controller, began.elapsed()).await {
             tracing::error!(%error, "the controller has not heard that the guest is ready");
         }
     });
 }
 
-/// `forwarded` is where connections to the pod's localhost arrive, if they do.
-async fn serve(listener: Listener, host: Arc<Host>, forwarded: Option<Listener>) -> std::io::Result<()> {
+/// `requests` is where the controller comes to be asked, and `forwarded` where connections to the pod's localhost arrive, if
+/// they do.
+async fn serve(listener: Listener, requests: Listener, forwarded: Option<Listener>) -> std::io::Result<()> {
+    let host = Host::new();
+    tokio::spawn(Arc::clone(&host).welcome(requests));
     let exits = Exits::new();
     let mut children = signal(SignalKind::child())?;
     let reaper = Arc::clone(&exits);

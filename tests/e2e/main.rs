@@ -11,6 +11,7 @@ mod disks;
 mod errors;
 mod events;
 mod exec;
+mod host_service;
 mod logs;
 mod machine;
 mod network;

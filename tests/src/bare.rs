@@ -17,14 +17,17 @@ use async_trait::async_trait;
 use containerd_shim_protos::{api, shim_async::TaskClient};
 use pericarp_protos::{
     agent::{AgentClient, ConfigureRequest},
-    guest::{AGENT_PORT, HOST_PORT, SHARE_DIR, SHARE_TAG},
+    guest::{AGENT_PORT, HOST_PORT, REQUESTS_PORT, SHARE_DIR, SHARE_TAG},
     host::{
-        Disk, Host, PrepareContainerRequest, PrepareContainerResponse, ReadyRequest, ReadyResponse,
-        ReleaseContainerRequest, ReleaseContainerResponse, create_host,
+        Boot, Disk, Host, PrepareContainerRequest, PrepareContainerResponse, ReadyRequest, ReadyResponse,
+        ReleaseContainerRequest, ReleaseContainerResponse, create_boot, create_host,
     },
     ttrpc::{
         self, Code,
-        r#async::{Client, Server, TtrpcContext, transport::Socket},
+        r#async::{
+            Client, Server, TtrpcContext,
+            transport::{Listener, Socket},
+        },
         context,
     },
     vmm::MachineClient,
@@ -39,7 +42,7 @@ pub struct Bare {
     process: Child,
     directory: tempfile::TempDir,
     host: Arc<FakeHost>,
-    _server: Server,
+    _servers: [Server; 2],
     /// From the start of its process until its agent was ready.
     pub boot: Duration,
     /// What the controller asks of the machine…
@@ -58,7 +61,7 @@ struct FakeHost {
 }
 
 #[async_trait]
-impl Host for FakeHost {
+impl Boot for FakeHost {
     async fn ready(&self, _: &TtrpcContext, _: ReadyRequest) -> ttrpc::Result<ReadyResponse> {
         if let Some(ready) = self.ready.lock().unwrap_or_else(std::sync::PoisonError::into_inner).take() {
             // Nobody waits any more if this fails.
@@ -66,7 +69,10 @@ impl Host for FakeHost {
         }
         Ok(ReadyResponse::new())
     }
+}
 
+#[async_trait]
+impl Host for FakeHost {
     async fn prepare_container(
         &self,
         _: &TtrpcContext,
@@ -101,7 +107,7 @@ impl Bare {
         let socket = path.join(format!("vsock.sock_{HOST_PORT}"));
         let mut server = Server::new()
             .bind(&format!("unix://{}", socket.display()))?
-            .register_service(create_host(Arc::clone(&host) as Arc<_>));
+            .register_service(create_boot(Arc::clone(&host) as Arc<_>));
         server.start().await?;
         fs::write(path.join("machine.json"), configuration(path, &change)?.to_string())?;
         let began = Instant::now();
@@ -120,10 +126,15 @@ impl Bare {
         let machine = MachineClient::new(
             Client::connect(&format!("unix://{}", path.join("vmm.sock").display())).await?,
         );
-        let client = connect(&path.join("vsock.sock"))?;
+        let client = Client::new(Socket::new(connect(&path.join("vsock.sock"), AGENT_PORT)?));
         let (agent, task) = (AgentClient::new(client.clone()), TaskClient::new(client));
+        let connection = connect(&path.join("vsock.sock"), REQUESTS_PORT)?;
+        let mut requests = Server::new()
+            .add_listener(Listener::new(futures::stream::iter([Ok(connection)])))
+            .register_service(create_host(Arc::clone(&host) as Arc<_>));
+        requests.start().await?;
         agent.configure(limit(), &ConfigureRequest::new()).await?;
-        Ok(Self { process, directory, host, _server: server, boot, machine, agent, task })
+        Ok(Self { process, directory, host, _servers: [server, requests], boot, machine, agent, task })
     }
 
     /// Where what containers write to `/out` is found.
@@ -253,16 +264,16 @@ fn configuration(path: &Path, change: &Value) -> Result<Value> {
     Ok(config)
 }
 
-/// Connects to the agent as containerd does.
-fn connect(socket: &Path) -> Result<Client> {
+/// Connects to a port of the agent's as containerd does.
+fn connect(socket: &Path, port: u32) -> Result<tokio::net::UnixStream> {
     let mut stream = UnixStream::connect(socket)?;
-    stream.write_all(format!("CONNECT {AGENT_PORT}\n").as_bytes())?;
+    stream.write_all(format!("CONNECT {port}\n").as_bytes())?;
     let mut answer = String::new();
     // The agent says nothing of its own accord: nothing is lost in the reader's buffer.
     BufReader::new(&stream).read_line(&mut answer)?;
     ensure!(answer.starts_with("OK "), "the agent's port answers {answer:?}");
     stream.set_nonblocking(true)?;
-    Ok(Client::new(Socket::new(tokio::net::UnixStream::from_std(stream)?)))
+    Ok(tokio::net::UnixStream::from_std(stream)?)
 }
 
 fn spec(id: &str, commands: &str) -> Value {

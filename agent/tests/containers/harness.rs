@@ -15,15 +15,16 @@ use containerd_shim_protos::{api, shim_async::TaskClient};
 use pericarp_protos::{
     agent::{AgentClient, ConfigureRequest, Event, EventsRequest, TaskEvent, event},
     host::{
-        FitResourcesRequest, FitResourcesResponse, Host, PrepareContainerRequest, PrepareContainerResponse,
-        ReadyRequest, ReadyResponse, ReleaseContainerRequest, ReleaseContainerResponse, create_host,
+        Boot, FitResourcesRequest, FitResourcesResponse, Host, PrepareContainerRequest,
+        PrepareContainerResponse, ReadyRequest, ReadyResponse, ReleaseContainerRequest,
+        ReleaseContainerResponse, create_boot, create_host,
     },
     protobuf::{Message, MessageField, well_known_types::any::Any},
     streaming::{StreamInit, StreamingClient},
     transfer::{Data, WindowUpdate},
     ttrpc::{
         self, Code,
-        r#async::{Client, ClientStream, Server, TtrpcContext},
+        r#async::{Client, ClientStream, Server, TtrpcContext, transport},
         context,
     },
 };
@@ -47,7 +48,7 @@ pub struct Agent {
     process: Child,
     directory: tempfile::TempDir,
     pub host: Arc<FakeHost>,
-    _server: Server,
+    _servers: [Server; 2],
     pub task: TaskClient,
     pub own: AgentClient,
 }
@@ -63,14 +64,17 @@ pub struct FakeHost {
 }
 
 #[async_trait]
-impl Host for FakeHost {
+impl Boot for FakeHost {
     async fn ready(&self, _: &TtrpcContext, request: ReadyRequest) -> ttrpc::Result<ReadyResponse> {
         assert!(!request.kernel_release.is_empty());
         let ready = self.ready.lock().unwrap().take();
         ready.expect("Ready is called once").send(()).await.unwrap();
         Ok(ReadyResponse::new())
     }
+}
 
+#[async_trait]
+impl Host for FakeHost {
     async fn prepare_container(
         &self,
         _: &TtrpcContext,
@@ -141,22 +145,28 @@ impl Agent {
         let mut server = Server::new()
             .bind(&format!("unix://{}", host_socket.display()))
             .unwrap()
-            .register_service(create_host(Arc::clone(&host) as Arc<_>));
+            .register_service(create_boot(Arc::clone(&host) as Arc<_>));
         server.start().await.unwrap();
         let agent_socket = directory.path().join("agent.sock");
+        let requests_socket = directory.path().join("requests.sock");
         let process = Command::new("unshare")
             .args(["-m", "-n", "-u", "-i", "sh", "-c", SET_UP])
-            .args([&agent(), &agent_socket, &host_socket])
+            .args([&agent(), &agent_socket, &host_socket, &requests_socket])
             .stdin(Stdio::null())
             .spawn()
             .unwrap();
         tokio::time::timeout(LIMIT, ready.recv()).await.expect("the agent says that it is ready");
+        let connection = tokio::net::UnixStream::connect(&requests_socket).await;
+        let mut requests = Server::new()
+            .add_listener(transport::Listener::new(futures::stream::iter([connection])))
+            .register_service(create_host(Arc::clone(&host) as Arc<_>));
+        requests.start().await.unwrap();
         let client = Client::connect(&format!("unix://{}", agent_socket.display())).await.unwrap();
         Self {
             process,
             directory,
             host,
-            _server: server,
+            _servers: [server, requests],
             task: TaskClient::new(client.clone()),
             own: AgentClient::new(client),
         }

@@ -40,7 +40,7 @@ async fn not_ready(pod: &Pod) -> Result<()> {
 }
 
 /// Waits until a pod is READY, in the eyes of a containerd that has to dial a new controller.
-async fn ready(pod: &Pod) -> Result<()> {
+pub async fn ready(pod: &Pod) -> Result<()> {
     becomes(pod, true).await
 }
 

@@ -11,11 +11,14 @@
 //! * `peer bomb` starts itself over and over, and each of them does; it says `full` when it cannot for the first time.
 //! * `peer hoard` takes what the kernel counts for each user, says how much it has, and keeps it.
 //! * `peer map FILE TEXT` maps a file of one huge page of 2 MiB, prints the text in it, and writes another.
+//! * `peer vsock try` prints which of the agent's and the controller's vsock ports it can take or reach; `peer vsock hold`
+//!   keeps every connection that it can get.
 //! * `peer hold-lock FILE` locks a file until its stdin ends; `peer try-lock FILE` says whether it could be locked.
 
 mod files;
 mod hoard;
 mod portrait;
+mod vsock;
 
 use std::{
     env, fs,
@@ -42,6 +45,8 @@ fn main() -> ExitCode {
         ["map", path, text] => files::map_huge(path, text),
         ["hold-lock", path] => files::hold_lock(path),
         ["try-lock", path] => files::try_lock(path),
+        ["vsock", "try"] => vsock::try_all(),
+        ["vsock", "hold"] => vsock::hold(),
         ["bomb"] => bomb(),
         ["hoard"] => hoard::all(),
         ["portrait"] => {

@@ -12,7 +12,7 @@ use std::{
     time::SystemTime,
 };
 
-use pericarp_protos::{cri, id::SandboxId, ttrpc::asynchronous::Server};
+use pericarp_protos::{cri, id::SandboxId};
 use pericarp_vmm::MachineConfig;
 use rustix::{
     io::Errno,
@@ -21,14 +21,14 @@ use rustix::{
 
 use super::{
     Ended, Node, Phase, Pod,
-    boot::{GuestRequests, host_service_path},
+    boot::host_service_path,
     progress::Progress,
     record::{self, End, Identity, Process, Record, Stage},
 };
 use crate::{
     cgroup,
     errors::chain,
-    fault, guest,
+    fault,
     machine::{self, Exit, Machine, file},
     network,
     share::Share,
@@ -96,17 +96,17 @@ async fn take_over(node: &Arc<Node>, directory: &Path, id: &SandboxId) -> io::Re
         return Ok(undo(node, record.pod, Some(record.machine), record.cgroup).await);
     }
     let machine = running(record.machine);
-    take_over_machine(node, record, machine).await.map(Some)
+    take_over_machine(node, record, machine).map(Some)
 }
 
 /// Goes on with a pod whose machine runs (`Some`), has ended (`None`), or cannot be watched.
-async fn take_over_machine(
+fn take_over_machine(
     node: &Arc<Node>,
     record: Record,
     machine: io::Result<Option<Machine>>,
 ) -> io::Result<Arc<Pod>> {
     match machine {
-        Ok(Some(machine)) => resume(node, record, machine).await,
+        Ok(Some(machine)) => resume(node, record, machine),
         Ok(None) => Ok(restore(node, record, None)),
         // Nobody would see its end, nor whether its guest is stuck.
         Err(error) => Ok(restore(node, record, Some(&error))),
@@ -209,18 +209,16 @@ fn is_machine(process: &Path, config: &[u8]) -> bool {
 }
 
 /// Goes on with a pod whose machine runs.
-async fn resume(node: &Arc<Node>, record: Record, machine: Machine) -> io::Result<Arc<Pod>> {
+fn resume(node: &Arc<Node>, record: Record, machine: Machine) -> io::Result<Arc<Pod>> {
     let pod = Arc::new(pod(node, &record));
     let progress = read_progress(&pod)?;
     let running = undo_running(&pod.directory, Some(record.machine), &pod.netns, record.cgroup.clone());
-    let service = match serve_guest(&pod).await {
-        Ok(service) => Some(service),
-        // What runs is not to suffer from it.
-        Err(error) => {
-            tracing::error!(pod = pod.id, %error, "this pod gets no more containers");
-            None
-        }
-    };
+    // One of an older version leaves it open to every process in the guest.
+    if let Err(error) = fs::remove_file(host_service_path(&pod.directory))
+        && error.kind() != io::ErrorKind::NotFound
+    {
+        return Err(error);
+    }
     {
         let mut state = pod.state();
         state.phase = Phase::Running { pid: machine.pid() };
@@ -233,24 +231,12 @@ async fn resume(node: &Arc<Node>, record: Record, machine: Machine) -> io::Resul
         state.interfaces = record.interfaces;
         state.port_forward = record.port_forward;
         state.directory = pod.undo_directory();
-        state.host_service = service;
     }
     pod.watch(machine);
     pod.watch_network();
+    pod.serve_requests();
     pod.follow_events();
     Ok(pod)
-}
-
-/// Serves a guest's requests in the place of an earlier controller. It fails on a host without disk or descriptors.
-async fn serve_guest(pod: &Arc<Pod>) -> io::Result<Server> {
-    let socket = host_service_path(&pod.directory);
-    match fs::remove_file(&socket) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    guest::serve(machine::bind(&socket)?, Arc::new(GuestRequests(pod.clone())))
-        .await
-        .map_err(io::Error::other)
 }
 
 /// Keeps a pod whose machine has ended, or is ended here because it cannot be watched, for containerd to ask about and to
@@ -432,7 +418,7 @@ mod tests {
         let node = node(directory.path());
         let (mut child, process) = sleeping();
         let record = record(&node, process, None, Stage::Running);
-        let pod = take_over_machine(&node, record, Err(Errno::MFILE.into())).await.unwrap();
+        let pod = take_over_machine(&node, record, Err(Errno::MFILE.into())).unwrap();
         assert_eq!(child.wait().unwrap().signal(), Some(9));
         assert_eq!(pod.phase(), Phase::Ended);
         let info = pod.verbose_info().await;

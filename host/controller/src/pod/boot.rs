@@ -6,26 +6,26 @@ use std::{
     os::unix::{fs::DirBuilderExt as _, net::UnixListener},
     path::Path,
     sync::Arc,
-    time::Duration,
 };
 
-use async_trait::async_trait;
 use pericarp_protos::{guest, ttrpc};
 use pericarp_vmm::{
     ConsoleConfig, Forward, MachineConfig, NetConfig, ShareConfig, VsockConfig, monotonic_ns,
 };
 use thiserror::Error;
-use tokio::sync::oneshot;
 
 use super::{
-    Ended, Phase, Pod, PodError, Ready,
+    Ended, Phase, Pod, PodError,
     record::{End, Record, Stage},
 };
 use crate::{
     cgroup::{self, Cgroup},
     errors::chain,
     fault,
-    guest::{self as guest_calls, Agent, Prepared, Requests},
+    guest::{
+        Agent,
+        ready::{self, Ready},
+    },
     machine::{self, Exit, Machine, file},
     mounts, nested,
     network::NetworkError,
@@ -105,8 +105,6 @@ impl Pod {
     }
 
     async fn boot(self: &Arc<Self>) -> Result<u32, BootError> {
-        let (ready_sender, ready) = oneshot::channel();
-        self.state().ready = Some(ready_sender);
         // Rather than when the first container needs it.
         self.user_namespace()?;
         let mut network = self.set_up_network().await?;
@@ -115,22 +113,19 @@ impl Pod {
         let (machine, host_listener) = self.make_machine(std::mem::take(&mut network.nets), forward)?;
         let pid = machine.pid();
         self.watch(machine);
-        let service = guest_calls::serve(host_listener, Arc::new(GuestRequests(self.clone())))
-            .await
-            .map_err(|error| BootError::Make { what: "host service", source: io::Error::other(error) })?;
-        self.state().host_service = Some(service);
-
-        let ready = self.wait_until_ready(ready).await?;
+        let (ready, ready_at) = self.wait_until_ready(host_listener).await?;
         fault::point("guest-ready");
         let agent = Agent::connect(&self.directory.join(file::VSOCK)).await.map_err(BootError::Connect)?;
         let limit = self.node.config.ready_timeout();
         agent.configure(&self.configuration(network), limit).await.map_err(BootError::Configure)?;
         {
             let mut state = self.state();
-            state.marks.ready = ready.at;
+            state.marks.ready = ready_at;
+            state.guest_kernel = ready.kernel;
             state.marks.since_init = u64::try_from(ready.since_init.as_nanos()).unwrap_or(0);
             state.marks.configured = monotonic_ns();
         }
+        self.serve_requests();
         self.follow_events();
         self.watch_network();
         self.write_record(pid, Stage::Running).map_err(make("state file"))?;
@@ -243,16 +238,20 @@ impl Pod {
         }
     }
 
-    async fn wait_until_ready(&self, ready: oneshot::Receiver<Ready>) -> Result<Ready, BootError> {
+    /// Waits for the agent's first word; answers with the time of it, too. From then on nobody in the guest reaches the host.
+    async fn wait_until_ready(&self, listener: UnixListener) -> Result<(Ready, u64), BootError> {
         let timeout = self.node.config.ready_timeout();
-        tokio::select! {
-            ready = ready => ready.map_err(|_| self.machine_ended()),
-            _ended = self.wait() => Err(self.machine_ended()),
+        let ready = tokio::select! {
+            ready = ready::receive(listener) => ready.map_err(make("host service"))?,
+            _ended = self.wait() => return Err(self.machine_ended()),
             () = tokio::time::sleep(timeout) => {
                 let console = machine::last_printed(&self.directory.join(file::CONSOLE));
-                Err(BootError::NotReady { seconds: timeout.as_secs(), console })
+                return Err(BootError::NotReady { seconds: timeout.as_secs(), console });
             }
-        }
+        };
+        let at = monotonic_ns();
+        std::fs::remove_file(host_service_path(&self.directory)).map_err(make("host service"))?;
+        Ok((ready, at))
     }
 
     fn machine_ended(&self) -> BootError {
@@ -313,8 +312,6 @@ impl Pod {
         let mut state = self.state();
         let expected = state.phase == Phase::Ended;
         state.phase = Phase::Ended;
-        // Whoever waits for `Ready` learns of the end by the channel's.
-        state.ready = None;
         if expected {
             tracing::info!(pod = self.id, ?exit, "machine stopped");
         } else {
@@ -365,38 +362,7 @@ impl Pod {
     }
 }
 
-/// Where the guest's connections to the host service arrive.
+/// Where the agent's first word arrives.
 pub(super) fn host_service_path(directory: &Path) -> std::path::PathBuf {
     directory.join(format!("{}_{}", file::VSOCK, guest::HOST_PORT))
-}
-
-/// The guest's requests, taken to its pod.
-pub(super) struct GuestRequests(pub Arc<Pod>);
-
-#[async_trait]
-impl Requests for GuestRequests {
-    fn ready(&self, since_init: Duration, kernel: &str) {
-        let mut state = self.0.state();
-        // Long enough for any kernel's release.
-        state.guest_kernel = kernel.chars().take(128).collect();
-        if let Some(ready) = state.ready.take() {
-            // The receiver is gone only when the start was given up.
-            let _ = ready.send(Ready { at: monotonic_ns(), since_init });
-        }
-    }
-
-    async fn prepare(&self, container: &str) -> Result<Prepared, (ttrpc::Code, String)> {
-        let prepared = async { self.0.prepare_container(&self.0.container_id(container)?).await };
-        prepared.await.map_err(|error| error.into_status(&self.0))
-    }
-
-    async fn fit(&self, container: &str) -> Result<(), (ttrpc::Code, String)> {
-        let fitted = async { self.0.fit_container(&self.0.container_id(container)?).await };
-        fitted.await.map_err(|error| error.into_status(&self.0))
-    }
-
-    async fn release(&self, container: &str) -> Result<(), (ttrpc::Code, String)> {
-        let released = async { self.0.release_container(&self.0.container_id(container)?).await };
-        released.await.map_err(|error| error.into_status(&self.0))
-    }
 }

@@ -1,6 +1,6 @@
 //! A pod: its machine, its directory, its containers' file systems.
 //!
-//! [`boot`] starts it, [`containers`] serves the guest's requests, [`teardown`] ends it, [`record`] is what is
+//! [`boot`] starts it, [`requests`] takes the guest's requests, [`containers`] serves them, [`teardown`] ends it, [`record`] is what is
 //! on disk about it, [`adopt`] goes on with it from there, [`health`] finds out that it is stuck.
 
 mod adopt;
@@ -13,6 +13,7 @@ mod network;
 mod progress;
 mod record;
 mod refusals;
+mod requests;
 mod resize;
 mod teardown;
 
@@ -20,19 +21,18 @@ use std::{
     collections::HashMap,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::{Duration, SystemTime},
+    time::SystemTime,
 };
 
 use pericarp_protos::{
     cri,
     id::{ContainerId, SandboxId},
-    ttrpc::asynchronous::Server,
     vmm::StatusResponse,
 };
 use prost::{DecodeError, Message as _};
 use serde_json::json;
 use thiserror::Error;
-use tokio::sync::{Mutex as AsyncMutex, oneshot, watch};
+use tokio::sync::{Mutex as AsyncMutex, watch};
 
 pub use self::{adopt::adopt_all, boot::BootError, record::end_on_record};
 use self::{progress::Progress, record::Identity, refusals::Refusal};
@@ -163,10 +163,6 @@ struct State {
     directory: Undo,
     /// Whether somebody waits for the end of the machine: see [`Pod::watch`].
     watched: bool,
-    /// Answers the guest; ends with the pod.
-    host_service: Option<Server>,
-    /// Where the agent's `Ready` goes.
-    ready: Option<oneshot::Sender<Ready>>,
     marks: Marks,
     timeline: Option<PodTimeline>,
     containers: HashMap<ContainerId, ContainerTimeline>,
@@ -181,12 +177,6 @@ struct State {
     guest_kernel: String,
     /// Why the machine ended, where it was not asked to.
     reason: Option<String>,
-}
-
-/// The agent's first word, with the time at which it arrived.
-struct Ready {
-    at: u64,
-    since_init: Duration,
 }
 
 impl Pod {
@@ -254,8 +244,6 @@ impl Pod {
                 port_forward: None,
                 directory: Undo::default(),
                 watched: false,
-                host_service: None,
-                ready: None,
                 marks: Marks::default(),
                 timeline: None,
                 containers: HashMap::new(),

@@ -28,9 +28,7 @@ impl Pod {
     }
 
     fn end_phase(&self) {
-        let mut state = self.state();
-        state.phase = Phase::Ended;
-        state.host_service = None;
+        self.state().phase = Phase::Ended;
     }
 
     async fn undo_running(&self) -> io::Result<()> {
@@ -58,7 +56,6 @@ impl Pod {
 
     pub(super) async fn undo_all(&self) -> io::Result<()> {
         self.undo_running().await?;
-        self.state().host_service = None;
         let undo = std::mem::take(&mut self.state().directory);
         let (undo, result) = run(undo).await;
         self.state().directory = undo;

@@ -319,3 +319,49 @@ async fn events_wait_for_containerd_and_go_on_where_they_stopped() {
     asked.wait_for(|asked| asked.last() == Some(&5)).await.unwrap();
     assert!(forwarded.try_recv().is_err());
 }
+
+/// A guest that takes the controller's connection for requests, as its agent would.
+async fn taken_over(listener: &tokio::net::UnixListener) -> pericarp_protos::host::HostClient {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let (mut stream, _) = listener.accept().await.unwrap();
+    let mut line = [0; 13];
+    stream.read_exact(&mut line).await.unwrap();
+    assert_eq!(&line, b"CONNECT 1027\n");
+    stream.write_all(b"OK 7\n").await.unwrap();
+    let socket = ttrpc::asynchronous::transport::Socket::new(stream);
+    pericarp_protos::host::HostClient::new(ttrpc::asynchronous::Client::new(socket))
+}
+
+/// What a guest gets that has been taken over: its requests come on the agent's own connection.
+#[tokio::test]
+async fn a_hostile_guest_cannot_have_a_container_of_another_pod_and_is_dialled_again() {
+    use pericarp_protos::host::{PrepareContainerRequest, ReleaseContainerRequest};
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::create_dir(directory.path().join("abc")).unwrap();
+    let listener = tokio::net::UnixListener::bind(directory.path().join("abc").join(file::VSOCK)).unwrap();
+    let pod = pod(directory.path());
+    pod.serve_requests();
+    let context = || ttrpc::context::with_timeout(0);
+    for _ in 0..2 {
+        let host = taken_over(&listener).await;
+        for id in ["known", "no-such-container", "../../etc", "", &"x".repeat(3000)] {
+            let request = PrepareContainerRequest { container_id: id.to_owned(), ..Default::default() };
+            match host.prepare_container(context(), &request).await {
+                Err(ttrpc::Error::RpcStatus(status)) => {
+                    assert_eq!(status.code(), ttrpc::Code::NOT_FOUND, "{id:?}: {status:?}");
+                    let message = status.message();
+                    assert!(message.contains("default/web") && message.contains("in this pod"), "{message}");
+                    assert!(message.len() < 500, "a guest's {} bytes come back", id.len());
+                }
+                answer => panic!("{id:?} is answered with {answer:?}"),
+            }
+        }
+        // Nothing of it is this pod's, so nothing happens.
+        let request = ReleaseContainerRequest { container_id: "known".into(), ..Default::default() };
+        host.release_container(context(), &request).await.unwrap();
+        // What is larger than any request ends the connection, and there is another.
+        let request = PrepareContainerRequest { container_id: "x".repeat(5000), ..Default::default() };
+        host.prepare_container(context(), &request).await.unwrap_err();
+    }
+    taken_over(&listener).await;
+}

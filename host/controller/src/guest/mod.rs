@@ -1,171 +1,34 @@
-//! The controller's conversations with a guest: the service that the agent calls, and the agent's own.
+//! The controller's conversations with a guest: the agent's own service, and what the agent asks ([`requests`]) after its
+//! first word ([`ready`]).
 //!
-//! The guest is not trusted: each call to it has a time limit, what it sends is capped by ttrpc's message
-//! limit (4 MiB), and it can hold only so many connections.
+//! The guest is not trusted: each call to it has a time limit, and what it sends has size limits.
 
-use std::{
-    io,
-    path::Path,
-    pin::Pin,
-    sync::Arc,
-    task::{Context, Poll},
-    time::Duration,
-};
+mod frames;
+pub mod ready;
+mod requests;
 
-use async_trait::async_trait;
+use std::{io, path::Path, time::Duration};
+
+pub use self::requests::{HostServer, Prepared, Requests};
+
 use pericarp_protos::{
     agent::{AgentClient, CheckRequest, ConfigureRequest, ResizeRequest},
     guest,
-    host::{
-        Disk, FitResourcesRequest, FitResourcesResponse, Host, PrepareContainerRequest,
-        PrepareContainerResponse, ReadyRequest, ReadyResponse, ReleaseContainerRequest,
-        ReleaseContainerResponse, create_host,
-    },
     ttrpc::{
         self,
-        asynchronous::{
-            Client, Server, TtrpcContext,
-            transport::{Listener, Socket},
-        },
+        asynchronous::{Client, transport::Socket},
         context,
     },
 };
 use tokio::{
-    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf},
-    net::{UnixListener, UnixStream},
-    sync::{OwnedSemaphorePermit, Semaphore},
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::UnixStream,
 };
-use tokio_stream::{StreamExt as _, wrappers::UnixListenerStream};
 
 /// Limit of a call to the agent.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
-/// Connections that a guest may have to its host service at the same time. The agent uses one.
-const CONNECTIONS_MAX: usize = 4;
 /// `OK 4294967295\n`
 const ANSWER_MAX: usize = 14;
-
-/// A container that the guest can make.
-#[derive(Debug)]
-pub struct Prepared {
-    /// Its OCI runtime spec for the guest, JSON.
-    pub spec: Vec<u8>,
-    /// The disks that it uses.
-    pub disks: Vec<Disk>,
-}
-
-/// What the host service asks of the pod that it belongs to.
-#[async_trait]
-pub trait Requests: Send + Sync {
-    /// The agent is up; it took this long from its first instruction.
-    fn ready(&self, since_init: Duration, kernel: &str);
-    /// Makes a container's file systems appear.
-    async fn prepare(&self, container: &str) -> Result<Prepared, (ttrpc::Code, String)>;
-    /// Makes the machine fit what its containers may use now.
-    async fn fit(&self, container: &str) -> Result<(), (ttrpc::Code, String)>;
-    /// Undoes it.
-    async fn release(&self, container: &str) -> Result<(), (ttrpc::Code, String)>;
-}
-
-/// Serves a guest's requests on its pod's socket. The service ends when the answer is dropped.
-pub async fn serve(
-    listener: std::os::unix::net::UnixListener,
-    requests: Arc<dyn Requests>,
-) -> ttrpc::Result<Server> {
-    let listener = listen(listener).map_err(|error| ttrpc::Error::Others(error.to_string()))?;
-    let slots = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-    // A connection beyond the limit is closed at once.
-    let bounded = UnixListenerStream::new(listener).filter_map(move |accepted| match accepted {
-        Ok(stream) => slots.clone().try_acquire_owned().ok().map(|slot| Ok(Bounded { stream, _slot: slot })),
-        Err(error) => Some(Err(error)),
-    });
-    let mut server = Server::new()
-        .add_listener(Listener::new(bounded))
-        .register_service(create_host(Arc::new(HostService { requests })));
-    server.start().await?;
-    Ok(server)
-}
-
-fn listen(listener: std::os::unix::net::UnixListener) -> io::Result<UnixListener> {
-    listener.set_nonblocking(true)?;
-    UnixListener::from_std(listener)
-}
-
-struct HostService {
-    requests: Arc<dyn Requests>,
-}
-
-fn status((code, message): (ttrpc::Code, String)) -> ttrpc::Error {
-    ttrpc::Error::RpcStatus(ttrpc::get_status(code, message))
-}
-
-#[async_trait]
-impl Host for HostService {
-    async fn ready(&self, _context: &TtrpcContext, request: ReadyRequest) -> ttrpc::Result<ReadyResponse> {
-        self.requests.ready(Duration::from_nanos(request.since_init_ns), &request.kernel_release);
-        Ok(ReadyResponse::default())
-    }
-
-    async fn prepare_container(
-        &self,
-        _context: &TtrpcContext,
-        request: PrepareContainerRequest,
-    ) -> ttrpc::Result<PrepareContainerResponse> {
-        let Prepared { spec, disks } = self.requests.prepare(&request.container_id).await.map_err(status)?;
-        Ok(PrepareContainerResponse { spec, disks, ..PrepareContainerResponse::default() })
-    }
-
-    async fn fit_resources(
-        &self,
-        _context: &TtrpcContext,
-        request: FitResourcesRequest,
-    ) -> ttrpc::Result<FitResourcesResponse> {
-        self.requests.fit(&request.container_id).await.map_err(status)?;
-        Ok(FitResourcesResponse::default())
-    }
-
-    async fn release_container(
-        &self,
-        _context: &TtrpcContext,
-        request: ReleaseContainerRequest,
-    ) -> ttrpc::Result<ReleaseContainerResponse> {
-        self.requests.release(&request.container_id).await.map_err(status)?;
-        Ok(ReleaseContainerResponse::default())
-    }
-}
-
-/// A connection that holds one of a guest's slots.
-struct Bounded {
-    stream: UnixStream,
-    _slot: OwnedSemaphorePermit,
-}
-
-impl AsyncRead for Bounded {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(context, buffer)
-    }
-}
-
-impl AsyncWrite for Bounded {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-        bytes: &[u8],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.stream).poll_write(context, bytes)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(context)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(context)
-    }
-}
 
 /// The agent of one guest.
 #[derive(Clone)]
@@ -233,6 +96,8 @@ pub async fn dial(socket: &Path, port: u32) -> io::Result<UnixStream> {
 
 #[cfg(test)]
 mod tests {
+    use tokio::net::UnixListener;
+
     use super::*;
 
     async fn answered_with(answer: &'static [u8]) -> io::Result<UnixStream> {
