@@ -157,7 +157,9 @@ impl Pod {
         }
         if event.sequence > last + 1 {
             let missing = event.sequence - last - 1;
-            tracing::warn!(pod = self.id, missing, "the guest has had to drop events");
+            self.caused_by_guest(|| {
+                tracing::warn!(pod = self.id, missing, "the guest has had to drop events");
+            });
         }
         let mut ended = None;
         match &event.event {
@@ -166,7 +168,9 @@ impl Pod {
                     container_of(task).filter(|container| self.knows_container(container.as_str()));
                 let Some(container) = container else {
                     let topic: String = task.topic.chars().take(TOPIC_MAX).collect();
-                    tracing::warn!(pod = self.id, topic, "guest tells of what is not its own; dropped");
+                    self.caused_by_guest(|| {
+                        tracing::warn!(pod = self.id, topic, "guest tells of what is not its own; dropped");
+                    });
                     self.progress(|progress| progress.last_event = event.sequence);
                     return Handed::Over;
                 };
@@ -194,12 +198,10 @@ impl Pod {
     /// The agent has asked for this before, but maybe while there was no controller.
     async fn release_deleted(&self, container: &ContainerId) {
         if let Err(error) = self.release_container(container).await {
-            tracing::warn!(
-                pod = self.id,
-                %container,
-                error = chain(&error),
-                "cannot release a deleted container"
-            );
+            self.caused_by_guest(|| {
+                let error = chain(&error);
+                tracing::warn!(pod = self.id, %container, error, "cannot release a deleted container");
+            });
         }
     }
 
@@ -208,7 +210,9 @@ impl Pod {
         match tokio::time::timeout(FORWARD_TIMEOUT, forwarding).await {
             Ok(Ok(())) => Handed::Over,
             Ok(Err(status)) if is_refusal(status.code()) => {
-                tracing::warn!(pod = self.id, topic = task.topic, %status, "containerd does not take an event");
+                self.caused_by_guest(|| {
+                    tracing::warn!(pod = self.id, topic = task.topic, %status, "containerd does not take an event");
+                });
                 Handed::Over
             }
             Ok(Err(status)) => Handed::NotYet(format!("containerd takes no events now: {status}")),
@@ -225,7 +229,14 @@ impl Pod {
             Phase::PHASE_UNSPECIFIED => {}
         });
         if let Some(timeline) = known {
-            tracing::info!(pod = self.id, container = timing.container_id, ?timeline, "container {phase:?}");
+            self.caused_by_guest(|| {
+                tracing::info!(
+                    pod = self.id,
+                    container = timing.container_id,
+                    ?timeline,
+                    "container {phase:?}"
+                );
+            });
         }
     }
 }

@@ -1,5 +1,7 @@
 //! Where containers come from: the look-up of what a guest only names.
 
+use std::time::Duration;
+
 use async_trait::async_trait;
 use pericarp_protos::{
     containerd::{
@@ -15,6 +17,9 @@ use crate::{rootfs::Mount, spec};
 
 /// Where CRI keeps what it was asked for (containerd: `internal/cri/labels`, `ContainerMetadataExtension`).
 const CRI_RECORD: &str = "io.cri-containerd.container.metadata";
+
+/// How long containerd may take for one answer.
+const CALL_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What is on record about a container.
 #[derive(Clone, Debug)]
@@ -69,6 +74,13 @@ impl Containerd {
     }
 }
 
+/// Gives a call up that containerd does not answer: a guest may have caused it, and somebody waits.
+async fn within_limit<T>(call: impl Future<Output = Result<T, Status>>) -> Result<T, Status> {
+    tokio::time::timeout(CALL_TIMEOUT, call).await.unwrap_or_else(|_| {
+        Err(Status::deadline_exceeded(format!("no answer within {} s", CALL_TIMEOUT.as_secs())))
+    })
+}
+
 /// Puts containerd's namespace on a request.
 pub fn in_namespace<T>(message: T, namespace: &str) -> Result<Request<T>, Status> {
     let mut request = Request::new(message);
@@ -89,8 +101,8 @@ impl ContainerSource for Containerd {
         let incomplete = |what| SourceError::Incomplete { what, id: id.into() };
         let record =
             in_namespace(GetContainerRequest { id: id.into() }, namespace).map_err(failed("the record"))?;
-        let container = ContainersClient::new(self.channel.clone())
-            .get(record)
+        let mut containers = ContainersClient::new(self.channel.clone());
+        let container = within_limit(containers.get(record))
             .await
             .map_err(failed("the record"))?
             .into_inner()
@@ -103,8 +115,8 @@ impl ContainerSource for Containerd {
         let snapshotter = container.snapshotter;
         let mounts = MountsRequest { snapshotter: snapshotter.clone(), key: container.snapshot_key };
         let mounts = in_namespace(mounts, namespace).map_err(failed("the root filesystem"))?;
-        let rootfs = SnapshotsClient::new(self.channel.clone())
-            .mounts(mounts)
+        let mut snapshots = SnapshotsClient::new(self.channel.clone());
+        let rootfs = within_limit(snapshots.mounts(mounts))
             .await
             .map_err(failed("the root filesystem"))?
             .into_inner()
@@ -126,6 +138,28 @@ impl ContainerSource for Containerd {
             _ => SourceError::Unavailable { what: "the record", id: id.into(), source: Box::new(status) },
         };
         let request = in_namespace(StoreGetRequest { sandbox_id: id.into() }, namespace).map_err(failed)?;
-        StoreClient::new(self.channel.clone()).get(request).await.map(drop).map_err(failed)
+        let mut store = StoreClient::new(self.channel.clone());
+        within_limit(store.get(request)).await.map(drop).map_err(failed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic::transport::Endpoint;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_containerd_that_takes_connections_and_says_nothing_is_given_up() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("containerd.sock");
+        let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
+        let channel = Endpoint::from_shared(format!("unix://{}", path.display())).unwrap().connect_lazy();
+        let containerd = Containerd::new(channel);
+        tokio::time::pause();
+        let error = containerd.container("k8s.io", "c1").await.unwrap_err();
+        assert!(matches!(error, SourceError::Unavailable { .. }), "{error:?}");
+        let error = containerd.sandbox("k8s.io", "abc").await.unwrap_err();
+        assert!(matches!(error, SourceError::Unavailable { .. }), "{error:?}");
     }
 }

@@ -5,7 +5,12 @@ use std::time::Instant;
 use pericarp_protos::{host::Disk, id::ContainerId, ttrpc};
 use thiserror::Error;
 
-use super::{Phase, Pod, disks::DiskError, resize::ResizeError};
+use super::{
+    Phase, Pod,
+    disks::DiskError,
+    guest_errors::{self, GuestError},
+    resize::ResizeError,
+};
 use crate::{
     errors::chain,
     fault,
@@ -40,33 +45,12 @@ pub enum ContainerError {
 }
 
 impl ContainerError {
-    /// For the agent, which hands it on to containerd.
+    /// For the agent, which hands it on to containerd. All of it goes to the log; the guest gets what it may know.
     pub fn into_status(self, pod: &Pod) -> (ttrpc::Code, String) {
-        use ttrpc::Code;
-        let code = match &self {
-            ContainerError::NotOfThisPod { .. } | ContainerError::Source(SourceError::NotFound { .. }) => {
-                Code::NOT_FOUND
-            }
-            ContainerError::Source(SourceError::Unavailable { .. }) => Code::UNAVAILABLE,
-            ContainerError::Disk(DiskError::NoSlot { .. }) | ContainerError::Resize(ResizeError::Size(_)) => {
-                Code::RESOURCE_EXHAUSTED
-            }
-            ContainerError::Resize(ResizeError::Machine {
-                source: ttrpc::Error::RpcStatus(status), ..
-            }) => status.code(),
-            ContainerError::Spec(_)
-            | ContainerError::Disk(DiskError::Device { .. })
-            | ContainerError::Share(ShareError::VolumeMissing { .. } | ShareError::VolumeKind { .. }) => {
-                Code::INVALID_ARGUMENT
-            }
-            ContainerError::Ended | ContainerError::Share(ShareError::Root(_)) => Code::FAILED_PRECONDITION,
-            ContainerError::Source(_)
-            | ContainerError::UserNamespace(_)
-            | ContainerError::Share(_)
-            | ContainerError::Disk(_)
-            | ContainerError::Resize(_) => Code::INTERNAL,
-        };
-        (code, format!("{}: {}", pod.name(), chain(&self)))
+        pod.caused_by_guest(|| {
+            tracing::warn!(pod = pod.id, error = chain(&self), "what the guest asks for cannot be done");
+        });
+        (guest_errors::code(&self), format!("{}: {}", pod.name(), GuestError::from(&self)))
     }
 }
 
@@ -110,7 +94,9 @@ impl Pod {
         fault::point("container-prepared");
         let elapsed = begun.elapsed();
         self.state().containers.entry(id.clone()).or_default().prepare = Some(elapsed.as_secs_f64() * 1000.0);
-        tracing::info!(pod = self.id, container = %id, ?elapsed, "container prepared");
+        self.caused_by_guest(|| {
+            tracing::info!(pod = self.id, container = %id, ?elapsed, "container prepared");
+        });
         Ok(Prepared { spec: translated.spec, disks })
     }
 
@@ -128,15 +114,15 @@ impl Pod {
     }
 
     /// A guest's word for a container. What is no id names none.
-    pub(super) fn container_id(&self, text: &str) -> Result<ContainerId, ContainerError> {
-        text.parse().map_err(|_| self.not_of_this_pod(text))
+    pub(super) fn container_id(text: &str) -> Result<ContainerId, ContainerError> {
+        text.parse().map_err(|_| Self::not_of_this_pod(text))
     }
 
     /// What is on record about a container of this pod. Nothing is believed of an id that a guest names.
     pub(super) async fn look_up(&self, id: &ContainerId) -> Result<ContainerRecord, ContainerError> {
         match self.node.source.container(&self.namespace, id.as_str()).await {
             Ok(record) if record.sandbox == self.id => Ok(record),
-            Ok(_) | Err(SourceError::NotFound { .. }) => Err(self.not_of_this_pod(id.as_str())),
+            Ok(_) | Err(SourceError::NotFound { .. }) => Err(Self::not_of_this_pod(id.as_str())),
             Err(error) => Err(error.into()),
         }
     }
@@ -178,10 +164,9 @@ impl Pod {
         unmounted.map_err(|_| ContainerError::Ended)?.map_err(ContainerError::from)
     }
 
-    fn not_of_this_pod(&self, id: &str) -> ContainerError {
+    fn not_of_this_pod(id: &str) -> ContainerError {
         // Only a guest that is broken or hostile asks for this.
-        let id: String = id.chars().take(ContainerId::LONGEST).collect();
-        tracing::warn!(pod = self.id, container = ?id, "guest asks for a container that is not its own");
+        let id = id.chars().take(ContainerId::LONGEST).collect();
         ContainerError::NotOfThisPod { id }
     }
 }

@@ -8,7 +8,9 @@ mod boot;
 mod configuration;
 mod containers;
 mod disks;
+mod guest_errors;
 mod health;
+mod log_limit;
 mod network;
 mod progress;
 mod record;
@@ -35,7 +37,7 @@ use thiserror::Error;
 use tokio::sync::{Mutex as AsyncMutex, watch};
 
 pub use self::{adopt::adopt_all, boot::BootError, record::end_on_record};
-use self::{progress::Progress, record::Identity, refusals::Refusal};
+use self::{log_limit::LogLimit, progress::Progress, record::Identity, refusals::Refusal};
 use crate::{
     config::Config,
     cpuset::CpuSet,
@@ -146,6 +148,8 @@ pub struct Pod {
     ended: watch::Sender<Option<Ended>>,
     /// Whether containerd waits, or has waited, for its end.
     claimed: watch::Sender<bool>,
+    /// Of what the guest causes.
+    log_limit: LogLimit,
 }
 
 /// What changes in a pod's life. Never locked across a wait.
@@ -256,6 +260,7 @@ impl Pod {
             }),
             ended: watch::Sender::new(None),
             claimed: watch::Sender::new(false),
+            log_limit: LogLimit::new(),
         }
     }
 
@@ -326,6 +331,15 @@ impl Pod {
     fn user_namespace(&self) -> Result<Option<UserNamespace>, UserNamespaceError> {
         let of_netns = |map| UserNamespace::of_netns(Path::new(&self.netns), map);
         self.id_map.map(of_netns).transpose()
+    }
+
+    /// Writes a line of the log that the guest can cause, unless it has caused too many.
+    pub(crate) fn caused_by_guest(&self, write: impl FnOnce()) {
+        let Some(suppressed) = self.log_limit.permit() else { return };
+        if suppressed > 0 {
+            tracing::warn!(pod = self.id, suppressed, "the guest has caused more lines than are written");
+        }
+        write();
     }
 
     /// What the guest has of the pod's network, and whether port-forward works.

@@ -77,17 +77,17 @@ struct GuestRequests(Arc<Pod>);
 #[async_trait]
 impl Requests for GuestRequests {
     async fn prepare(&self, container: &str) -> Result<Prepared, (ttrpc::Code, String)> {
-        let prepared = async { self.0.prepare_container(&self.0.container_id(container)?).await };
+        let prepared = async { self.0.prepare_container(&Pod::container_id(container)?).await };
         prepared.await.map_err(|error| error.into_status(&self.0))
     }
 
     async fn fit(&self, container: &str) -> Result<(), (ttrpc::Code, String)> {
-        let fitted = async { self.0.fit_container(&self.0.container_id(container)?).await };
+        let fitted = async { self.0.fit_container(&Pod::container_id(container)?).await };
         fitted.await.map_err(|error| error.into_status(&self.0))
     }
 
     async fn release(&self, container: &str) -> Result<(), (ttrpc::Code, String)> {
-        let released = async { self.0.release_container(&self.0.container_id(container)?).await };
+        let released = async { self.0.release_container(&Pod::container_id(container)?).await };
         released.await.map_err(|error| error.into_status(&self.0))
     }
 }

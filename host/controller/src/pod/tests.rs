@@ -148,7 +148,7 @@ async fn a_guest_cannot_prepare_another_pods_container() {
     let directory = tempfile::tempdir().unwrap();
     let pod = pod(directory.path());
     for id in ["known", "unknown", "../abc", ""] {
-        let prepared = async { pod.prepare_container(&pod.container_id(id)?).await };
+        let prepared = async { pod.prepare_container(&Pod::container_id(id)?).await };
         let (code, message) = prepared.await.unwrap_err().into_status(&pod);
         assert_eq!(code, ttrpc::Code::NOT_FOUND, "{id}");
         assert!(message.contains("default/web") && message.contains("in this pod"), "{message}");
@@ -191,7 +191,7 @@ async fn releasing_what_was_never_prepared_is_no_error_but_a_path_is() {
     let directory = tempfile::tempdir().unwrap();
     let pod = pod(directory.path());
     assert!(pod.release_container(&"gone".parse().unwrap()).await.is_ok());
-    assert!(pod.container_id("../../etc").is_err());
+    assert!(Pod::container_id("../../etc").is_err());
 }
 
 #[tokio::test]
