@@ -11,6 +11,7 @@ mod disks;
 mod errors;
 mod events;
 mod exec;
+mod guest_kernel;
 mod host_service;
 mod logs;
 mod machine;

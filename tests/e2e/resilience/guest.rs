@@ -69,28 +69,6 @@ fn a_killed_machine_is_told_at_once() -> Result<()> {
 }
 
 #[test]
-fn the_death_of_the_agent_is_the_guests_and_is_told_with_the_kernels_last_words() -> Result<()> {
-    on_pericarp(async |node| {
-        let (pod, container) = privileged(node, "agent").await?;
-        // The kernel runs what core_pattern names in the guest itself, outside of any container: there, the agent's code
-        // is overwritten. (No signal kills the first process of a guest.)
-        container
-            .shell(
-                r#"cat > /overwrite << "end"
-busybox=${0%/overwrite}/bin/busybox
-start=$($busybox sed -n "s/-.* r-xp .*//p" /proc/1/maps | $busybox head -n 1)
-$busybox dd if=/dev/zero of=/proc/1/mem conv=notrunc bs=4096 count=256 seek=$((0x$start / 4096))
-end
-echo '|/proc/%P/root/bin/busybox sh /proc/%P/root/overwrite' > /proc/sys/kernel/core_pattern"#,
-            )
-            .await?;
-        // It takes the command with it.
-        let _ = container.try_exec(["sh", "-c", "kill -SEGV $$"], Duration::from_secs(30)).await;
-        has_died(node, &pod, &container, "Attempted to kill init").await
-    })
-}
-
-#[test]
 fn a_kernel_that_panics_for_want_of_memory_is_told_so() -> Result<()> {
     on_pericarp(async |node| {
         let (pod, container) = privileged(node, "panic").await?;
@@ -103,12 +81,15 @@ fn a_kernel_that_panics_for_want_of_memory_is_told_so() -> Result<()> {
     })
 }
 
-/// In the place of an initramfs's `/init`: the agent, and beside it one that freezes the agent once somebody has connected to
-/// port 7777. The kernel goes on, and with it everything that does not need PID 1.
-const INIT_TO_BE_FROZEN: &str = r"#!/bin/busybox sh
+/// In the place of an initramfs's `/init`: the agent, and beside it two that wait for a connection. At port 7777 it has the
+/// agent frozen: the kernel goes on, and with it everything that does not need PID 1. At port 7778 the agent's code is
+/// overwritten, as no signal kills a guest's first process. No container has a way to do either.
+const INIT_THAT_OBEYS: &str = r#"#!/bin/busybox sh
 busybox=/bin/busybox
 $busybox mv /init /script
 $busybox mv /agent /init
+# A background job reads from it.
+: > /dev/null
 {
     echo obeyed | $busybox nc -l -p 7777
     $busybox mkdir /cgroups
@@ -120,24 +101,29 @@ $busybox mv /agent /init
     echo 'the agent is frozen'
     $busybox sleep infinity
 } > /dev/console 2>&1 &
+{
+    echo obeyed | $busybox nc -l -p 7778
+    start=$($busybox sed -n "s/-.* r-xp .*//p" /proc/1/maps | $busybox head -n 1)
+    $busybox dd if=/dev/zero of=/proc/1/mem conv=notrunc bs=4096 count=256 seek=$((0x$start / 4096))
+} > /dev/console 2>&1 &
 exec /init
-";
+"#;
 
-/// Guests whose agent freezes when it is told to.
-struct Freezing {
+/// Guests whose agent freezes or dies when it is told to.
+struct Obeying {
     controller: Controller,
 }
 
 /// One of them.
-struct FreezingPod {
+struct ObeyingPod {
     id: String,
     netns: NetworkNamespace,
     machine: MachineProcess,
 }
 
-impl Freezing {
+impl Obeying {
     async fn new(node: &Node) -> Result<Self> {
-        let initramfs = node.file("freezing.cpio", "")?;
+        let initramfs = node.file("obeying.cpio", "")?;
         let agent = std::env::var("PERICARP_AGENT").context("the agent to be packed")?;
         // The kernel unpacks one archive after the other.
         let mut content = fs::read("/usr/lib/pericarp/initramfs.cpio")?;
@@ -145,7 +131,7 @@ impl Freezing {
         content.extend(archive(&[
             ("bin", 0o040_755, b""),
             ("bin/busybox", 0o100_755, &fs::read("/usr/bin/busybox")?),
-            ("init", 0o100_755, INIT_TO_BE_FROZEN.as_bytes()),
+            ("init", 0o100_755, INIT_THAT_OBEYS.as_bytes()),
             ("agent", 0o100_755, &fs::read(agent)?),
         ]));
         fs::write(&initramfs, content)?;
@@ -154,19 +140,25 @@ impl Freezing {
         Ok(Self { controller: Controller::serve(&config).await? })
     }
 
-    async fn start(&mut self, name: &str) -> Result<FreezingPod> {
+    async fn start(&mut self, name: &str) -> Result<ObeyingPod> {
         let netns = NetworkNamespace::new(&format!("{name}-{}", std::process::id())).await?;
         let id = format!("{name:0<64}");
         let started = self.controller.start_pod(&id, &pod_config(name), &netns).await?;
-        Ok(FreezingPod { id, netns, machine: MachineProcess { pid: started.pid.try_into()? } })
+        Ok(ObeyingPod { id, netns, machine: MachineProcess { pid: started.pid.try_into()? } })
+    }
+
+    /// Connects to a port of the pod, at which somebody waits for that.
+    async fn order(pod: &ObeyingPod, port: u16) -> Result<()> {
+        until("the guest to listen", async || {
+            let answer = pod.netns.run(&format!("busybox nc 127.0.0.1 {port} < /dev/null")).await?;
+            Ok(answer.contains("obeyed"))
+        })
+        .await
     }
 
     /// Freezes a pod's agent, and sees to it that nothing else of the pod has stopped.
-    async fn freeze(&self, pod: &FreezingPod) -> Result<()> {
-        until("the guest to listen", async || {
-            Ok(pod.netns.run("busybox nc 127.0.0.1 7777 < /dev/null").await?.contains("obeyed"))
-        })
-        .await?;
+    async fn freeze(&self, pod: &ObeyingPod) -> Result<()> {
+        Self::order(pod, 7777).await?;
         let console = self.controller.run_dir.join("r").join(&pod.id).join("console.log");
         until("the agent to be frozen", async || {
             Ok(fs::read_to_string(&console)?.contains("the agent is frozen"))
@@ -174,25 +166,30 @@ impl Freezing {
         .await
     }
 
-    /// Waits for a pod's end, which must be that of a guest that has given no answer since then.
-    async fn ends_as_stuck(&self, pod: &FreezingPod, since: Instant) -> Result<()> {
+    /// Waits for a pod's end and gives its exit code, and the reason that its status tells.
+    async fn end(&self, pod: &ObeyingPod) -> Result<(u32, String)> {
         let mut client = self.controller.client.clone();
         let wait = ControllerWaitRequest { sandbox_id: pod.id.clone(), ..Default::default() };
-        let ended = tokio::time::timeout(HANG_LIMIT, client.wait(wait)).await??;
-        ensure!(ended.into_inner().exit_status == 137, "{}", pod.id);
-        // The first question that it did not answer may have been asked at once.
-        ensure!(since.elapsed() >= Duration::from_secs(13), "it took only {:?}", since.elapsed());
+        let ended = tokio::time::timeout(HANG_LIMIT, client.wait(wait)).await??.into_inner();
         let status =
             ControllerStatusRequest { sandbox_id: pod.id.clone(), verbose: true, ..Default::default() };
         let status = client.status(status).await?.into_inner();
         ensure!(status.state == "SANDBOX_NOTREADY", "{status:?}");
         let info: serde_json::Value = serde_json::from_str(&status.info["info"])?;
-        let reason = info["pericarp"]["reason"].as_str().unwrap_or_default();
-        ensure!(reason.contains("no answer for 20 s"), "{info:#}");
+        Ok((ended.exit_status, info["pericarp"]["reason"].as_str().unwrap_or_default().to_owned()))
+    }
+
+    /// Waits for the end of a guest that has given no answer since then.
+    async fn ends_as_stuck(&self, pod: &ObeyingPod, since: Instant) -> Result<()> {
+        let (code, reason) = self.end(pod).await?;
+        ensure!(code == 137, "{code}: {reason}");
+        // The first question that it did not answer may have been asked at once.
+        ensure!(since.elapsed() >= Duration::from_secs(13), "it took only {:?}", since.elapsed());
+        ensure!(reason.contains("no answer for 20 s"), "{reason}");
         Ok(())
     }
 
-    async fn remove(&mut self, pod: FreezingPod) -> Result<()> {
+    async fn remove(&mut self, pod: ObeyingPod) -> Result<()> {
         self.controller.shut_down_pod(&pod.id).await?;
         assert_eq!(remains(&pod.id)?, Vec::<String>::new());
         pod.netns.remove().await
@@ -202,21 +199,34 @@ impl Freezing {
 #[test]
 fn a_stuck_guest_is_ended_when_its_time_is_over_and_no_other() -> Result<()> {
     on_pericarp(async |node| {
-        let mut freezing = Freezing::new(node).await?;
-        let well = freezing.start("well").await?;
-        let frozen = freezing.start("frozen").await?;
-        let stopped = freezing.start("stopped").await?;
+        let mut guests = Obeying::new(node).await?;
+        let well = guests.start("well").await?;
+        let frozen = guests.start("frozen").await?;
+        let stopped = guests.start("stopped").await?;
         let begun = Instant::now();
-        freezing.freeze(&frozen).await?;
+        guests.freeze(&frozen).await?;
         stopped.machine.signal(Signal::STOP)?;
-        futures::try_join!(freezing.ends_as_stuck(&frozen, begun), freezing.ends_as_stuck(&stopped, begun))?;
+        futures::try_join!(guests.ends_as_stuck(&frozen, begun), guests.ends_as_stuck(&stopped, begun))?;
         // It has been asked as often, and has answered.
         let status = ControllerStatusRequest { sandbox_id: well.id.clone(), ..Default::default() };
-        let status = freezing.controller.client.status(status).await?.into_inner();
+        let status = guests.controller.client.status(status).await?.into_inner();
         assert_eq!(status.state, "SANDBOX_READY");
         for pod in [well, frozen, stopped] {
-            freezing.remove(pod).await?;
+            guests.remove(pod).await?;
         }
-        freezing.controller.stop().await
+        guests.controller.stop().await
+    })
+}
+
+#[test]
+fn the_death_of_the_agent_is_the_guests_and_is_told_with_the_kernels_last_words() -> Result<()> {
+    on_pericarp(async |node| {
+        let mut guests = Obeying::new(node).await?;
+        let pod = guests.start("dying").await?;
+        Obeying::order(&pod, 7778).await?;
+        let (code, reason) = guests.end(&pod).await?;
+        ensure!(code != 0 && reason.contains("Attempted to kill init"), "{code}: {reason}");
+        guests.remove(pod).await?;
+        guests.controller.stop().await
     })
 }
