@@ -156,10 +156,13 @@ mod tests {
         let _listener = std::os::unix::net::UnixListener::bind(&path).unwrap();
         let channel = Endpoint::from_shared(format!("unix://{}", path.display())).unwrap().connect_lazy();
         let containerd = Containerd::new(channel);
+        // Time passes when there is nothing else to do.
         tokio::time::pause();
+        let begun = tokio::time::Instant::now();
         let error = containerd.container("k8s.io", "c1").await.unwrap_err();
         assert!(matches!(error, SourceError::Unavailable { .. }), "{error:?}");
         let error = containerd.sandbox("k8s.io", "abc").await.unwrap_err();
         assert!(matches!(error, SourceError::Unavailable { .. }), "{error:?}");
+        assert_eq!(begun.elapsed().as_secs(), 2 * CALL_TIMEOUT.as_secs());
     }
 }
