@@ -24,7 +24,10 @@ use containerd_shim_protos::{
 };
 use oci_spec::runtime::Spec;
 use pericarp_protos::{
-    agent::container_timing::Phase, guest::CGROUP_PARENT, host::PrepareContainerResponse, id::ContainerId,
+    agent::container_timing::Phase,
+    guest::CGROUP_PARENT,
+    host::PrepareContainerResponse,
+    id::{ContainerId, InvalidId},
 };
 use tokio::sync::oneshot;
 
@@ -355,7 +358,11 @@ impl shim_async::Task for Tasks {
             stderr: request.stderr,
             terminal: request.terminal,
         };
-        container.add_exec(&request.exec_id.parse().map_err(TaskError::from)?, spec, urls)?;
+        let exec_id = request.exec_id.parse().map_err(|error: InvalidId| TaskError::Invalid {
+            subject: format!("container {}", request.id),
+            problem: error.to_string(),
+        })?;
+        container.add_exec(&exec_id, spec, urls)?;
         let mut event = TaskExecAdded::new();
         event.container_id = request.id;
         event.exec_id = request.exec_id;

@@ -339,7 +339,10 @@ async fn the_first_process_of_a_shared_pid_namespace_has_nothing_to_take() {
 #[tokio::test]
 async fn processes_that_die_of_real_time_signals_have_died() {
     let agent = Agent::start().await;
-    agent.add_container("c1", &["sleep", "1234"]);
+    // In a PID namespace of its own the kernel would keep signals without a handler from a container's first process.
+    agent.add_container("c1", &["sleep", "1234"]).change(|spec| {
+        spec["linux"]["namespaces"][0]["path"] = "/run/pericarp/ns/pid".into();
+    });
     agent.create("c1", &[]).await;
     agent.start_task("c1").await;
     agent.exec("c1", "e1", process(&["sleep", "1234"]), &[]).await.unwrap();
