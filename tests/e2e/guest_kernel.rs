@@ -61,7 +61,7 @@ const CHECKS: [(&str, &str, Answer); 38] = [
     (
         "tables of nftables",
         "nft 'table inet t { set a { type ipv4_addr; flags interval; }; chain c { type filter hook input priority 0; \
-        ct state established accept; ip saddr @a drop; limit rate 5/second accept; fib daddr type local accept; } }'",
+        ct state established accept; ip saddr @a drop; limit rate 5/second accept; fib daddr type local accept; }; }'",
         Works,
     ),
     (
@@ -140,7 +140,7 @@ async fn with_tools(node: &Node) -> Result<Container> {
         .pod("kernel")
         .with_linux(|linux| linux.security_context.get_or_insert_default().privileged = true);
     let container =
-        pod.run().await?.container("tools").image(BUSYBOX).mount("/usr", "/usr", true).with_security(
+        pod.run().await?.container("tools").image(BUSYBOX).mount("/usr", "/node", true).with_security(
             |security| {
                 security.privileged = true;
                 security.masked_paths.clear();
@@ -148,7 +148,7 @@ async fn with_tools(node: &Node) -> Result<Container> {
             },
         );
     let container = container.start().await?;
-    container.shell("ln -s usr/lib /lib; ln -s usr/lib64 /lib64; mkdir -p /mnt /run /tmp").await?;
+    container.shell("ln -s node/lib /lib; ln -s node/lib64 /lib64; mkdir -p /mnt /run /tmp").await?;
     Ok(container)
 }
 
@@ -157,9 +157,12 @@ fn a_guest_has_what_pods_expect_of_a_kernel_and_no_more() -> Result<()> {
     on_pericarp(async |node| {
         let container = with_tools(node).await?;
         let mut script = String::from(
-            "export PATH=/usr/sbin:/usr/bin:/sbin:/bin
-            iptables() { xtables-nft-multi iptables \"$@\"; }
-            ip6tables() { xtables-nft-multi ip6tables \"$@\"; }\n",
+            "export PATH=$PATH:/node/sbin:/node/bin XTABLES_LIBDIR=/node/lib/x86_64-linux-gnu/xtables
+            ip() { /node/bin/ip \"$@\"; }
+            ss() { /node/bin/ss \"$@\"; }
+            tc() { /node/sbin/tc \"$@\"; }
+            iptables() { /node/sbin/xtables-nft-multi iptables \"$@\"; }
+            ip6tables() { /node/sbin/xtables-nft-multi ip6tables \"$@\"; }\n",
         );
         // One command for all of them, because each exec costs more than the checks.
         for (number, (_, command, _)) in CHECKS.iter().enumerate() {
