@@ -101,3 +101,18 @@ fn a_connection_that_ends_in_time_leaves_nothing_to_wait_for() {
     assert!(scene.worker.mux.is_empty());
     assert_eq!(scene.worker.patience(), None);
 }
+
+#[test]
+fn a_connection_that_has_gone_leaves_nothing_to_be_sent() {
+    let mut scene = Scene::without_buffers();
+    let path = scene.directory.path().join(format!("vsock.sock_{HOST_PORT}"));
+    let listener = UnixListener::bind(path).unwrap();
+    for guest in 0..3 {
+        let ports = Ports { host: HOST_PORT, guest };
+        scene.send(packet(ports, Operation::Request), &[]);
+        drop(listener.accept().unwrap());
+        assert!(scene.worker.mux.has_output(), "the guest is to be told, when it takes packets");
+        scene.send(packet(ports, Operation::Reset), &[]);
+        assert!(!scene.worker.mux.has_output(), "connection {guest} is still in the queue");
+    }
+}

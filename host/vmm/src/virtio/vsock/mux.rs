@@ -293,6 +293,10 @@ impl Mux {
             if let Some(deadline) = connection.deadline {
                 self.ending.remove(&(deadline, id));
             }
+            if connection.queued {
+                // A guest that takes no packets and makes one connection after the other would have the queue grow for ever.
+                self.ready.retain(|ready| *ready != id);
+            }
             self.connections.remove(&id);
         }
     }
