@@ -4,7 +4,11 @@ use std::{
     io,
     os::{fd::IntoRawFd as _, unix::net::UnixListener},
     path::PathBuf,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc::Sender},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU8, Ordering},
+        mpsc::Sender,
+    },
     time::Duration,
 };
 
@@ -39,6 +43,8 @@ pub struct Control {
     pub boot: BootTimes,
     /// What runs the guest.
     pub vcpus: Mutex<Vcpus>,
+    /// How many there are. Asking does not wait for a resize.
+    pub vcpu_count: AtomicU8,
     /// For the resident size.
     pub memory: GuestMemory,
     /// Name and counters of each device that stays. Reading them needs no lock, so that a device which
@@ -76,7 +82,7 @@ impl Machine for Control {
             self.counters.iter().cloned().chain(self.disks.counters()).map(device_counters).collect();
         Ok(StatusResponse {
             boot: Some(self.boot.clone()).into(),
-            vcpus: u32::from(self.vcpus().count),
+            vcpus: u32::from(self.vcpu_count.load(Ordering::Relaxed)),
             memory_bytes: self.extra_memory.bytes(),
             requested_memory_bytes: self.extra_memory.requested(),
             resident_bytes: memory::resident_bytes(&self.memory),
@@ -139,7 +145,9 @@ impl Machine for Control {
         let bytes = request.memory_bytes;
         let memory_device = if bytes == 0 { Ok(None) } else { self.extra_memory.request(bytes) }
             .map_err(|error| status(memory_code(&error), error.to_string()))?;
-        vcpus.grow_to(count).map_err(|error| status(Code::INTERNAL, error.to_string()))?;
+        let grown = vcpus.grow_to(count);
+        self.vcpu_count.store(vcpus.count, Ordering::Relaxed);
+        grown.map_err(|error| status(Code::INTERNAL, error.to_string()))?;
         Ok(ResizeResponse {
             vcpus: u32::from(vcpus.count),
             memory_device,

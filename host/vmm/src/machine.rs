@@ -4,7 +4,7 @@ use std::{
     fmt::Write as _,
     io,
     os::unix::net::UnixListener,
-    sync::{Arc, Mutex, mpsc},
+    sync::{Arc, Mutex, atomic::AtomicU8, mpsc},
 };
 
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
@@ -176,6 +176,7 @@ pub fn run(config: &MachineConfig, inherited: Inherited, process_start_ns: u64) 
     );
     let server = Control {
         boot,
+        vcpu_count: AtomicU8::new(running.count),
         vcpus: Mutex::new(running),
         memory,
         counters: [counters, vec![exits(&bus)]].concat(),

@@ -139,3 +139,14 @@ fn waiting_ends_with_the_time_or_with_another_request() {
     }
     assert_eq!(waiting.join().unwrap(), Err(Unfinished::Superseded));
 }
+
+#[test]
+fn whoever_asks_how_much_there_is_does_not_wait_for_the_guest() {
+    let mut guest = guest();
+    guest.plugged.request(2 * BLOCK_SIZE);
+    assert_eq!(guest.request(REQUEST_PLUG, START, 1), (RESPONSE_ACK, 0));
+    // As while a vCPU gives memory back to the host, which may take its time.
+    let busy = guest.plugged.clone();
+    let _busy = busy.blocks();
+    assert_eq!((guest.plugged.bytes(), guest.plugged.requested()), (BLOCK_SIZE, 2 * BLOCK_SIZE));
+}

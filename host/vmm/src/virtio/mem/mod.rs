@@ -8,7 +8,7 @@ mod blocks;
 use std::{
     sync::{
         Arc, Condvar, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::Duration,
 };
@@ -59,6 +59,9 @@ pub struct Plugged(Arc<State>);
 struct State {
     start: u64,
     size: u64,
+    /// Bytes, as `blocks` has them: whoever only wants to know does not wait for a guest that keeps the lock busy.
+    requested: AtomicU64,
+    plugged: AtomicU64,
     blocks: Mutex<Blocks>,
     changed: Condvar,
     active: AtomicBool,
@@ -70,6 +73,8 @@ impl Plugged {
         Plugged(Arc::new(State {
             start: start.0,
             size,
+            requested: AtomicU64::new(0),
+            plugged: AtomicU64::new(0),
             blocks: Mutex::new(Blocks::new(start.0, size)),
             changed: Condvar::new(),
             active: AtomicBool::new(false),
@@ -78,18 +83,21 @@ impl Plugged {
 
     /// Asks the guest for another size. Its device has to be told that the configuration has changed.
     pub fn request(&self, bytes: u64) {
-        self.blocks().requested = bytes;
+        let mut blocks = self.blocks();
+        blocks.requested = bytes;
+        self.0.requested.store(bytes, Ordering::Relaxed);
+        drop(blocks);
         self.0.changed.notify_all();
     }
 
     /// Bytes requested.
     pub fn requested(&self) -> u64 {
-        self.blocks().requested
+        self.0.requested.load(Ordering::Relaxed)
     }
 
     /// Bytes plugged.
     pub fn bytes(&self) -> u64 {
-        self.blocks().plugged()
+        self.0.plugged.load(Ordering::Relaxed)
     }
 
     /// Whether the guest's driver is at work.
@@ -204,6 +212,7 @@ fn perform(memory: &GuestMemory, request: [u8; REQUEST_SIZE], plugged: &Plugged)
         }),
         _ => Err(Refusal::Error),
     };
+    plugged.0.plugged.store(blocks.plugged(), Ordering::Relaxed);
     plugged.0.changed.notify_all();
     match done {
         Ok(state) => (RESPONSE_ACK, state),
