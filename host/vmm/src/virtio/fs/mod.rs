@@ -107,16 +107,17 @@ fn files_for_guest(limit: u64) -> u64 {
 }
 
 /// Open files that the machine asks for. Each file that the guest knows of is an open one here, and a directory that is
-/// listed is one for each of its entries: beyond the limit, listings end early. The kernel's default of `fs.nr_open`.
+/// listed is one for each of its entries: beyond the limit, listings end early. The kernel's default of `fs.nr_open`, and as
+/// much as a guest may have of the host's memory for that, whatever the machine was allowed.
 const FILES: u64 = 1 << 20;
 
-/// Raises the limit of open files as far as is allowed; answers with the limit in force.
+/// Sets the limit of open files to that, or as near to it as is allowed; answers with the limit in force.
 fn raise_file_limit() -> u64 {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);
     let hard = limit.maximum.unwrap_or(u64::MAX);
     // More than the hard limit is for the privileged, which a machine need not be.
-    for wanted in [hard.max(FILES), hard] {
+    for wanted in [FILES, hard] {
         let raised = Rlimit { current: Some(wanted), maximum: Some(wanted) };
         if setrlimit(Resource::Nofile, raised).is_ok() {
             return wanted;
