@@ -18,9 +18,12 @@ use rustix::fs::{Mode, OFlags};
 
 /// How many containers have each volume.
 #[derive(Debug, Default)]
-pub struct Volumes(Mutex<HashMap<PathBuf, usize>>);
+pub struct Volumes(Mutex<HashMap<PathBuf, Users>>);
 
-/// A container's part in its volumes. The last to drop one unmounts it.
+/// How many containers have a volume. Locked while it is mounted or unmounted, so that neither overtakes the other.
+type Users = Arc<tokio::sync::Mutex<usize>>;
+
+/// A container's part in its volumes. The last to let go of one unmounts it.
 #[derive(Debug)]
 pub struct Held {
     volumes: Arc<Volumes>,
@@ -30,36 +33,63 @@ pub struct Held {
 impl Volumes {
     /// Has the volumes of a spec mounted, for as long as the answer lives.
     pub async fn hold(self: &Arc<Self>, spec: &Spec) -> Held {
-        let paths = sources(spec);
-        for path in &paths {
-            *self.users().entry(path.clone()).or_default() += 1;
+        let mut held = Held { volumes: Arc::clone(self), paths: Vec::new() };
+        for path in sources(spec) {
+            let users = Arc::clone(self.all().entry(path.clone()).or_default());
+            let mut count = users.lock().await;
+            *count += 1;
+            held.paths.push(path.clone());
+            // Elsewhere, because the host's file system may take its time. What goes wrong shows when it is used.
+            let _ = tokio::task::spawn_blocking(move || look_at(&path)).await;
         }
-        let held = Held { volumes: Arc::clone(self), paths: paths.clone() };
-        // Elsewhere, because the host's file system may take its time. What goes wrong shows when it is used.
-        let looking = tokio::task::spawn_blocking(move || paths.iter().for_each(|path| look_at(path)));
-        let _ = looking.await;
         held
     }
 
-    fn users(&self) -> MutexGuard<'_, HashMap<PathBuf, usize>> {
+    async fn let_go(&self, path: PathBuf) {
+        let Some(users) = self.all().get(&path).cloned() else { return };
+        let mut count = users.lock().await;
+        *count -= 1;
+        if *count == 0 {
+            let mount = path.clone();
+            // Elsewhere too: the kernel tells the host of the end, and waits for its answer. A file is no mount of its
+            // own; nor is what could not be looked at.
+            let unmounting = move || umount2(&mount, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+            let _ = tokio::task::spawn_blocking(unmounting).await;
+        }
+        drop(count);
+        let mut all = self.all();
+        // The map's and this one: nobody waits for it, and nobody can begin to while the map is locked.
+        if Arc::strong_count(&users) == 2 && users.try_lock().is_ok_and(|count| *count == 0) {
+            all.remove(&path);
+        }
+    }
+
+    fn all(&self) -> MutexGuard<'_, HashMap<PathBuf, Users>> {
         // Each change is whole after one statement.
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
+impl Held {
+    /// Lets go of the volumes, and waits until those that nobody else has are unmounted.
+    pub async fn release(mut self) {
+        for path in std::mem::take(&mut self.paths) {
+            self.volumes.let_go(path).await;
+        }
+    }
+}
+
 impl Drop for Held {
+    /// For a container whose making was given up: nobody waits.
     fn drop(&mut self) {
-        let mut users = self.volumes.users();
-        for path in &self.paths {
-            let left = users.get_mut(path).map_or(0, |count| {
-                *count -= 1;
-                *count
+        let paths = std::mem::take(&mut self.paths);
+        if let (false, Ok(runtime)) = (paths.is_empty(), tokio::runtime::Handle::try_current()) {
+            let volumes = Arc::clone(&self.volumes);
+            runtime.spawn(async move {
+                for path in paths {
+                    volumes.let_go(path).await;
+                }
             });
-            if left == 0 {
-                users.remove(path);
-                // A file is no mount of its own; nor is what could not be looked at.
-                let _ = umount2(path, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
-            }
         }
     }
 }
@@ -102,15 +132,52 @@ mod tests {
         assert_eq!(found, [PathBuf::from(one)]);
     }
 
+    fn volume() -> (PathBuf, Spec) {
+        let path = format!("{SHARE_DIR}/{VOLUMES}/none");
+        (PathBuf::from(&path), spec(&[&path]))
+    }
+
     #[tokio::test]
     async fn a_volume_is_held_until_its_last_container_lets_go() {
         let volumes = Arc::new(Volumes::default());
-        let path = format!("{SHARE_DIR}/{VOLUMES}/none");
-        let first = volumes.hold(&spec(&[&path])).await;
-        let second = volumes.hold(&spec(&[&path])).await;
-        drop(first);
-        assert_eq!(volumes.users().get(Path::new(&path)), Some(&1));
-        drop(second);
-        assert!(volumes.users().is_empty());
+        let (path, spec) = volume();
+        let first = volumes.hold(&spec).await;
+        let second = volumes.hold(&spec).await;
+        first.release().await;
+        assert_eq!(*volumes.all()[&path].try_lock().unwrap(), 1);
+        second.release().await;
+        assert!(volumes.all().is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_volume_that_nobody_waits_for_is_let_go_all_the_same() {
+        let volumes = Arc::new(Volumes::default());
+        let (_, spec) = volume();
+        drop(volumes.hold(&spec).await);
+        while !volumes.all().is_empty() {
+            tokio::task::yield_now().await;
+        }
+    }
+
+    /// The agent has one thread: a host that takes its time must not hold up everything else in the pod.
+    #[tokio::test]
+    async fn a_volume_that_is_being_unmounted_is_waited_for_by_whoever_wants_it_and_nobody_else() {
+        let volumes = Arc::new(Volumes::default());
+        let (path, spec) = volume();
+        let first = volumes.hold(&spec).await;
+        let users = Arc::clone(&volumes.all()[&path]);
+        let unmounting = users.lock().await;
+        let mut release = std::pin::pin!(first.release());
+        let mut hold = std::pin::pin!(volumes.hold(&spec));
+        assert!(futures::poll!(&mut release).is_pending());
+        assert!(futures::poll!(&mut hold).is_pending());
+        let other = self::spec(&[&format!("{SHARE_DIR}/{VOLUMES}/other")]);
+        volumes.hold(&other).await.release().await;
+        drop(unmounting);
+        let (second, ()) = tokio::join!(hold, release);
+        assert_eq!(*users.try_lock().unwrap(), 1, "it is mounted for the second");
+        drop(users);
+        second.release().await;
+        assert!(volumes.all().is_empty());
     }
 }

@@ -15,7 +15,10 @@ use libcgroups::common::{
     AnyCgroupManager, CgroupConfig, CgroupManager, ControllerOpt, create_cgroup_manager,
 };
 use oci_spec::runtime::{Linux, LinuxResources};
-use tokio::io::{Interest, unix::AsyncFd};
+use tokio::{
+    io::{Interest, unix::AsyncFd},
+    time::timeout,
+};
 
 pub use devices::{DeviceRules, DeviceRulesError};
 pub use oom::OomWatcher;
@@ -25,6 +28,9 @@ pub const ROOT: &str = "/sys/fs/cgroup";
 
 /// How long processes that were sent SIGKILL may take to be gone.
 const KILL_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long the processes of a cgroup may take to stop. A second does on a busy guest.
+const FREEZE_LIMIT: Duration = Duration::from_secs(10);
 
 /// What the containers together leave to the agent and its helpers, so that a fork bomb, or one that takes all memory,
 /// does not keep it from ending them.
@@ -69,6 +75,12 @@ pub enum CgroupError {
     /// Processes survive SIGKILL, for example in an uninterruptible read.
     #[error("cgroup {0:?} still has processes {limit} s after they were killed", limit = KILL_LIMIT.as_secs())]
     Busy(PathBuf),
+    /// Processes do not stop.
+    #[error(
+        "cgroup {0:?}: its processes have not stopped within {limit} s, so they go on; one may wait for a file system",
+        limit = FREEZE_LIMIT.as_secs()
+    )]
+    NotFrozen(PathBuf),
 }
 
 /// Makes the cgroup `name` (a path below the root of the hierarchy) able to hold containers' cgroups with
@@ -253,12 +265,35 @@ impl Cgroup {
         fs::write(self.directory.join("cgroup.kill"), "1").map_err(self.error("kill its processes"))
     }
 
-    /// Stops or continues every process in it, and waits until that has happened.
-    pub async fn freeze(&self, freeze: bool) -> Result<(), CgroupError> {
-        let what = if freeze { "freeze it" } else { "thaw it" };
-        fs::write(self.directory.join("cgroup.freeze"), if freeze { "1" } else { "0" })
-            .map_err(self.error(what))?;
-        self.wait_for(if freeze { "frozen 1" } else { "frozen 0" }).await.map_err(self.error(what))
+    /// Stops every process in it, and waits until all have stopped. One that is inside a system call which nothing but its
+    /// answer ends does not (kernel: `kernel/cgroup/freezer.c`); then all of them go on.
+    pub async fn freeze(&self) -> Result<(), CgroupError> {
+        let frozen = match self.set_frozen(true) {
+            Ok(()) => timeout(FREEZE_LIMIT, self.wait_for("frozen 1")).await,
+            Err(error) => Ok(Err(error)),
+        };
+        let error = match frozen {
+            Ok(Ok(())) => return Ok(()),
+            Ok(Err(error)) => self.error("stop its processes")(error),
+            Err(_) => CgroupError::NotFrozen(self.path.clone()),
+        };
+        if let Err(error) = self.set_frozen(false) {
+            tracing::warn!(cgroup = %self.path.display(), %error, "a cgroup that was not to be stopped may stay so");
+        }
+        Err(error)
+    }
+
+    /// Lets every process in it go on, and waits until that has happened.
+    pub async fn thaw(&self) -> Result<(), CgroupError> {
+        let thawed = async {
+            self.set_frozen(false)?;
+            self.wait_for("frozen 0").await
+        };
+        thawed.await.map_err(self.error("let its processes go on"))
+    }
+
+    fn set_frozen(&self, frozen: bool) -> io::Result<()> {
+        fs::write(self.directory.join("cgroup.freeze"), if frozen { "1" } else { "0" })
     }
 
     /// Kills what is left in the cgroup and removes it. A cgroup that is already gone is no error.
@@ -270,7 +305,7 @@ impl Cgroup {
         let _ = fs::write(self.directory.join("cpu.max"), "max");
         let _ = fs::write(self.directory.join("cpu.weight"), "100");
         self.kill()?;
-        match tokio::time::timeout(KILL_LIMIT, self.wait_for("populated 0")).await {
+        match timeout(KILL_LIMIT, self.wait_for("populated 0")).await {
             Ok(waited) => waited.map_err(self.error("wait for its processes"))?,
             Err(_) => return Err(CgroupError::Busy(self.path.clone())),
         }

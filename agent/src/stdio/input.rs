@@ -21,6 +21,10 @@ const WINDOW: usize = 64 << 10;
 /// connections; a client that closes its stream ends the wait.
 const CLOSE_GRACE: Duration = Duration::from_secs(10);
 
+/// How long the end of a connection is waited for once there is a newer one. A containerd that was ended has closed it; one
+/// that hangs without having closed it sends nothing any more.
+const SUPERSEDED_GRACE: Duration = Duration::from_secs(2);
+
 /// Copies to `sink` until the client ends its stream, or `close` is notified, or the process has
 /// closed its side. A connection that breaks is no end: another may come.
 ///
@@ -28,31 +32,13 @@ const CLOSE_GRACE: Duration = Duration::from_secs(10);
 /// Afterwards input is thrown away, so that a client that is still sending does not hang.
 pub async fn copy(sink: impl AsyncWrite + Unpin, is_terminal: bool, mut claim: Claim, close: Arc<Notify>) {
     let mut input = Input { sink: Some(sink), is_terminal, close, closing: None };
-    let mut stream = tokio::select! {
-        stream = claim.next() => stream,
-        () = input.close.notified() => {
-            input.end();
-            claim.next().await
-        }
-    };
+    let mut newer = None;
     loop {
-        tokio::select! {
-            biased;
-            newer = claim.next() => stream = newer,
-            ended = input.receive(&mut stream) => {
-                if let Ended::ByClient = ended {
-                    input.end();
-                }
-                stream.close().await;
-                tokio::select! {
-                    newer = claim.next() => stream = newer,
-                    () = input.close.notified() => {
-                        input.end();
-                        stream = claim.next().await;
-                    }
-                }
-            }
+        let mut stream = if let Some(stream) = newer.take() { stream } else { input.next(&mut claim).await };
+        if let Ended::ByClient = input.receive(&mut stream, &mut claim, &mut newer).await {
+            input.end();
         }
+        stream.close().await;
     }
 }
 
@@ -70,12 +56,30 @@ struct Input<S> {
 }
 
 impl<S: AsyncWrite + Unpin> Input<S> {
-    /// Takes in what one connection sends.
-    async fn receive(&mut self, stream: &mut ServerStream) -> Ended {
+    /// The next connection. The input may end before there is one.
+    async fn next(&mut self, claim: &mut Claim) -> ServerStream {
+        tokio::select! {
+            stream = claim.next() => stream,
+            () = self.close.notified() => {
+                self.end();
+                claim.next().await
+            }
+        }
+    }
+
+    /// Takes in what one connection sends, until it ends. When there is a `newer` one, what the client has sent over this one
+    /// before it went away is still taken in, but not waited for.
+    async fn receive(
+        &mut self,
+        stream: &mut ServerStream,
+        claim: &mut Claim,
+        newer: &mut Option<ServerStream>,
+    ) -> Ended {
         if stream.send(&message::credit(WINDOW)).await.is_err() {
             return Ended::Disconnected;
         }
         let mut taken = 0;
+        let mut superseded = None;
         loop {
             let incoming = tokio::select! {
                 biased;
@@ -85,6 +89,13 @@ impl<S: AsyncWrite + Unpin> Input<S> {
                     continue;
                 }
                 () = expired(self.closing) => return Ended::ByClient,
+                // Not while something is written: a write that is broken off has written nobody knows how much.
+                stream = claim.next(), if newer.is_none() => {
+                    *newer = Some(stream);
+                    superseded = Some(Instant::now() + SUPERSEDED_GRACE);
+                    continue;
+                }
+                () = expired(superseded) => return Ended::Disconnected,
             };
             match incoming {
                 Some(Incoming::Message(message)) => {
@@ -101,7 +112,7 @@ impl<S: AsyncWrite + Unpin> Input<S> {
                 None if self.closing.is_some() => return Ended::ByClient,
                 None => return Ended::Disconnected,
             }
-            if taken >= WINDOW / 2 {
+            if taken >= WINDOW / 2 && newer.is_none() {
                 if stream.send(&message::credit(taken)).await.is_err() {
                     return Ended::Disconnected;
                 }

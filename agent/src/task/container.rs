@@ -19,6 +19,7 @@ use pericarp_protos::{
 
 use super::{
     Exits, TaskError,
+    pause::{PauseError, Pausing},
     process::{Process, State, receive_console},
 };
 use crate::{
@@ -46,8 +47,8 @@ pub struct Container {
     pub cgroup: Cgroup,
     /// Its first process.
     pub init: Arc<Process>,
-    /// Whether its processes are frozen.
-    pub paused: AtomicBool,
+    /// Whether its processes are stopped.
+    pub pausing: Pausing,
     /// Its disks.
     pub disks: OnceLock<Attached>,
     volumes: Mutex<Option<Held>>,
@@ -129,7 +130,7 @@ impl Container {
             bundle: bundle.to_owned(),
             cgroup,
             init,
-            paused: AtomicBool::new(false),
+            pausing: Pausing::default(),
             disks: OnceLock::new(),
             volumes: Mutex::default(),
             huge_pages: tokio::sync::Mutex::default(),
@@ -193,9 +194,9 @@ impl Container {
     ) -> Result<Arc<Process>, TaskError> {
         let process = self.process(exec_id)?;
         self.must_run()?;
-        if self.paused.load(Ordering::Relaxed) {
+        let Some(_not_paused) = self.pausing.hold_off().await else {
             return Err(self.wrong_state("it is paused"));
-        }
+        };
         let spec = self.execs().get(exec_id).map(|exec| exec.spec.clone());
         let (State::Added, Some(mut spec)) = (process.state(), spec) else {
             return Err(TaskError::State {
@@ -326,12 +327,35 @@ impl Container {
         self.init.wait().await;
         self.init.stdio().take();
         self.execs().clear();
-        self.volumes.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let volumes = self.volumes.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(volumes) = volumes {
+            volumes.release().await;
+        }
         self.huge_pages.lock().await.take();
         if let Some(disks) = self.disks.get() {
             disks.detach().await;
         }
         Ok(())
+    }
+
+    /// Stops all of its processes, or none.
+    pub async fn pause(&self) -> Result<(), TaskError> {
+        if !matches!(self.init.state(), State::Running { .. }) {
+            return Err(self.wrong_state("only a running container can be paused"));
+        }
+        self.pausing.pause(&self.cgroup).await.map_err(|error| self.pause_error(error))
+    }
+
+    /// Lets its processes go on.
+    pub async fn resume(&self) -> Result<(), TaskError> {
+        self.pausing.resume(&self.cgroup).await.map_err(|error| self.pause_error(error))
+    }
+
+    fn pause_error(&self, error: PauseError) -> TaskError {
+        match error {
+            PauseError::State(problem) => self.wrong_state(problem),
+            PauseError::Cgroup(source) => TaskError::Cgroup { id: self.id.to_string(), source },
+        }
     }
 
     fn must_run(&self) -> Result<(), TaskError> {

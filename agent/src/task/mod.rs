@@ -3,6 +3,7 @@
 mod container;
 mod error;
 mod exits;
+mod pause;
 mod process;
 mod service;
 mod spec;

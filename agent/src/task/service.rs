@@ -2,7 +2,7 @@
 
 use std::{
     collections::{HashMap, hash_map::Entry},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, atomic::Ordering},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
 
@@ -158,6 +158,7 @@ impl Tasks {
                 Ok(container)
             }
             Err(error) => {
+                volumes.release().await;
                 disks.detach().await;
                 Err(error)
             }
@@ -384,7 +385,7 @@ impl shim_async::Task for Tasks {
         response.terminal = process.urls.terminal;
         let status = match process.state() {
             State::Added | State::Starting | State::Created { .. } => Status::CREATED,
-            State::Running { .. } if container.paused.load(Ordering::Relaxed) => Status::PAUSED,
+            State::Running { .. } if container.pausing.is_paused() => Status::PAUSED,
             State::Running { .. } => Status::RUNNING,
             State::Stopped { exit, .. } => {
                 response.exit_status = exit.status;
@@ -443,15 +444,7 @@ impl shim_async::Task for Tasks {
     }
 
     async fn pause(&self, _: &TtrpcContext, request: api::PauseRequest) -> ttrpc::Result<Empty> {
-        let container = self.container(&request.id)?;
-        if !matches!(container.init.state(), State::Running { .. }) {
-            return Err(container.wrong_state("only a running container can be paused").into());
-        }
-        if container.paused.load(Ordering::Relaxed) {
-            return Err(container.wrong_state("cannot pause a paused container").into());
-        }
-        container.cgroup.freeze(true).await.map_err(cgroup_error(&request.id))?;
-        container.paused.store(true, Ordering::Relaxed);
+        self.container(&request.id)?.pause().await?;
         let mut event = TaskPaused::new();
         event.container_id = request.id;
         self.events.publish(About::Container, "/tasks/paused", &event);
@@ -459,12 +452,7 @@ impl shim_async::Task for Tasks {
     }
 
     async fn resume(&self, _: &TtrpcContext, request: api::ResumeRequest) -> ttrpc::Result<Empty> {
-        let container = self.container(&request.id)?;
-        if !container.paused.load(Ordering::Relaxed) {
-            return Err(container.wrong_state("it is not paused").into());
-        }
-        container.cgroup.freeze(false).await.map_err(cgroup_error(&request.id))?;
-        container.paused.store(false, Ordering::Relaxed);
+        self.container(&request.id)?.resume().await?;
         let mut event = TaskResumed::new();
         event.container_id = request.id;
         self.events.publish(About::Container, "/tasks/resumed", &event);

@@ -58,6 +58,8 @@ pub struct Agent {
 pub struct FakeHost {
     pub specs: Mutex<HashMap<String, Value>>,
     pub released: Mutex<Vec<String>>,
+    /// While a test holds it, no container is prepared.
+    pub prepare: tokio::sync::Mutex<()>,
     /// While a test holds it, no container is released.
     pub release: tokio::sync::Mutex<()>,
     ready: Mutex<Option<mpsc::Sender<()>>>,
@@ -80,6 +82,7 @@ impl Host for FakeHost {
         _: &TtrpcContext,
         request: PrepareContainerRequest,
     ) -> ttrpc::Result<PrepareContainerResponse> {
+        let _allowed = self.prepare.lock().await;
         let specs = self.specs.lock().unwrap();
         let Some(spec) = specs.get(&request.container_id) else {
             let message = format!("no container {} in this pod", request.container_id);

@@ -1,6 +1,6 @@
 //! Containers and execs, from their making to their end.
 
-use containerd_shim_protos::{api, types::task::Status};
+use containerd_shim_protos::{api, shim_async::TaskClient, types::task::Status};
 use pericarp_protos::{
     protobuf::Message,
     ttrpc::{self, Code, proto},
@@ -169,6 +169,31 @@ async fn a_container_is_deleted_though_nobody_waits_for_it() {
 }
 
 #[tokio::test]
+async fn a_container_is_made_though_its_client_has_gone_away() {
+    let agent = Agent::start().await;
+    agent.add_container("c1", &["sleep", "1000"]);
+    let held = agent.host.prepare.lock().await;
+    let socket = format!("unix://{}", agent.path().join("agent.sock").display());
+    let client = ttrpc::r#async::Client::connect(&socket).await.unwrap();
+    let creating = tokio::spawn({
+        let client = TaskClient::new(client.clone());
+        async move { client.create(context(), &Agent::create_request("c1", &[])).await }
+    });
+    // The agent knows of the container as soon as it is being made.
+    while status(&agent.task.create(context(), &Agent::create_request("c1", &[])).await.unwrap_err()).0
+        != Code::ALREADY_EXISTS
+    {
+        tokio::task::yield_now().await;
+    }
+    creating.abort();
+    drop(client);
+    drop(held);
+    agent.task_events("/tasks/create").await;
+    agent.start_task("c1").await;
+    assert_eq!(agent.state("c1").await.unwrap().status.unwrap(), Status::RUNNING);
+}
+
+#[tokio::test]
 async fn a_process_is_executed_in_a_running_container() {
     let agent = Agent::start().await;
     agent.add_container("c1", &["sleep", "1000"]);
@@ -286,6 +311,45 @@ async fn a_container_is_paused_counted_and_limited() {
     request.id = "c1".into();
     let error = agent.task.update(context(), &request).await.unwrap_err();
     assert_eq!(status(&error).0, Code::INVALID_ARGUMENT);
+}
+
+/// A file system whose server never answers holds its callers where nothing but SIGKILL reaches them.
+#[tokio::test]
+async fn a_pause_that_does_not_succeed_in_time_lets_everything_go_on() {
+    let agent = Agent::start().await;
+    let script = "mknod /dev/shm/fuse c 10 229 && exec 3<>/dev/shm/fuse && mkdir -p /dev/shm/hung && \
+        mount -t fuse -o fd=3,rootmode=40000,user_id=0,group_id=0 none /dev/shm/hung && \
+        { ls /dev/shm/hung & } && while :; do echo on; sleep 1; done";
+    agent.add_container("c1", &["sh", "-c", script]).change(|spec| {
+        spec["process"]["capabilities"] = process(&[])["capabilities"].clone();
+        for set in ["bounding", "effective", "permitted"] {
+            spec["process"]["capabilities"][set].as_array_mut().unwrap().push("CAP_MKNOD".into());
+        }
+        let rule =
+            serde_json::json!({ "allow": true, "type": "c", "major": 10, "minor": 229, "access": "rwm" });
+        spec["linux"]["resources"]["devices"] = [rule].into();
+        // A seccomp filter of its own takes part in nothing here.
+        spec["linux"].as_object_mut().unwrap().remove("seccomp");
+    });
+    let mut output = agent.stream("c1-stdout").await;
+    agent.create("c1", &["stdout"]).await;
+    agent.start_task("c1").await;
+    output.grant(1 << 20).await;
+    assert_eq!(output.read().await.unwrap(), b"on\n");
+    let mut request = api::PauseRequest::new();
+    request.id = "c1".into();
+    let (code, message) = status(&agent.task.pause(context(), &request).await.unwrap_err());
+    assert!(message.contains("have not stopped within 10 s, so they go on"), "{code:?}: {message}");
+    assert_eq!(agent.state("c1").await.unwrap().status.unwrap(), Status::RUNNING);
+    // More than it may have written before.
+    for _ in 0..5 {
+        output.read().await.unwrap();
+    }
+    agent.exec("c1", "e1", process(&["true"]), &[]).await.unwrap();
+    assert_eq!(agent.wait("c1", "e1").await, 0);
+    agent.kill("c1", 9).await.unwrap();
+    assert_eq!(agent.wait("c1", "").await, 137);
+    agent.delete("c1", "").await.unwrap();
 }
 
 #[tokio::test]

@@ -137,6 +137,44 @@ async fn close_io_ends_the_input() {
     assert_eq!(agent.wait("c1", "e1").await, 0);
 }
 
+/// containerd was restarted: what its first life has sent is read before anything of its second.
+#[tokio::test]
+async fn input_that_a_reader_has_not_taken_is_not_lost_with_its_connection() {
+    const BEFORE: usize = 128 << 10;
+    let agent = Agent::start().await;
+    // Nothing is read until the second connection is there, so that the pipe is full and bytes wait in the agent.
+    agent.add_container("c1", &["sh", "-c", "until [ -e /dev/shm/second ]; do sleep 0.1; done; cat"]);
+    let (mut first, stdout) = (agent.stream("c1-stdin").await, agent.stream("c1-stdout").await);
+    agent.create("c1", &["stdin", "stdout"]).await;
+    agent.start_task("c1").await;
+    let expected = pattern(BEFORE + 1000);
+    let mut sent = 0;
+    let mut credit = 0;
+    while sent < BEFORE {
+        if credit == 0 {
+            match tokio::time::timeout(Duration::from_secs(1), first.credit()).await {
+                Ok(more) => credit = more,
+                // Nobody reads, so no more is granted.
+                Err(_) => break,
+            }
+        }
+        let length = credit.min(BEFORE - sent).min(7000);
+        first.write(&expected[sent..sent + length]).await;
+        sent += length;
+        credit -= length;
+    }
+    assert!(sent > 64 << 10, "only {sent} bytes are taken");
+    drop(first);
+    let mut second = agent.stream("c1-stdin").await;
+    agent.exec("c1", "e1", process(&["touch", "/dev/shm/second"]), &[]).await.unwrap();
+    assert!(second.credit().await >= 1000);
+    second.write(&expected[sent..sent + 1000]).await;
+    second.stream.close_send().await.unwrap();
+    let received = stdout.read_to_end().await;
+    assert_eq!(received.len(), sent + 1000);
+    assert!(received == expected[..sent + 1000], "the bytes are in another order");
+}
+
 #[tokio::test]
 async fn a_terminal_carries_both_directions_and_has_a_size() {
     let agent = Agent::start().await;
