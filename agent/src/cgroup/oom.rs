@@ -7,12 +7,17 @@ use std::{
     os::fd::OwnedFd,
     path::PathBuf,
     sync::{Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
 };
 
 use rustix::fs::inotify;
 use tokio::io::unix::AsyncFd;
 
 use super::Cgroup;
+
+/// One report of a container in this time says it all: one that has its processes killed over and over must not crowd out the
+/// events of the others.
+const REPORT_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Watches the `memory.events` files of all containers.
 pub struct OomWatcher {
@@ -24,6 +29,7 @@ struct Watched {
     container_id: String,
     file: PathBuf,
     kills: u64,
+    reported: Option<Instant>,
 }
 
 impl Watched {
@@ -46,7 +52,8 @@ impl OomWatcher {
     pub fn watch(&self, container_id: &str, cgroup: &Cgroup) -> io::Result<()> {
         let file = cgroup.directory().join("memory.events");
         let watch = inotify::add_watch(self.events.get_ref(), &file, inotify::WatchFlags::MODIFY)?;
-        let watched = Watched { container_id: container_id.to_owned(), kills: kills(&file), file };
+        let watched =
+            Watched { container_id: container_id.to_owned(), kills: kills(&file), file, reported: None };
         self.watched().insert(watch, watched);
         Ok(())
     }
@@ -63,7 +70,9 @@ impl OomWatcher {
                     all.remove(&event.wd());
                 } else if let Some(watched) = all.get_mut(&event.wd())
                     && watched.has_killed()
+                    && watched.reported.is_none_or(|before| before.elapsed() >= REPORT_INTERVAL)
                 {
+                    watched.reported = Some(Instant::now());
                     report(&watched.container_id);
                 }
             }
