@@ -3,6 +3,7 @@
 use std::{
     collections::HashMap,
     fs,
+    io::Write as _,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
@@ -60,6 +61,8 @@ pub struct FakeHost {
     pub released: Mutex<Vec<String>>,
     /// While a test holds it, no container is prepared.
     pub prepare: tokio::sync::Mutex<()>,
+    /// Told when the agent has asked for a container.
+    pub asked: tokio::sync::Notify,
     /// While a test holds it, no container is released.
     pub release: tokio::sync::Mutex<()>,
     ready: Mutex<Option<mpsc::Sender<()>>>,
@@ -82,6 +85,7 @@ impl Host for FakeHost {
         _: &TtrpcContext,
         request: PrepareContainerRequest,
     ) -> ttrpc::Result<PrepareContainerResponse> {
+        self.asked.notify_one();
         let _allowed = self.prepare.lock().await;
         let specs = self.specs.lock().unwrap();
         let Some(spec) = specs.get(&request.container_id) else {
@@ -173,6 +177,16 @@ impl Agent {
             task: TaskClient::new(client.clone()),
             own: AgentClient::new(client),
         }
+    }
+
+    /// Whether this machine's cgroups have the file. What cannot be tested here is said.
+    pub fn cgroup_has(&self, container: &str, file: &str) -> bool {
+        let has = fs::exists(format!("/sys/fs/cgroup/pod-{}/{container}/{file}", self.pid())).unwrap();
+        // RDMA's are those of devices that hardly a machine has.
+        if !has && !file.starts_with("rdma.") {
+            let _ = writeln!(std::io::stderr(), "\nskipped: this machine's cgroups have no {file}");
+        }
+        has
     }
 
     /// The agent's process.

@@ -1,10 +1,12 @@
 //! Containers and execs, from their making to their end.
 
-use containerd_shim_protos::{api, shim_async::TaskClient, types::task::Status};
+use containerd_shim_protos::{api, types::task::Status};
 use pericarp_protos::{
     protobuf::Message,
     ttrpc::{self, Code, proto},
 };
+
+use tokio::net::UnixStream;
 
 use crate::harness::{Agent, context, process, status, topic};
 
@@ -140,25 +142,31 @@ async fn a_container_that_has_exited_is_not_taken_for_one_that_never_was() {
     agent.delete("c1", "").await.unwrap();
 }
 
+/// Makes a call of the Task API on a connection of its own. ttrpc's own client sends no request whose time is over, and keeps
+/// its connection as long as an answer is missing.
+async fn call_by_hand(agent: &Agent, method: &str, timeout_nano: i64, message: &impl Message) -> UnixStream {
+    let request = ttrpc::Request {
+        service: "containerd.task.v3.Task".into(),
+        method: method.into(),
+        timeout_nano,
+        payload: message.write_to_bytes().unwrap(),
+        ..Default::default()
+    };
+    let mut socket = UnixStream::connect(agent.path().join("agent.sock")).await.unwrap();
+    let message = proto::Message::new_request(1, request).unwrap();
+    proto::GenMessage::try_from(message).unwrap().write_to(&mut socket).await.unwrap();
+    socket
+}
+
 #[tokio::test]
 async fn a_container_is_deleted_though_nobody_waits_for_it() {
     let agent = Agent::start().await;
     agent.add_container("c1", &["sleep", "1000"]);
     agent.create("c1", &[]).await;
-    // Our own client would not send a request whose time is over.
     let mut delete = api::DeleteRequest::new();
     delete.id = "c1".into();
-    let request = ttrpc::Request {
-        service: "containerd.task.v3.Task".into(),
-        method: "Delete".into(),
-        timeout_nano: 1,
-        payload: delete.write_to_bytes().unwrap(),
-        ..Default::default()
-    };
     let held = agent.host.release.lock().await;
-    let mut socket = tokio::net::UnixStream::connect(agent.path().join("agent.sock")).await.unwrap();
-    let message = proto::Message::new_request(1, request).unwrap();
-    proto::GenMessage::try_from(message).unwrap().write_to(&mut socket).await.unwrap();
+    let mut socket = call_by_hand(&agent, "Delete", 1, &delete).await;
     let answer = proto::GenMessage::read_from(&mut socket).await.unwrap();
     let answer = ttrpc::Response::parse_from_bytes(&answer.payload).unwrap();
     assert_eq!(answer.status.code(), Code::DEADLINE_EXCEEDED);
@@ -173,20 +181,14 @@ async fn a_container_is_made_though_its_client_has_gone_away() {
     let agent = Agent::start().await;
     agent.add_container("c1", &["sleep", "1000"]);
     let held = agent.host.prepare.lock().await;
-    let socket = format!("unix://{}", agent.path().join("agent.sock").display());
-    let client = ttrpc::r#async::Client::connect(&socket).await.unwrap();
-    let creating = tokio::spawn({
-        let client = TaskClient::new(client.clone());
-        async move { client.create(context(), &Agent::create_request("c1", &[])).await }
-    });
-    // The agent knows of the container as soon as it is being made.
-    while status(&agent.task.create(context(), &Agent::create_request("c1", &[])).await.unwrap_err()).0
-        != Code::ALREADY_EXISTS
-    {
-        tokio::task::yield_now().await;
-    }
-    creating.abort();
+    let create = Agent::create_request("c1", &[]);
+    let client = call_by_hand(&agent, "Create", 0, &create).await;
+    agent.host.asked.notified().await;
     drop(client);
+    // The agent, which has one thread, has seen that by the time that it has answered what came later.
+    for _ in 0..3 {
+        agent.state("c1").await.unwrap_err();
+    }
     drop(held);
     agent.task_events("/tasks/create").await;
     agent.start_task("c1").await;
@@ -370,10 +372,16 @@ async fn containers_can_share_the_pods_pid_namespace() {
     assert_eq!(output.read_to_end().await, b"pause\n");
     assert_eq!(agent.wait("c2", "").await, 0);
     // The first process is nobody's init here: the rest must be killed for it.
+    let pids = async || {
+        let mut request = api::PidsRequest::new();
+        request.id = "c1".into();
+        agent.task.pids(context(), &request).await.unwrap().processes.len()
+    };
+    assert_eq!(pids().await, 2);
     agent.kill("c1", 9).await.unwrap();
     assert_eq!(agent.wait("c1", "").await, 137);
-    let mut request = api::PidsRequest::new();
-    request.id = "c1".into();
+    // Where there are none, the first one is named.
+    assert_eq!(pids().await, 1);
     agent.delete("c1", "").await.unwrap();
 }
 

@@ -75,9 +75,11 @@ async fn output_waits_for_credit_and_for_a_new_reader() {
 async fn a_stream_that_comes_late_gets_everything() {
     let agent = Agent::start().await;
     agent.add_container("c1", &["echo", "patience"]);
-    agent.create("c1", &["stdout"]).await;
+    let pid = agent.create("c1", &["stdout"]).await;
     agent.start_task("c1").await;
-    tokio::time::sleep(Duration::from_millis(100)).await;
+    while std::path::Path::new(&format!("/proc/{pid}")).exists() {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
     assert_eq!(agent.stream("c1-stdout").await.read_to_end().await, b"patience\n");
     assert_eq!(agent.wait("c1", "").await, 0);
     // Once more, after the end: there is nothing left.
@@ -89,8 +91,12 @@ async fn wait_returns_after_the_reader_has_taken_everything() {
     let agent = Agent::start().await;
     agent.add_container("c1", &["sh", "-c", "head -c 40000 /dev/zero"]);
     let stdout = agent.stream("c1-stdout").await;
-    agent.create("c1", &["stdout"]).await;
+    let pid = agent.create("c1", &["stdout"]).await;
     agent.start_task("c1").await;
+    // The agent takes the exit of a process at once.
+    while std::path::Path::new(&format!("/proc/{pid}")).exists() {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
     let wait = agent.wait("c1", "");
     tokio::pin!(wait);
     let early = tokio::time::timeout(Duration::from_millis(300), &mut wait).await;
@@ -166,7 +172,7 @@ async fn input_that_a_reader_has_not_taken_is_not_lost_with_its_connection() {
     assert!(sent > 64 << 10, "only {sent} bytes are taken");
     drop(first);
     let mut second = agent.stream("c1-stdin").await;
-    agent.exec("c1", "e1", process(&["touch", "/dev/shm/second"]), &[]).await.unwrap();
+    agent.exec("c1", "e1", process(&["sh", "-c", ": > /dev/shm/second"]), &[]).await.unwrap();
     assert!(second.credit().await >= 1000);
     second.write(&expected[sent..sent + 1000]).await;
     second.stream.close_send().await.unwrap();
