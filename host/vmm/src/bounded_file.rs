@@ -26,10 +26,10 @@ impl BoundedFile {
         (&self.file).take(keep).read_to_end(&mut newest)?;
         self.file.set_len(0)?;
         self.file.seek(SeekFrom::Start(0))?;
-        self.size = 0;
-        self.file.write_all(&newest)?;
-        self.size = newest.len() as u64;
-        Ok(())
+        let written = self.file.write_all(&newest);
+        // On a disk that is full, only a part of it may be there.
+        self.size = self.file.stream_position()?;
+        written
     }
 }
 

@@ -17,6 +17,11 @@ type Inode = <PassthroughFs as FileSystem>::Inode;
 type Handle = <PassthroughFs as FileSystem>::Handle;
 type Opened = (Option<Handle>, OpenOptions);
 
+/// A flag for every file that is opened.
+const NOT_WAITING: u32 = libc::O_NONBLOCK.cast_unsigned();
+/// Most bytes of one `COPY_FILE_RANGE`.
+const COPY_MAX: u64 = 16 << 20;
+
 /// The share as the guest may use it.
 pub struct Checked(PassthroughFs);
 
@@ -156,7 +161,14 @@ impl FileSystem for Checked {
         extensions: Extensions,
     ) -> io::Result<(Entry, Option<Handle>, OpenOptions)> {
         names::check(name)?;
+        let flags = flags | NOT_WAITING;
         self.0.create(context, parent, name, mode, kill_privileges, flags, umask, extensions)
+    }
+
+    /// Files of tracefs and the like wait until there is something to be read, and an open waits for somebody's lease on the
+    /// file: nobody else in the pod would be served meanwhile.
+    fn open(&self, context: Context, inode: Inode, kill_privileges: bool, flags: u32) -> io::Result<Opened> {
+        self.0.open(context, inode, kill_privileges, flags | NOT_WAITING)
     }
 
     fn setxattr(
@@ -250,6 +262,8 @@ impl FileSystem for Checked {
         flags: u64,
     ) -> io::Result<usize> {
         let _acting = Acting::for_data(context, false);
+        // A shorter copy is an answer as well. The longest would keep the device for minutes.
+        let length = length.min(COPY_MAX);
         self.0.copyfilerange(context, from, from_handle, from_offset, to, to_handle, to_offset, length, flags)
     }
 
@@ -262,7 +276,6 @@ impl FileSystem for Checked {
             &self, context: Context, inode: Inode, attributes: SetattrIn, handle: Option<Handle>, valid: SetattrValid
         ) -> io::Result<(Attr, Duration)>;
         fn readlink(&self, context: Context, inode: Inode) -> io::Result<Vec<u8>>;
-        fn open(&self, context: Context, inode: Inode, kill_privileges: bool, flags: u32) -> io::Result<Opened>;
         fn flush(&self, context: Context, inode: Inode, handle: Handle, lock_owner: u64) -> io::Result<()>;
         fn fsync(&self, context: Context, inode: Inode, data_only: bool, handle: Handle) -> io::Result<()>;
         fn release(

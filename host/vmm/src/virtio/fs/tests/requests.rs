@@ -316,47 +316,162 @@ fn a_chain_that_is_no_request_is_given_back() {
     assert_eq!(guest.send_chain(&pieces).error, 0);
 }
 
+/// What requests consist of: 64-bit words, and names of files.
+const SHAPES: [(Opcode, usize, usize); 31] = [
+    (Opcode::Lookup, 0, 1),
+    (Opcode::Forget, 1, 0),
+    (Opcode::Getattr, 2, 0),
+    (Opcode::Setattr, 11, 0),
+    (Opcode::Readlink, 0, 0),
+    (Opcode::Mknod, 2, 1),
+    (Opcode::Mkdir, 1, 1),
+    (Opcode::Unlink, 0, 1),
+    (Opcode::Rmdir, 0, 1),
+    (Opcode::Rename, 1, 2),
+    (Opcode::Link, 1, 1),
+    (Opcode::Open, 1, 0),
+    (Opcode::Read, 5, 0),
+    (Opcode::Write, 5, 0),
+    (Opcode::Statfs, 0, 0),
+    (Opcode::Release, 3, 0),
+    (Opcode::Fsync, 2, 0),
+    (Opcode::Listxattr, 1, 0),
+    (Opcode::Flush, 3, 0),
+    (Opcode::Opendir, 1, 0),
+    (Opcode::Readdir, 5, 0),
+    (Opcode::Releasedir, 3, 0),
+    (Opcode::Fsyncdir, 2, 0),
+    (Opcode::Access, 1, 0),
+    (Opcode::Create, 2, 1),
+    (Opcode::Fallocate, 4, 0),
+    (Opcode::Readdirplus, 5, 0),
+    (Opcode::Rename2, 2, 2),
+    (Opcode::Lseek, 3, 0),
+    (Opcode::CopyFileRange, 7, 0),
+    (Opcode::Syncfs, 1, 0),
+];
+
+/// Numbers that are random and the same every time.
+struct Random(u64);
+
+impl Random {
+    /// Xorshift.
+    fn pick<T: Copy>(&mut self, of: &[T]) -> T {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        of[usize::try_from(self.0 % of.len() as u64).unwrap()]
+    }
+}
+
+/// Files of the guest's. What a request has forgotten or taken away is found again.
+struct Known {
+    file: u64,
+    directory: u64,
+    handle: u64,
+    listing: u64,
+}
+
+impl Known {
+    fn find(guest: &mut Guest) -> Known {
+        fs::create_dir_all(guest.share("directory")).unwrap();
+        fs::write(guest.share("file"), "kept").unwrap();
+        let (file, directory) = (guest.find("file"), guest.find("directory"));
+        let handle = guest.open(Opcode::Open, file, libc::O_RDWR);
+        let listing = guest.open(Opcode::Opendir, directory, libc::O_RDONLY);
+        Known { file, directory, handle, listing }
+    }
+}
+
 #[test]
 fn random_requests_do_not_stop_the_device_or_reach_out_of_the_share() {
+    const NAMES: [&[u8]; 7] =
+        [b"file\0", b"..\0", b"../outside/file\0", b"../outside/made\0", b"made\0", b"new\0", b"\0"];
     let mut guest = Guest::new();
     let before = manifest(&guest.outside(""));
-    let file = guest.find("file");
-    let directory = guest.find("directory");
-    let handle = guest.open(Opcode::Open, file, libc::O_RDWR);
-    guest.open(Opcode::Opendir, directory, libc::O_RDONLY);
-    // Xorshift, so that what was seen can be seen again.
-    let mut state = 0x9e37_79b9_7f4a_7c15_u64;
-    let mut random = move || {
-        state ^= state << 13;
-        state ^= state >> 7;
-        state ^= state << 17;
-        state
-    };
-    for _ in 0..20_000 {
-        let mut pick = |of: &[u64]| of[usize::try_from(random() % of.len() as u64).unwrap()];
-        let opcode =
-            u32::try_from(pick(&(0..54).filter(|opcode| *opcode != 38).collect::<Vec<_>>())).unwrap();
-        let node = pick(&[0, 1, file, directory, u64::MAX]);
+    let mut known = Known::find(&mut guest);
+    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    let mut done = 0;
+    for round in 0..20_000 {
         let mut body = Vec::new();
-        let words = pick(&[0, 1, 1, 2, 2, 3, 4, 5, 7, 8, 11, 40]);
-        let sizes = [0, 0, 1, handle, 8, 64, 4096, 1 << 31, 1 << 32, 1 << 63, u64::MAX, 1 << 20];
-        for _ in 0..words {
-            body.extend(pick(&sizes).to_le_bytes());
+        let mut leads_out = false;
+        let Known { file, directory, handle, listing } = known;
+        // One in four is anything; the others are what a guest could mean.
+        if round % 4 == 0 {
+            let opcode = random.pick(&(0..54).filter(|opcode| *opcode != 38).collect::<Vec<u32>>());
+            let sizes = [0, 0, 1, handle, 8, 64, 4096, 1 << 31, 1 << 32, 1 << 63, u64::MAX, 1 << 20];
+            for _ in 0..random.pick(&[0, 1, 1, 2, 2, 3, 4, 5, 7, 8, 11, 40]) {
+                body.extend(random.pick(&sizes).to_le_bytes());
+            }
+            for _ in 0..random.pick(&[0, 1, 1, 2, 3]) {
+                body.extend(random.pick(&NAMES));
+            }
+            let node = random.pick(&[0, 1, file, directory, u64::MAX]);
+            let room = random.pick(&[0, 15, 16, 100, 4096, 4112, 1 << 20]);
+            guest.ask_with_room(opcode, node, &body, room);
+        } else {
+            let (opcode, words, names) = random.pick(&SHAPES);
+            for _ in 0..words {
+                let word = random.pick(&[0, 0, 0, 0, 1, 8, handle, listing, file, directory, 4096]);
+                body.extend(word.to_le_bytes());
+            }
+            for _ in 0..names {
+                let name = random.pick(&NAMES);
+                leads_out |= name.starts_with(b"..");
+                body.extend(name);
+            }
+            let answer = guest.ask(opcode, random.pick(&[ROOT_ID, ROOT_ID, file, directory]), &body);
+            let is_done = answer.length > 0 && answer.error == 0;
+            assert!(!is_done || !leads_out, "{opcode:?} was done with a name that leads out: {body:?}");
+            done += u32::from(is_done);
         }
-        for _ in 0..pick(&[0, 1, 1, 2, 3]) {
-            let names: [&[u8]; 6] = [b"file\0", b"..\0", b"../outside/file\0", b"a", b"new\0", b"\0"];
-            body.extend(names[usize::try_from(pick(&[0, 1, 2, 3, 4, 5])).unwrap()]);
-        }
-        let room = u32::try_from(pick(&[0, 15, 16, 100, 4096, 4112, 1 << 20])).unwrap();
-        guest.ask_with_room(opcode, node, &body, room);
-        // The root may have been forgotten.
-        if opcode == Opcode::Forget as u32
-            || opcode == Opcode::BatchForget as u32
-            || opcode == Opcode::Init as u32
-        {
+        if round % 8 == 0 {
             assert_eq!(guest.ask(Opcode::Init, 0, &init(7, 38, FsOptions::all())).error, 0);
+            known = Known::find(&mut guest);
         }
     }
     guest.assert_served("all that");
     assert_eq!(manifest(&guest.outside("")), before);
+    // Requests that are wrong in themselves are refused whatever they are about: those show nothing.
+    assert!(done > 1000, "only {done} requests were done");
+}
+
+/// A file server on the host has a lease on a file, which it gives up after `fs.lease-break-time`, 45 s.
+#[test]
+fn a_file_that_would_keep_whoever_opens_it_waiting_does_not_keep_the_device() {
+    /// `include/uapi/asm-generic/fcntl.h`
+    const F_SETSIG: i32 = 10;
+    let mut guest = Guest::new();
+    let file = guest.find("file");
+    let held = fs::File::open(guest.share("file")).unwrap();
+    // SAFETY: only flags of this open file change. Its holder is told by a signal that does nothing.
+    unsafe {
+        assert_eq!(libc::fcntl(held.as_raw_fd(), F_SETSIG, libc::SIGURG), 0);
+        assert_eq!(libc::fcntl(held.as_raw_fd(), libc::F_SETLEASE, libc::F_RDLCK), 0);
+    }
+    let open = OpenIn { flags: libc::O_RDWR.cast_unsigned(), open_flags: 0 };
+    assert_eq!(guest.ask(Opcode::Open, file, open.as_slice()).error, libc::EAGAIN);
+    drop(held);
+    guest.open(Opcode::Open, file, libc::O_RDWR);
+}
+
+#[test]
+fn one_copy_is_no_longer_than_the_others_can_wait_for() {
+    let mut guest = Guest::new();
+    fs::File::create(guest.share("long")).unwrap().set_len(1 << 30).unwrap();
+    let (from, to) = (guest.find("long"), guest.find("file"));
+    let (source, target) =
+        (guest.open(Opcode::Open, from, libc::O_RDONLY), guest.open(Opcode::Open, to, libc::O_RDWR));
+    let copy = virtiofsd::fuse::CopyfilerangeIn {
+        fh_in: source,
+        off_in: 0,
+        nodeid_out: to,
+        fh_out: target,
+        off_out: 0,
+        len: 1 << 30,
+        flags: 0,
+    };
+    let copied =
+        guest.ask(Opcode::CopyFileRange, from, copy.as_slice()).read::<virtiofsd::fuse::WriteOut>().size;
+    assert!((1..=16 << 20).contains(&copied), "{copied}");
 }
