@@ -6,7 +6,6 @@ use std::{
     thread::JoinHandle,
 };
 
-use kvm_bindings::CpuId;
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 
 use crate::{
@@ -22,22 +21,22 @@ use crate::{
 /// when it tries to start them, and cost the host nothing.
 pub struct Maker {
     vm: Arc<VmFd>,
-    supported: CpuId,
+    allowed: cpuid::Allowed,
     max: u8,
 }
 
 impl Maker {
     /// For a machine that never has more than `max`. `nested`: whether its guest may have virtual machines of its own.
     pub fn new(kvm: &Kvm, vm: Arc<VmFd>, max: u8, nested: bool) -> Result<Maker, Error> {
-        let supported =
-            cpuid::supported(kvm, nested).map_err(refused("tell what processor features it supports"))?;
-        Ok(Maker { vm, supported, max })
+        let allowed =
+            cpuid::allowed(kvm, nested).map_err(refused("tell what processor features it supports"))?;
+        Ok(Maker { vm, allowed, max })
     }
 
     /// Makes the vCPU with this number.
     pub fn make(&self, id: u8) -> Result<VcpuFd, Error> {
         let vcpu = self.vm.create_vcpu(u64::from(id)).map_err(refused("create a vCPU"))?;
-        vcpu.set_cpuid2(&cpuid::for_vcpu(&self.supported, id, self.max))
+        vcpu.set_cpuid2(&cpuid::for_vcpu(&self.allowed, id, self.max))
             .map_err(refused("take a vCPU's CPUID"))?;
         registers::initialize(&vcpu)?;
         Ok(vcpu)

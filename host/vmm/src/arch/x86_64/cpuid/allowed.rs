@@ -181,8 +181,18 @@ const NESTED: &[Leaf] = &[
     whole(0x8000_000a),
 ];
 
+/// What a guest may see of what KVM supports. Only [`restrict`] makes one.
+pub struct Allowed(CpuId);
+
+impl Allowed {
+    /// Every entry.
+    pub fn entries(&self) -> CpuId {
+        self.0.clone()
+    }
+}
+
 /// Takes out of `cpuid` whatever a guest may not see. `nested`: whether it may have virtual machines of its own.
-pub fn restrict(cpuid: &mut CpuId, nested: bool) {
+pub fn restrict(mut cpuid: CpuId, nested: bool) -> Allowed {
     cpuid.retain(|entry| leaves(nested).any(|leaf| leaf.is_of(entry)));
     for entry in cpuid.as_mut_slice() {
         let (mut eax, mut ebx, mut ecx, mut edx) = (0, 0, 0, 0);
@@ -204,6 +214,7 @@ pub fn restrict(cpuid: &mut CpuId, nested: bool) {
             _ => entry.eax,
         };
     }
+    Allowed(cpuid)
 }
 
 fn leaves(nested: bool) -> impl Iterator<Item = &'static Leaf> {

@@ -2,6 +2,8 @@
 
 mod allowed;
 
+pub use self::allowed::Allowed;
+
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::Kvm;
 
@@ -18,15 +20,13 @@ const FEATURES_EDX_HYPERTHREADING: u32 = 1 << 28;
 
 /// What KVM can give to a guest on this host, and the guest may see. `nested`: whether it may have virtual machines
 /// of its own.
-pub fn supported(kvm: &Kvm, nested: bool) -> Result<CpuId, kvm_ioctls::Error> {
-    let mut cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?;
-    allowed::restrict(&mut cpuid, nested);
-    Ok(cpuid)
+pub fn allowed(kvm: &Kvm, nested: bool) -> Result<Allowed, kvm_ioctls::Error> {
+    Ok(allowed::restrict(kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?, nested))
 }
 
 /// The CPUID of one vCPU in a machine of `vcpus`: one socket, a core each, no threads.
-pub fn for_vcpu(supported: &CpuId, id: u8, vcpus: u8) -> CpuId {
-    let mut cpuid = supported.clone();
+pub fn for_vcpu(allowed: &Allowed, id: u8, vcpus: u8) -> CpuId {
+    let mut cpuid = allowed.entries();
     let bits = vcpus.next_power_of_two().trailing_zeros();
     for entry in cpuid.as_mut_slice() {
         match entry.function {
