@@ -7,6 +7,7 @@ use std::{
 };
 
 use super::*;
+use crate::virtio::vsock::places::FORWARDED_MAX;
 
 /// A scene with a listener for forwarded connections, and that listener's port.
 fn scene() -> (Scene, u16) {
@@ -243,4 +244,20 @@ fn a_connection_too_many_is_reset_and_a_freed_place_is_used_again() {
     programs.pop();
     scene.turn();
     reached(&mut scene, port);
+}
+
+#[test]
+fn forwarded_connections_leave_places_for_host_programs_and_the_guest() {
+    let (mut scene, port) = scene();
+    let _forwarded: Vec<_> = (0..FORWARDED_MAX).map(|_| requested(&mut scene, port)).collect();
+    // One more is taken and closed.
+    let mut more = dial(port);
+    assert!(scene.received().is_empty());
+    assert!(is_reset(&mut more) || at_its_end(&mut more));
+    let _of_host_program = scene.established();
+    let _of_guest = scene.accepted();
+}
+
+fn at_its_end(stream: &mut TcpStream) -> bool {
+    stream.read(&mut [0; 1]).is_ok_and(|count| count == 0)
 }

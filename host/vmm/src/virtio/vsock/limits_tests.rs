@@ -116,3 +116,17 @@ fn a_connection_that_has_gone_leaves_nothing_to_be_sent() {
         assert!(!scene.worker.mux.has_output(), "connection {guest} is still in the queue");
     }
 }
+
+#[test]
+fn a_guest_that_sends_without_end_is_served_in_batches() {
+    let mut scene = Scene::new();
+    for _ in 0..BATCH + 5 {
+        scene.send_bytes(&reversed(packet(Ports { host: 1, guest: 1 }, Operation::Reset).to_guest()));
+    }
+    let mut taken = || std::iter::from_fn(|| scene.transmit.used()).count();
+    assert!(scene.worker.handle_events(0).unwrap().is_continue());
+    assert!(scene.worker.move_packets().unwrap(), "there is more, after whoever else has something to say");
+    assert_eq!(taken(), BATCH);
+    assert!(!scene.worker.move_packets().unwrap());
+    assert_eq!(taken(), 5);
+}
