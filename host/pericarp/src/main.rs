@@ -195,5 +195,11 @@ fn log_to(
 ) {
     use tracing_subscriber::{EnvFilter, fmt};
     let filter = EnvFilter::try_from_env("PERICARP_LOG").unwrap_or_else(|_| EnvFilter::new(default));
-    fmt().with_env_filter(filter).with_writer(writer).with_ansi(false).init();
+    fmt()
+        .with_env_filter(filter)
+        .with_writer(writer)
+        .with_ansi(false)
+        // It would say that it cannot write by writing to the same disk, and panic when that fails.
+        .log_internal_errors(false)
+        .init();
 }
