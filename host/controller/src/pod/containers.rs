@@ -59,16 +59,15 @@ impl Pod {
     pub(super) async fn prepare_container(&self, id: &ContainerId) -> Result<Prepared, ContainerError> {
         let begun = Instant::now();
         let record = self.look_up(id).await?;
-        if let Some(asked_for) = &record.asked_for {
-            spec::check_record(asked_for)?;
-        }
+        let given = record.asked_for.as_ref().map(|asked_for| spec::check_record(asked_for)).transpose()?;
         fault::point("container-looked-up");
         let share = self.share.lock().await;
         let Phase::Running { pid } = self.phase() else { return Err(ContainerError::Ended) };
         let (spec, container) = (record.spec.clone(), id.clone());
         let pod = spec::Pod { machine_pid: pid, id_map: self.id_map, huge_directory: HugeDirectory::at };
         // It may have to ask a file system: not on the runtime's own threads.
-        let translated = tokio::task::spawn_blocking(move || spec::translate(&spec, &container, &pod));
+        let translated =
+            tokio::task::spawn_blocking(move || spec::translate(&spec, &container, &pod, given.as_ref()));
         let translated = translated.await.map_err(|_| ContainerError::Ended)??;
         // An earlier attempt of the same container: containerd tries again only after it has given up.
         self.take_away(id, &share).await?;
@@ -78,12 +77,10 @@ impl Pod {
             Err(error) => {
                 self.state().limits.remove(id);
                 if let Err(error) = self.take_away(id, &share).await {
-                    tracing::warn!(
-                        pod = self.id,
-                        container = %id,
-                        error = chain(&error),
-                        "cannot undo a preparation"
-                    );
+                    let error = chain(&error);
+                    self.caused_by_guest(|| {
+                        tracing::warn!(pod = self.id, container = %id, error, "cannot undo a preparation");
+                    });
                 }
                 return Err(error);
             }
@@ -106,7 +103,10 @@ impl Pod {
         self.state().containers.remove(id);
         self.state().limits.remove(id);
         if let Err(error) = self.set_oom_score(&self.all_limits()) {
-            tracing::warn!(pod = self.id, error = chain(&error), "the machine keeps its OOM score");
+            let error = chain(&error);
+            self.caused_by_guest(|| {
+                tracing::warn!(pod = self.id, error, "the machine keeps its OOM score");
+            });
         }
         self.take_away(id, &share).await?;
         fault::point("container-released");
@@ -120,7 +120,7 @@ impl Pod {
 
     /// What is on record about a container of this pod. Nothing is believed of an id that a guest names.
     pub(super) async fn look_up(&self, id: &ContainerId) -> Result<ContainerRecord, ContainerError> {
-        match self.node.source.container(&self.namespace, id.as_str()).await {
+        match self.node.source.container(&self.namespace, &self.id, id.as_str()).await {
             Ok(record) if record.sandbox == self.id => Ok(record),
             Ok(_) | Err(SourceError::NotFound { .. }) => Err(Self::not_of_this_pod(id.as_str())),
             Err(error) => Err(error.into()),

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
-use super::{Error, object, text, unsupported};
+use super::{Error, GivenDevices, object, text, unsupported};
 
 /// Device nodes that every container has; the guest makes its own (OCI runtime spec, "Default Devices").
 const STANDARD_DEVICES: [&str; 8] = [
@@ -35,8 +35,13 @@ pub struct BlockVolume {
     pub read_only: bool,
 }
 
-/// Leaves those devices in the spec that the container gets, and says which of them are to come as disks.
-pub(super) fn translate(linux: &mut Map<String, Value>) -> Result<Vec<BlockVolume>, Error> {
+/// Leaves those devices in the spec that the container gets, and says which of them are to come as disks. `given` is what CRI
+/// was asked for. What was not asked for is no volume: a privileged container's list is that of all the host's devices, some of
+/// which may have other numbers by now, those of somebody else's disk.
+pub(super) fn translate(
+    linux: &mut Map<String, Value>,
+    given: Option<&GivenDevices>,
+) -> Result<Vec<BlockVolume>, Error> {
     let rules = object(linux, "resources", "linux.resources is not an object")?
         .and_then(|resources| resources.get("devices")?.as_array().cloned())
         .unwrap_or_default();
@@ -55,13 +60,13 @@ pub(super) fn translate(linux: &mut Map<String, Value>) -> Result<Vec<BlockVolum
         }
         let numbers = number("major").zip(number("minor"));
         match (kind, numbers) {
-            // containerd lists all the host's devices for a privileged container. It gets the machine's.
-            (_, Some(numbers)) if privileged && is_hosts_own(path, numbers) => continue,
-            ("b", Some((major, minor))) => {
+            ("b", Some(numbers)) if is_volume(path, numbers, privileged, given)? => {
+                let (major, minor) = numbers;
                 let read_only = !rules.iter().any(|rule| allows_writing(rule, major, minor));
                 volumes.push(BlockVolume { path: path.to_owned(), major, minor, read_only });
             }
             ("c" | "u", Some(numbers)) if GUEST_DEVICES.contains(&numbers) => {}
+            // containerd lists all the host's devices for a privileged container. It gets the machine's.
             _ if privileged => continue,
             _ => {
                 return unsupported(
@@ -90,9 +95,31 @@ fn allows_writing(rule: &Value, major: u32, minor: u32) -> bool {
     allows_everything(rule) || this && access.contains('w')
 }
 
-/// Whether the host has the device under the same path, so that nobody has given it to the container on purpose.
-fn is_hosts_own(path: &str, (major, minor): (u32, u32)) -> bool {
-    rustix::fs::stat(Path::new(path)).is_ok_and(|stat| {
+/// Whether a block device is one that somebody has given to the container.
+fn is_volume(
+    path: &str,
+    numbers: (u32, u32),
+    privileged: bool,
+    given: Option<&GivenDevices>,
+) -> Result<bool, Error> {
+    match given.map(|given| given.source(Path::new(path))) {
+        Some(Some(source)) if has_numbers(&source, numbers) => Ok(true),
+        // The host may have another device under the same path, which is in the list as well.
+        Some(Some(_)) if !privileged => Err(Error::OtherDevice { path: path.to_owned() }),
+        // The numbers are all that is known of it, and may be another device's at any time.
+        Some(None) if !privileged => unsupported(
+            format!("the block device {path:?}"),
+            "CRI was not asked for it; give it to the container as a raw block volume (volumeDevices)",
+        ),
+        // Nobody but the author of the spec can have listed it.
+        None if !privileged => Ok(true),
+        _ => Ok(false),
+    }
+}
+
+/// Whether the host has a device with these numbers there now.
+fn has_numbers(source: &Path, (major, minor): (u32, u32)) -> bool {
+    rustix::fs::stat(source).is_ok_and(|stat| {
         (rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev)) == (major, minor)
     })
 }
@@ -104,10 +131,27 @@ mod tests {
     use super::*;
 
     fn translated(devices: &Value, rules: &Value) -> Result<(Vec<String>, Vec<BlockVolume>), Error> {
+        translated_of(devices, rules, None)
+    }
+
+    /// With what CRI was asked for: pairs of a path in the container and one on the host.
+    fn translated_of(
+        devices: &Value,
+        rules: &Value,
+        given: Option<&[(&str, &Path)]>,
+    ) -> Result<(Vec<String>, Vec<BlockVolume>), Error> {
+        let given = given.map(|given| {
+            let devices: Vec<_> = given
+                .iter()
+                .map(|(path, source)| json!({ "container_path": path, "host_path": source }))
+                .collect();
+            let record = json!({ "Metadata": { "Config": { "devices": devices } } });
+            crate::spec::check_record(record.to_string().as_bytes()).unwrap()
+        });
         let mut linux = Map::new();
         linux.insert("devices".into(), devices.clone());
         linux.insert("resources".into(), json!({ "devices": rules }));
-        let volumes = translate(&mut linux)?;
+        let volumes = translate(&mut linux, given.as_ref())?;
         let left = linux["devices"]
             .as_array()
             .unwrap()
@@ -158,16 +202,56 @@ mod tests {
         assert!(translated(&json!(["/dev/sda"]), &nothing_allowed()).is_err());
     }
 
+    /// A block device of this machine's, as a path in a directory and its numbers. The node's path is nobody's business.
+    fn block_device(directory: &Path) -> Option<(std::path::PathBuf, (u32, u32))> {
+        let node = directory.join("disk");
+        let device = rustix::fs::makedev(7, 3);
+        let made = rustix::fs::mknodat(
+            rustix::fs::CWD,
+            &node,
+            rustix::fs::FileType::BlockDevice,
+            rustix::fs::Mode::RUSR,
+            device,
+        );
+        made.is_ok().then_some((node, (7, 3)))
+    }
+
     #[test]
-    fn a_privileged_container_gets_what_was_given_to_it_and_not_the_hosts_list() {
+    fn a_privileged_container_gets_what_was_given_to_it_and_nothing_else_of_the_hosts_list() {
+        let directory = tempfile::tempdir().unwrap();
+        let (node, (major, minor)) = block_device(directory.path()).expect("these tests need root");
         let devices = json!([
-            // The host's own, under the host's path.
             { "path": "/dev/loop-control", "type": "c", "major": 10, "minor": 237 },
             { "path": "/dev/kvm", "type": "c", "major": 10, "minor": 232 },
-            { "path": "/dev/xvda", "type": "b", "major": 7, "minor": 3 },
+            // Of the host's list: at that time the numbers were another disk's.
+            { "path": "/dev/nvme3n1", "type": "b", "major": major, "minor": minor },
+            // The host has a disk of the same name as the volume.
+            { "path": "/dev/xvda", "type": "b", "major": 202, "minor": 0 },
+            { "path": "/dev/xvda", "type": "b", "major": major, "minor": minor },
         ]);
-        let (left, volumes) = translated(&devices, &json!([{ "allow": true, "access": "rwm" }])).unwrap();
+        let rules = json!([{ "allow": true, "access": "rwm" }]);
+        let (left, volumes) = translated_of(&devices, &rules, Some(&[("/dev/xvda", &node)])).unwrap();
         assert_eq!(left, ["/dev/xvda"]);
-        assert!(!volumes[0].read_only);
+        let volume = BlockVolume { path: "/dev/xvda".into(), major, minor, read_only: false };
+        assert_eq!(volumes, [volume]);
+        // Where nothing is on record, nothing can have been asked for.
+        for given in [None, Some(&[] as &[_])] {
+            assert_eq!(translated_of(&devices, &rules, given).unwrap(), (vec![], vec![]));
+        }
+    }
+
+    #[test]
+    fn a_volume_whose_device_has_other_numbers_by_now_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let (node, (major, minor)) = block_device(directory.path()).expect("these tests need root");
+        let device = |minor| json!([{ "path": "/dev/data", "type": "b", "major": major, "minor": minor }]);
+        let given: [(&str, &Path); 1] = [("/dev/data", &node)];
+        let (left, _) = translated_of(&device(minor), &nothing_allowed(), Some(&given)).unwrap();
+        assert_eq!(left, ["/dev/data"]);
+        let error = translated_of(&device(minor + 1), &nothing_allowed(), Some(&given)).unwrap_err();
+        assert!(error.to_string().contains("/dev/data"), "{error}");
+        // Of what was not asked for, nobody knows why it is in the spec.
+        let error = translated_of(&device(minor), &nothing_allowed(), Some(&[])).unwrap_err();
+        assert!(matches!(error, Error::Unsupported { .. }), "{error}");
     }
 }

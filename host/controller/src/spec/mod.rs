@@ -13,7 +13,7 @@ mod unsupported;
 pub use devices::BlockVolume;
 pub use huge_pages::{HUGE_PAGE, HugeDirectory, restore_limits};
 pub use mounts::{Ids, Propagation, ReadOnly, Volume};
-pub use record::check as check_record;
+pub use record::{GivenDevices, check as check_record};
 
 use std::path::Path;
 
@@ -56,6 +56,15 @@ pub enum Error {
     /// The OCI runtime spec wants an absolute one.
     #[error("the container's working directory {0:?} is not an absolute path")]
     WorkingDirectory(String),
+    /// The host's devices have been numbered anew since containerd made the spec.
+    #[error(
+        "the block device of the volume at {path} is not the one that it was when the container was made; make the container \
+         again"
+    )]
+    OtherDevice {
+        /// In the container.
+        path: String,
+    },
     /// The spec asks for something that a pod in a machine of its own cannot have.
     #[error("{what} cannot be used in a pericarp pod: {remedy}")]
     Unsupported {
@@ -92,8 +101,13 @@ pub struct Pod {
     pub huge_directory: fn(&Path) -> Option<HugeDirectory>,
 }
 
-/// Translates the spec of `container`.
-pub fn translate(spec: &[u8], container: &ContainerId, pod: &Pod) -> Result<Translated, Error> {
+/// Translates the spec of `container`. `given`: the devices that were asked for, if that is on record.
+pub fn translate(
+    spec: &[u8],
+    container: &ContainerId,
+    pod: &Pod,
+    given: Option<&GivenDevices>,
+) -> Result<Translated, Error> {
     let mut spec: Value = serde_json::from_slice(spec)?;
     unsupported::check(&spec)?;
     let root = spec.as_object_mut().ok_or(Error::Malformed("it is not an object"))?;
@@ -106,7 +120,7 @@ pub fn translate(spec: &[u8], container: &ContainerId, pod: &Pod) -> Result<Tran
     security_labels(root)?;
     // First, because containerd shares the root file system for the sake of a volume, which is what the user knows.
     let volumes = mounts::translate(root, read_only_root, pod)?;
-    let disks = linux(root, container, pod)?;
+    let disks = linux(root, container, pod, given)?;
     Ok(Translated { spec: serde_json::to_vec(&spec)?, volumes, disks })
 }
 
@@ -196,13 +210,14 @@ fn linux(
     root: &mut Map<String, Value>,
     container: &ContainerId,
     pod: &Pod,
+    given: Option<&GivenDevices>,
 ) -> Result<Vec<BlockVolume>, Error> {
     let linux = object(root, "linux", "linux is not an object")?
         .ok_or(Error::Malformed("it has no linux section"))?;
     linux.insert("cgroupsPath".into(), format!("{CGROUP_PARENT}/{container}").into());
     check_mappings(linux, pod.id_map.as_ref())?;
     namespaces(linux, pod)?;
-    let disks = devices::translate(linux)?;
+    let disks = devices::translate(linux, given)?;
     if let (Some(disk), Some(_)) = (disks.first(), pod.id_map) {
         return unsupported(
             format!("the raw block volume {}", disk.path),

@@ -2,6 +2,8 @@
 //!
 //! containerd passes over some of it. A container that does not get what its author asked for is refused here instead.
 
+use std::path::{Path, PathBuf};
+
 use pericarp_protos::cri::NamespaceMode;
 use serde_json::Value;
 
@@ -19,8 +21,46 @@ const NAMESPACES: [(&str, &str, &[NamespaceMode]); 4] = [
     ("user", "/userns_options/mode", &[NamespaceMode::Pod, NamespaceMode::Node]),
 ];
 
-/// Refuses what cannot be had. The record is containerd's `internal/cri/store/container`, `versionedMetadata`.
-pub fn check(record: &[u8]) -> Result<(), Error> {
+/// The devices of the host that CRI was asked to give to a container (`ContainerConfig.devices`), which may be directories of
+/// devices. containerd's spec for a privileged container lists all of the host's beside them.
+#[derive(Debug, Default)]
+pub struct GivenDevices(Vec<GivenDevice>);
+
+#[derive(Debug)]
+struct GivenDevice {
+    in_container: PathBuf,
+    on_host: PathBuf,
+}
+
+impl GivenDevices {
+    fn of(config: &Value) -> GivenDevices {
+        let path = |device: &Value, key: &str| Some(PathBuf::from(device.get(key)?.as_str()?));
+        let given =
+            config.get("devices").and_then(Value::as_array).into_iter().flatten().filter_map(|device| {
+                Some(GivenDevice {
+                    in_container: path(device, "container_path")?,
+                    on_host: path(device, "host_path")?,
+                })
+            });
+        GivenDevices(given.collect())
+    }
+
+    /// Where the host has what the container has at `path`; `None` if nobody asked for that.
+    pub fn source(&self, path: &Path) -> Option<PathBuf> {
+        self.0.iter().find_map(|device| {
+            let below = path.strip_prefix(&device.in_container).ok()?;
+            Some(if below.as_os_str().is_empty() {
+                device.on_host.clone()
+            } else {
+                device.on_host.join(below)
+            })
+        })
+    }
+}
+
+/// Refuses what cannot be had; answers with the devices. The record is containerd's `internal/cri/store/container`,
+/// `versionedMetadata`.
+pub fn check(record: &[u8]) -> Result<GivenDevices, Error> {
     let record: Value = serde_json::from_slice(record).map_err(Error::Record)?;
     let config = record
         .pointer("/Metadata/Config")
@@ -32,7 +72,9 @@ pub fn check(record: &[u8]) -> Result<(), Error> {
     if config.get("windows").is_some_and(|windows| !windows.is_null()) {
         return unsupported("a Windows container", "the guest is Linux; remove the windows section");
     }
-    let Some(options) = config.pointer("/linux/security_context/namespace_options") else { return Ok(()) };
+    let Some(options) = config.pointer("/linux/security_context/namespace_options") else {
+        return Ok(GivenDevices::of(config));
+    };
     NAMESPACES.iter().try_for_each(|(kind, place, can_be)| {
         let mode = options.pointer(place).and_then(Value::as_i64).unwrap_or(0);
         if can_be.iter().any(|known| i64::from(*known as i32) == mode) {
@@ -46,7 +88,8 @@ pub fn check(record: &[u8]) -> Result<(), Error> {
             ),
             "a container's namespaces are its pod's; ask for POD, or for processes also CONTAINER or TARGET",
         )
-    })
+    })?;
+    Ok(GivenDevices::of(config))
 }
 
 #[cfg(test)]
@@ -57,7 +100,21 @@ mod tests {
 
     fn checked(config: &Value) -> Result<(), String> {
         let record = json!({ "Version": "v1", "Metadata": { "ID": "x", "Config": config } });
-        check(record.to_string().as_bytes()).map_err(|error| error.to_string())
+        check(record.to_string().as_bytes()).map(drop).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn a_device_that_was_asked_for_is_found_where_the_host_has_it() {
+        let config = json!({ "devices": [
+            { "container_path": "/dev/data", "host_path": "/dev/disk/by-id/7", "permissions": "rwm" },
+            { "container_path": "/dev/all", "host_path": "/dev/mapper" },
+        ] });
+        let given = GivenDevices::of(&config);
+        let source = |path: &str| given.source(Path::new(path));
+        assert_eq!(source("/dev/data"), Some("/dev/disk/by-id/7".into()));
+        assert_eq!(source("/dev/all/one"), Some("/dev/mapper/one".into()));
+        assert_eq!(source("/dev/database"), None);
+        assert_eq!(source("/dev"), None);
     }
 
     #[test]

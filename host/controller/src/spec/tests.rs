@@ -46,7 +46,7 @@ fn spec() -> Value {
 }
 
 fn run(spec: &Value) -> Result<(Value, Vec<Volume>), Error> {
-    let translated = translate(&serde_json::to_vec(spec).unwrap(), &id(), &POD)?;
+    let translated = translate(&serde_json::to_vec(spec).unwrap(), &id(), &POD, None)?;
     Ok((serde_json::from_slice(&translated.spec).unwrap(), translated.volumes))
 }
 
@@ -161,13 +161,14 @@ fn a_directory_of_huge_pages_is_the_guests_own() {
     let mut spec = spec();
     let text = serde_json::to_vec(&spec).unwrap();
     assert_eq!(
-        translate(&text, &id(), &Pod { huge_directory: find, ..POD }).unwrap().volumes.len(),
+        translate(&text, &id(), &Pod { huge_directory: find, ..POD }, None).unwrap().volumes.len(),
         1,
         "without huge pages"
     );
     spec["linux"]["resources"]["hugepageLimits"] = json!([{ "pageSize": "2MB", "limit": 4_194_304 }]);
     let translated =
-        translate(&serde_json::to_vec(&spec).unwrap(), &id(), &Pod { huge_directory: find, ..POD }).unwrap();
+        translate(&serde_json::to_vec(&spec).unwrap(), &id(), &Pod { huge_directory: find, ..POD }, None)
+            .unwrap();
     assert_eq!(translated.volumes, []);
     let spec = serde_json::from_slice(&translated.spec).unwrap();
     let mounted = mount(&spec, "/data").unwrap();
@@ -341,7 +342,7 @@ fn what_is_not_a_spec_is_an_error_not_a_panic() {
         r#"{"root":{},"linux":[]}"#,
         r#"{"root":{},"linux":{},"mounts":{}}"#,
     ] {
-        assert!(translate(text.as_bytes(), &id(), &POD).is_err(), "{text}");
+        assert!(translate(text.as_bytes(), &id(), &POD, None).is_err(), "{text}");
     }
     for text in [
         r"[1]",
@@ -349,7 +350,7 @@ fn what_is_not_a_spec_is_an_error_not_a_panic() {
         r#"[{"destination":"/x","type":"bind","source":"/","options":[1]}]"#,
     ] {
         let text = format!(r#"{{"root":{{}},"linux":{{}},"mounts":{text}}}"#);
-        assert!(translate(text.as_bytes(), &id(), &POD).is_err(), "{text}");
+        assert!(translate(text.as_bytes(), &id(), &POD, None).is_err(), "{text}");
     }
 }
 
@@ -415,7 +416,7 @@ fn in_user_namespace(change: impl FnOnce(&mut Value)) -> Result<(Value, Vec<Volu
     linux["namespaces"].as_array_mut().unwrap().push(json!({ "type": "user", "path": "/proc/4711/ns/user" }));
     change(&mut spec);
     let translated =
-        translate(&serde_json::to_vec(&spec).unwrap(), &id(), &Pod { id_map: Some(ID_MAP), ..POD })?;
+        translate(&serde_json::to_vec(&spec).unwrap(), &id(), &Pod { id_map: Some(ID_MAP), ..POD }, None)?;
     Ok((serde_json::from_slice(&translated.spec).unwrap(), translated.volumes))
 }
 
