@@ -7,18 +7,16 @@ use pericarp_protos::{
     agent::{Event, EventsRequest},
     guest,
     protobuf::Message as _,
-    ttrpc::proto::{Codec as _, FLAG_REMOTE_CLOSED, GenMessage, MESSAGE_TYPE_DATA, MessageHeader, Request},
+    ttrpc::proto::{FLAG_REMOTE_CLOSED, MESSAGE_TYPE_DATA, MessageHeader},
 };
 use tokio::{io::BufReader, net::UnixStream};
 
-use crate::guest::dial;
+use crate::guest::{dial, frames};
 
 /// Limit for the connection and the request.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(5);
-/// Most bytes of one event. The largest name four streams and a bundle.
-const EVENT_MAX: usize = 64 << 10;
-/// The only stream of its connection; a client's are odd.
-const STREAM: u32 = 1;
+/// Most bytes of one event. The largest name three streams and a bundle, and containerd keeps and prints all of them.
+const EVENT_MAX: usize = 8 << 10;
 
 /// The events of one guest from some point on.
 pub struct EventStream {
@@ -35,17 +33,8 @@ impl EventStream {
 
     async fn request(socket: &Path, after_sequence: u64) -> io::Result<EventStream> {
         let asked = EventsRequest { after_sequence, ..EventsRequest::default() };
-        let request = Request {
-            service: "pericarp.agent.v1.Agent".into(),
-            method: "Events".into(),
-            payload: asked.write_to_bytes().map_err(invalid)?,
-            ..Request::default()
-        };
-        let payload = request.encode().map_err(invalid)?;
-        let length = u32::try_from(payload.len()).map_err(invalid)?;
-        let message = GenMessage { header: MessageHeader::new_request(STREAM, length), payload };
         let mut connection = dial(socket, guest::AGENT_PORT).await?;
-        message.write_to(&mut connection).await.map_err(io::Error::other)?;
+        frames::write_request(&mut connection, "pericarp.agent.v1.Agent", "Events", &asked).await?;
         Ok(EventStream { connection: BufReader::new(connection) })
     }
 
@@ -76,7 +65,10 @@ mod tests {
         net::UnixListener,
     };
 
+    use pericarp_protos::ttrpc::proto::{Codec as _, GenMessage, Request};
+
     use super::*;
+    use crate::guest::frames::STREAM;
 
     /// A machine whose agent answers a request for events with `answer`, and what it was asked.
     async fn told(answer: Vec<u8>) -> (u64, Vec<io::Result<Option<u64>>>) {

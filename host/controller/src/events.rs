@@ -13,7 +13,7 @@ use pericarp_protos::{
 use prost::Message as _;
 use tonic::{Code, transport::Channel};
 
-use crate::{errors::chain, event_stream::EventStream, fault, pod::Pod, source::in_namespace};
+use crate::{errors::chain, event_stream::EventStream, fault, pod::Pod, rate::Rate, source::in_namespace};
 
 /// Characters of a topic that are logged.
 const TOPIC_MAX: usize = 64;
@@ -22,6 +22,16 @@ const FORWARD_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long after a failure it is tried again. Neither containerd's socket nor the guest's tells when it is worth it.
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
+
+/// Events of a pod at once, and then one in each interval. containerd handles those of the whole node one after the other,
+/// writes a line of its log and a file for many of them, and keeps what it has not handled in a queue without an end.
+const BURST: u32 = 1000;
+const EACH: Duration = Duration::from_millis(10);
+
+/// How many events a pod's guest may still tell of.
+pub(crate) fn rate() -> Rate {
+    Rate::new(BURST, EACH)
+}
 
 /// Whether containerd would say the same the next time.
 fn is_refusal(code: Code) -> bool {
@@ -141,6 +151,7 @@ impl Pod {
         let lost = |error: io::Error| error.to_string();
         let mut events = EventStream::open(&self.vsock(), self.last_event()).await.map_err(lost)?;
         while let Some(event) = events.next().await.map_err(lost)? {
+            self.event_rate().wait().await;
             match self.take_event(&event).await {
                 Handed::Over => {}
                 Handed::NotYet(reason) => return Err(reason),
@@ -152,8 +163,8 @@ impl Pod {
     async fn take_event(&self, event: &Event) -> Handed {
         let last = self.last_event();
         if event.sequence <= last {
-            // Only an agent that is broken or hostile says something twice.
-            return Handed::Over;
+            // Only an agent that is broken or hostile says something twice. It waits before it is heard again.
+            return Handed::NotYet(format!("it tells of event {} again", event.sequence));
         }
         if event.sequence > last + 1 {
             let missing = event.sequence - last - 1;

@@ -23,6 +23,7 @@ mod notify;
 mod oom;
 mod orphans;
 mod pod;
+mod rate;
 mod rootfs;
 mod server;
 mod share;

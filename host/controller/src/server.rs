@@ -123,11 +123,8 @@ impl Controller for Sandboxes {
     ) -> Result<Response<ControllerStartResponse>, Status> {
         let id = request.into_inner().sandbox_id;
         let pod = self.pod(&id)?;
-        // On a task of its own: a client that goes away must not leave a pod half made.
         let starting = pod.clone();
-        let started = tokio::spawn(async move { starting.start().await }).await.map_err(|_| {
-            Status::internal(format!("{} cannot be started: the controller failed", pod.name()))
-        })?;
+        let started = carried_through(&pod, "started", async move { starting.start().await }).await?;
         if let Err(error) = started {
             let forget = matches!(error, PodError::Boot { .. });
             let status = Status::from(error);
@@ -172,7 +169,8 @@ impl Controller for Sandboxes {
         request: Request<ControllerStopRequest>,
     ) -> Result<Response<ControllerStopResponse>, Status> {
         let pod = self.pod(&request.into_inner().sandbox_id)?;
-        pod.stop().await?;
+        let stopping = pod.clone();
+        carried_through(&pod, "stopped", async move { stopping.stop().await }).await??;
         Ok(Response::new(ControllerStopResponse {}))
     }
 
@@ -222,10 +220,15 @@ impl Controller for Sandboxes {
     ) -> Result<Response<ControllerShutdownResponse>, Status> {
         let id = request.into_inner().sandbox_id;
         let pod = self.pod(&id)?;
-        pod.shutdown().await?;
-        fault::point("pod-removed");
-        self.pods.lock().remove(&id);
-        tracing::info!(pod = id, name = pod.name(), "pod removed");
+        let (pods, removed) = (self.pods.clone(), pod.clone());
+        carried_through(&pod, "removed", async move {
+            removed.shutdown().await?;
+            fault::point("pod-removed");
+            pods.lock().remove(&removed.id);
+            tracing::info!(pod = removed.id, name = removed.name(), "pod removed");
+            Ok::<_, PodError>(())
+        })
+        .await??;
         Ok(Response::new(ControllerShutdownResponse {}))
     }
 
@@ -252,6 +255,16 @@ impl Controller for Sandboxes {
         self.pod(&request.into_inner().sandbox_id)?;
         Ok(Response::new(ControllerUpdateResponse {}))
     }
+}
+
+/// Does something to a pod on a task of its own: a client that goes away must not leave it half done.
+async fn carried_through<T: Send + 'static>(
+    pod: &Pod,
+    done: &str,
+    work: impl Future<Output = T> + Send + 'static,
+) -> Result<T, Status> {
+    let failed = |_| Status::internal(format!("{} cannot be {done}: the controller failed", pod.name()));
+    tokio::spawn(work).await.map_err(failed)
 }
 
 #[cfg(test)]
@@ -308,6 +321,32 @@ mod tests {
         busy.store(false, Ordering::Relaxed);
         shutdown(&sandboxes).await.unwrap();
         assert_eq!(shutdown(&sandboxes).await.unwrap_err().code(), Code::NotFound);
+    }
+
+    /// Whose deadline has passed, or who was restarted.
+    #[tokio::test]
+    async fn a_pod_is_removed_although_whoever_asked_for_it_has_gone_away() {
+        let directory = tempfile::tempdir().unwrap();
+        let sandboxes = sandboxes(directory.path()).await;
+        let pod = sandboxes.pod("abc").unwrap();
+        let (begun, removing) = std::sync::mpsc::channel();
+        let (go_on, told) = std::sync::mpsc::channel::<()>();
+        pod.push_undo("wait to be told", move || {
+            begun.send(()).unwrap();
+            told.recv().map_err(std::io::Error::other)
+        });
+        let asking = shutdown(&sandboxes);
+        let begins = tokio::task::spawn_blocking(move || removing.recv().unwrap());
+        tokio::select! {
+            _ = asking => panic!("it is not removed yet"),
+            begun = begins => begun.unwrap(),
+        }
+        // Nobody asks any more, and nothing of it may be forgotten.
+        go_on.send(()).unwrap();
+        while sandboxes.pod("abc").is_ok() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        assert!(pod.is_undone());
     }
 
     #[tokio::test(start_paused = true)]

@@ -56,7 +56,12 @@ pub enum SourceError {
 #[async_trait]
 pub trait ContainerSource: Send + Sync {
     /// The record of container `id` in a namespace of containerd.
-    async fn container(&self, namespace: &str, id: &str) -> Result<ContainerRecord, SourceError>;
+    async fn container(
+        &self,
+        namespace: &str,
+        sandbox: &str,
+        id: &str,
+    ) -> Result<ContainerRecord, SourceError>;
 
     /// Whether there is a sandbox `id` in a namespace of containerd: an error if not.
     async fn sandbox(&self, namespace: &str, id: &str) -> Result<(), SourceError>;
@@ -91,7 +96,12 @@ pub fn in_namespace<T>(message: T, namespace: &str) -> Result<Request<T>, Status
 
 #[async_trait]
 impl ContainerSource for Containerd {
-    async fn container(&self, namespace: &str, id: &str) -> Result<ContainerRecord, SourceError> {
+    async fn container(
+        &self,
+        namespace: &str,
+        sandbox: &str,
+        id: &str,
+    ) -> Result<ContainerRecord, SourceError> {
         let failed = |what| {
             move |status: Status| match status.code() {
                 Code::NotFound => SourceError::NotFound { id: id.into() },
@@ -108,6 +118,10 @@ impl ContainerSource for Containerd {
             .into_inner()
             .container
             .ok_or_else(|| incomplete("record"))?;
+        // A guest names what it likes. containerd does work for a snapshot that it is asked for.
+        if container.sandbox != sandbox {
+            return Err(SourceError::NotFound { id: id.into() });
+        }
         let spec = container.spec.ok_or_else(|| incomplete("OCI spec"))?;
         if container.snapshot_key.is_empty() {
             return Err(incomplete("root filesystem"));
@@ -159,7 +173,7 @@ mod tests {
         // Time passes when there is nothing else to do.
         tokio::time::pause();
         let begun = tokio::time::Instant::now();
-        let error = containerd.container("k8s.io", "c1").await.unwrap_err();
+        let error = containerd.container("k8s.io", "abc", "c1").await.unwrap_err();
         assert!(matches!(error, SourceError::Unavailable { .. }), "{error:?}");
         let error = containerd.sandbox("k8s.io", "abc").await.unwrap_err();
         assert!(matches!(error, SourceError::Unavailable { .. }), "{error:?}");

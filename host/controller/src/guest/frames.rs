@@ -3,10 +3,14 @@
 
 use std::io;
 
-use pericarp_protos::ttrpc::{
-    self,
-    proto::{
-        Codec as _, GenMessage, MESSAGE_LENGTH_MAX, MESSAGE_TYPE_REQUEST, MessageHeader, Request, Response,
+use pericarp_protos::{
+    protobuf::Message,
+    ttrpc::{
+        self,
+        proto::{
+            Codec as _, GenMessage, MESSAGE_LENGTH_MAX, MESSAGE_TYPE_REQUEST, MESSAGE_TYPE_RESPONSE,
+            MessageHeader, Request, Response,
+        },
     },
 };
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
@@ -27,6 +31,42 @@ pub async fn read_request(
     connection.read_exact(&mut payload).await?;
     let request = Request::decode(&payload).map_err(invalid)?;
     Ok((header, request))
+}
+
+/// Most bytes of an answer that is read by [`read_response`]: a status with a short text.
+const RESPONSE_MAX: usize = 4 << 10;
+/// The only stream of a connection that is made for one call; a client's are odd.
+pub const STREAM: u32 = 1;
+
+/// Makes a call, the only one on its connection.
+pub async fn write_request(
+    connection: &mut (impl AsyncWrite + Unpin + Send),
+    service: &str,
+    method: &str,
+    message: &impl Message,
+) -> io::Result<()> {
+    let request = Request {
+        service: service.into(),
+        method: method.into(),
+        payload: message.write_to_bytes().map_err(invalid)?,
+        ..Request::default()
+    };
+    let payload = request.encode().map_err(invalid)?;
+    let length = u32::try_from(payload.len()).map_err(invalid)?;
+    let message = GenMessage { header: MessageHeader::new_request(STREAM, length), payload };
+    message.write_to(connection).await.map_err(io::Error::other)
+}
+
+/// Reads the answer to [`write_request`]: the next message is that, or there is none.
+pub async fn read_response(connection: &mut (impl AsyncRead + Unpin + Send)) -> io::Result<Response> {
+    let header = MessageHeader::read_from(&mut *connection).await?;
+    let length = header.length as usize;
+    if header.type_ != MESSAGE_TYPE_RESPONSE || header.stream_id != STREAM || length > RESPONSE_MAX {
+        return Err(invalid(format!("a message of type {} with {length} bytes", header.type_)));
+    }
+    let mut payload = vec![0; length];
+    connection.read_exact(&mut payload).await?;
+    Response::decode(&payload).map_err(invalid)
 }
 
 /// Answers a request.

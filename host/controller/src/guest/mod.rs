@@ -3,7 +3,7 @@
 //!
 //! The guest is not trusted: each call to it has a time limit, and what it sends has size limits.
 
-mod frames;
+pub(crate) mod frames;
 pub mod ready;
 mod requests;
 
@@ -30,6 +30,9 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(5);
 /// `OK 4294967295\n`
 const ANSWER_MAX: usize = 14;
 
+/// Characters of a guest's error that are read on.
+const ERROR_MAX: usize = 256;
+
 /// The agent of one guest.
 #[derive(Clone)]
 pub struct Agent {
@@ -45,30 +48,43 @@ impl Agent {
         Ok(Agent { client: AgentClient::new(client) })
     }
 
-    /// Whether a guest answers within a time limit, on a connection like those that containerd makes.
+    /// Whether a guest answers within a time limit, on a connection like those that containerd makes. One frame is read of
+    /// what it says, and no more: it is asked again and again, and could say much.
     pub async fn check(socket: &Path, limit: Duration) -> io::Result<()> {
         let timed_out = |_| io::Error::new(io::ErrorKind::TimedOut, "the guest's agent does not answer");
         let check = async {
-            let client = AgentClient::new(dial_agent(socket).await?);
-            match client.check(context::with_duration(limit), &CheckRequest::default()).await {
-                // An agent that is older than this controller does not know the call, but it has answered.
-                Ok(_) | Err(ttrpc::Error::RpcStatus(_)) => Ok(()),
-                Err(error) => Err(io::Error::other(error)),
-            }
+            let mut connection = dial(socket, guest::AGENT_PORT).await?;
+            let asked = CheckRequest::default();
+            frames::write_request(&mut connection, "pericarp.agent.v1.Agent", "Check", &asked).await?;
+            // An agent that is older than this controller does not know the call, but it has answered.
+            frames::read_response(&mut connection).await.map(drop)
         };
         tokio::time::timeout(limit, check).await.map_err(timed_out)?
     }
 
     /// Makes the guest into the pod, within a time limit.
     pub async fn configure(&self, request: &ConfigureRequest, limit: Duration) -> ttrpc::Result<()> {
-        self.client.configure(context::with_duration(limit), request).await.map(drop)
+        self.client.configure(context::with_duration(limit), request).await.map(drop).map_err(brief)
     }
 
     /// Uses so many processors; binds the device through which memory comes, if one is named.
     pub async fn resize(&self, vcpus: u8, memory_device: Option<u32>) -> ttrpc::Result<u32> {
         let request = ResizeRequest { vcpus: u32::from(vcpus), memory_device, ..ResizeRequest::default() };
-        Ok(self.client.resize(context::with_duration(CALL_TIMEOUT), &request).await?.vcpus)
+        let answer = self.client.resize(context::with_duration(CALL_TIMEOUT), &request).await;
+        Ok(answer.map_err(brief)?.vcpus)
     }
+}
+
+/// The beginning of what a guest says is wrong. ttrpc lets it say 4 MiB.
+fn brief(mut error: ttrpc::Error) -> ttrpc::Error {
+    if let ttrpc::Error::RpcStatus(status) = &mut error {
+        if let Some((end, _)) = status.message.char_indices().nth(ERROR_MAX) {
+            status.message.truncate(end);
+            status.message.push('…');
+        }
+        status.details.clear();
+    }
+    error
 }
 
 /// Connects to the port on which the agent serves containerd and the controller.
@@ -155,6 +171,49 @@ mod tests {
             answer = Agent::check(&path, Duration::from_millis(300)) => answer,
             () = guest => unreachable!("a guest that is pending"),
         }
+    }
+
+    #[tokio::test]
+    async fn what_a_guest_says_is_wrong_is_read_as_far_as_it_is_of_use() {
+        let status =
+            |message: &str| ttrpc::Error::RpcStatus(ttrpc::get_status(ttrpc::Code::INTERNAL, message));
+        let text = |error| match error {
+            ttrpc::Error::RpcStatus(status) => status.message,
+            other => other.to_string(),
+        };
+        assert_eq!(text(brief(status("no such device"))), "no such device");
+        let long = text(brief(status(&"ü".repeat(4 << 20))));
+        assert_eq!(long.chars().count(), ERROR_MAX + 1);
+        assert!(long.ends_with('…'));
+    }
+
+    #[tokio::test]
+    async fn a_guest_that_says_something_else_and_does_not_end_is_not_listened_to() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("vsock.sock");
+        let listener = UnixListener::bind(&path).unwrap();
+        let guest = tokio::spawn(async move {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            stream.read_exact(&mut [0; 13]).await.unwrap();
+            stream.write_all(b"OK 1\n").await.unwrap();
+            // Messages for a stream that nobody has, each 4 MiB long.
+            let mut sent = 0;
+            let header = [0, 0x40, 0, 0, 0, 0, 0, 9, 3, 0];
+            let chunk = vec![0; 64 << 10];
+            while stream.write_all(&header).await.is_ok() {
+                for _ in 0..64 {
+                    if stream.write_all(&chunk).await.is_err() {
+                        return sent;
+                    }
+                    sent += chunk.len();
+                }
+            }
+            sent
+        });
+        let error = Agent::check(&path, Duration::from_secs(60)).await.unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::InvalidData, "{error}");
+        // What the socket holds.
+        assert!(guest.await.unwrap() < 4 << 20);
     }
 
     #[tokio::test]

@@ -23,9 +23,14 @@ use tokio::{
 };
 
 use super::frames;
+use crate::rate::Rate;
 
 /// Requests of a pod at a time, over all of its connections. What comes beyond them waits in the guest.
 pub const REQUESTS_MAX: usize = 8;
+/// Requests of a pod at once, and then one in each interval: a container takes two or three in its life, and each may have
+/// the host mount, unmount and ask containerd.
+const BURST: u32 = 64;
+const EACH: Duration = Duration::from_millis(50);
 /// For an answer to be taken by the guest.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -53,6 +58,7 @@ pub trait Requests: Send + Sync {
 pub struct HostServer {
     services: Arc<HashMap<String, Service>>,
     places: Arc<Semaphore>,
+    rate: Rate,
 }
 
 impl HostServer {
@@ -60,6 +66,7 @@ impl HostServer {
         HostServer {
             services: Arc::new(create_host(Arc::new(HostService { requests }))),
             places: Arc::new(Semaphore::new(REQUESTS_MAX)),
+            rate: Rate::new(BURST, EACH),
         }
     }
 
@@ -79,6 +86,7 @@ impl HostServer {
                 Ok(read) => read,
                 Err(error) => return error,
             };
+            self.rate.wait().await;
             let (services, writer) = (self.services.clone(), writer.clone());
             tokio::spawn(async move {
                 let answer = dispatch(&services, &header, request).await;
@@ -234,6 +242,20 @@ mod tests {
             answer.await.unwrap().unwrap();
         }
         assert_eq!(*gate.begun.borrow(), REQUESTS_MAX + 5);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn requests_beyond_a_rate_wait_whatever_connection_they_come_on() {
+        let server = Arc::new(HostServer::new(gate()));
+        let start = tokio::time::Instant::now();
+        for _ in 0..2 {
+            let (client, _serving) = connected(&server);
+            for _ in 0..BURST {
+                let request = FitResourcesRequest::default();
+                client.fit_resources(context::with_timeout(0), &request).await.unwrap();
+            }
+        }
+        assert!(start.elapsed() >= EACH * (BURST - 1), "{:?}", start.elapsed());
     }
 
     #[tokio::test]

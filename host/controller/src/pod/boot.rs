@@ -292,17 +292,19 @@ impl Pod {
         });
     }
 
-    /// Waits for the end of the machine, and brings it about if the guest is stuck.
+    /// Waits for the end of the machine, and brings it about when the pod is stopped or the guest is stuck.
     async fn outlive(&self, machine: &Machine) -> io::Result<Exit> {
-        let silent = tokio::select! {
+        tokio::select! {
             exit = machine.exited() => return exit,
-            silent = self.falls_silent() => silent,
-        };
-        let reason = format!("the guest has given no answer for {} s", silent.as_secs());
-        tracing::warn!(pod = self.id, reason, "a stuck machine is ended");
-        self.state().reason = Some(reason);
+            () = self.stopping.notified() => {}
+            silent = self.falls_silent() => {
+                let reason = format!("the guest has given no answer for {} s", silent.as_secs());
+                tracing::warn!(pod = self.id, reason, "a stuck machine is ended");
+                self.state().reason = Some(reason);
+            }
+        }
         if let Err(error) = machine.signal_kill() {
-            tracing::error!(pod = self.id, %error, "cannot end a stuck machine");
+            tracing::error!(pod = self.id, %error, "cannot end a machine");
         }
         machine.exited().await
     }

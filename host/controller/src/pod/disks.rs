@@ -65,11 +65,9 @@ impl Pod {
     ) -> Result<Option<Disk>, DiskError> {
         let inserted = self.insert(container, 0, &layers.images, true, "its image layers").await?;
         let Some(InsertDiskResponse { device, extents, .. }) = inserted else {
-            tracing::info!(
-                pod = self.id,
-                %container,
-                "no free slot for the layers; they go through the share"
-            );
+            self.caused_by_guest(|| {
+                tracing::info!(pod = self.id, %container, "no free slot for the layers; they go through the share");
+            });
             return Ok(None);
         };
         let place = |name| format!("{SHARE_DIR}/{container}/{WRITABLE}/{name}");

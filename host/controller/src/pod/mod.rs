@@ -34,7 +34,7 @@ use pericarp_protos::{
 use prost::{DecodeError, Message as _};
 use serde_json::json;
 use thiserror::Error;
-use tokio::sync::{Mutex as AsyncMutex, watch};
+use tokio::sync::{Mutex as AsyncMutex, Notify, watch};
 
 pub use self::{adopt::adopt_all, boot::BootError, record::end_on_record};
 use self::{log_limit::LogLimit, progress::Progress, record::Identity, refusals::Refusal};
@@ -42,10 +42,11 @@ use crate::{
     config::Config,
     cpuset::CpuSet,
     cri_fields,
-    events::Forwarder,
+    events::{self, Forwarder},
     machine::{self, Exit, file},
     nested,
     network::InterfaceStatus,
+    rate::Rate,
     share::Share,
     size::{self, Host, Limits, Size},
     source::ContainerSource,
@@ -150,6 +151,9 @@ pub struct Pod {
     claimed: watch::Sender<bool>,
     /// Of what the guest causes.
     log_limit: LogLimit,
+    event_rate: Rate,
+    /// Told when the machine is to end, before anything is undone that may take its time.
+    stopping: Notify,
 }
 
 /// What changes in a pod's life. Never locked across a wait.
@@ -261,6 +265,8 @@ impl Pod {
             ended: watch::Sender::new(None),
             claimed: watch::Sender::new(false),
             log_limit: LogLimit::new(),
+            event_rate: events::rate(),
+            stopping: Notify::new(),
         }
     }
 
@@ -340,6 +346,10 @@ impl Pod {
             tracing::warn!(pod = self.id, suppressed, "the guest has caused more lines than are written");
         }
         write();
+    }
+
+    pub(crate) fn event_rate(&self) -> &Rate {
+        &self.event_rate
     }
 
     /// What the guest has of the pod's network, and whether port-forward works.

@@ -156,7 +156,7 @@ impl Pod {
         self.set_oom_score(containers)?;
         self.state().size_now = Some(size);
         if now != Some(size) {
-            tracing::info!(pod = self.id, ?size, "machine resized");
+            self.caused_by_guest(|| tracing::info!(pod = self.id, ?size, "machine resized"));
         }
         Ok(())
     }
@@ -170,12 +170,10 @@ impl Pod {
             state.pinned = None;
         }
         if let Err(error) = self.become_size(size, containers).await {
-            tracing::warn!(
-                pod = self.id,
-                ?size,
-                error = chain(&error),
-                "the machine cannot be given back its size"
-            );
+            let error = chain(&error);
+            self.caused_by_guest(|| {
+                tracing::warn!(pod = self.id, ?size, error, "the machine cannot be given back its size");
+            });
         }
     }
 
@@ -229,7 +227,9 @@ impl Pod {
         match machine.wait_memory(MEMORY_LIMIT).await {
             // The guest goes on giving back what it can; its containers' limits hold already.
             Err(error) if memory_mib <= before.memory_mib => {
-                tracing::warn!(pod = self.id, %error, "the guest has not given back its memory yet");
+                self.caused_by_guest(|| {
+                    tracing::warn!(pod = self.id, %error, "the guest has not given back its memory yet");
+                });
                 Ok(())
             }
             other => other.map_err(machine_error),

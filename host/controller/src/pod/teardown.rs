@@ -29,6 +29,8 @@ impl Pod {
 
     fn end_phase(&self) {
         self.state().phase = Phase::Ended;
+        // At once: what is undone afterwards waits for requests that the guest has made, and answers as it likes.
+        self.stopping.notify_one();
     }
 
     async fn undo_running(&self) -> io::Result<()> {

@@ -16,7 +16,12 @@ struct OneContainer;
 
 #[async_trait]
 impl ContainerSource for OneContainer {
-    async fn container(&self, _namespace: &str, id: &str) -> Result<ContainerRecord, SourceError> {
+    async fn container(
+        &self,
+        _namespace: &str,
+        _sandbox: &str,
+        id: &str,
+    ) -> Result<ContainerRecord, SourceError> {
         let of = [("known", "other"), ("odd", "abc")].into_iter().find(|(container, _)| *container == id);
         if let Some((_, pod)) = of {
             Ok(ContainerRecord {
@@ -76,10 +81,21 @@ pub(super) fn pod(run_dir: &std::path::Path) -> Arc<Pod> {
     Arc::new(Pod::new("abc".parse().unwrap(), "k8s.io".into(), config, String::new(), node(run_dir)).unwrap())
 }
 
+impl Pod {
+    /// Gives it one more thing to be undone when it is removed.
+    pub(crate) fn push_undo(
+        &self,
+        what: &'static str,
+        step: impl FnMut() -> std::io::Result<()> + Send + 'static,
+    ) {
+        self.state().directory.push(what, step);
+    }
+}
+
 /// Gives a pod something that cannot be undone as long as this is so.
 pub(crate) fn cannot_undo(pod: &Pod, while_this: &Arc<AtomicBool>) {
     let fails = while_this.clone();
-    pod.state().directory.push("remove what is busy", move || {
+    pod.push_undo("remove what is busy", move || {
         if fails.load(Ordering::Relaxed) { Err(std::io::ErrorKind::ResourceBusy.into()) } else { Ok(()) }
     });
 }
@@ -335,7 +351,7 @@ async fn taken_over(listener: &tokio::net::UnixListener) -> pericarp_protos::hos
 /// What a guest gets that has been taken over: its requests come on the agent's own connection.
 #[tokio::test]
 async fn a_hostile_guest_cannot_have_a_container_of_another_pod_and_is_dialled_again() {
-    use pericarp_protos::host::{PrepareContainerRequest, ReleaseContainerRequest};
+    use pericarp_protos::host::{FitResourcesRequest, PrepareContainerRequest, ReleaseContainerRequest};
     let directory = tempfile::tempdir().unwrap();
     std::fs::create_dir(directory.path().join("abc")).unwrap();
     let listener = tokio::net::UnixListener::bind(directory.path().join("abc").join(file::VSOCK)).unwrap();
@@ -356,6 +372,11 @@ async fn a_hostile_guest_cannot_have_a_container_of_another_pod_and_is_dialled_a
                 answer => panic!("{id:?} is answered with {answer:?}"),
             }
         }
+        let request = FitResourcesRequest { container_id: "known".into(), ..Default::default() };
+        match host.fit_resources(context(), &request).await {
+            Err(ttrpc::Error::RpcStatus(status)) => assert_eq!(status.code(), ttrpc::Code::NOT_FOUND),
+            answer => panic!("{answer:?}"),
+        }
         // Nothing of it is this pod's, so nothing happens.
         let request = ReleaseContainerRequest { container_id: "known".into(), ..Default::default() };
         host.release_container(context(), &request).await.unwrap();
@@ -364,4 +385,70 @@ async fn a_hostile_guest_cannot_have_a_container_of_another_pod_and_is_dialled_a
         host.prepare_container(context(), &request).await.unwrap_err();
     }
     taken_over(&listener).await;
+}
+
+/// A guest keeps the controller busy with what it asks for; that is no reason for it to live on.
+#[tokio::test]
+async fn a_machine_is_ended_before_anything_that_its_guest_has_asked_for() {
+    let directory = tempfile::tempdir().unwrap();
+    let pod = pod(directory.path());
+    let mut process = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+    let pid = rustix::process::Pid::from_child(&process);
+    let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::NONBLOCK).unwrap();
+    pod.state().phase = Phase::Running { pid: process.id() };
+    pod.watch(machine::Machine::adopt(pid, pidfd).unwrap());
+    let request = pod.share.lock().await;
+    let stopping = tokio::spawn({
+        let pod = pod.clone();
+        async move { pod.stop().await }
+    });
+    let ended = tokio::time::timeout(std::time::Duration::from_secs(60), pod.wait()).await;
+    ended.expect("its machine is ended although a request is under way");
+    assert!(!stopping.is_finished());
+    drop(request);
+    stopping.await.unwrap().unwrap();
+    // Its exit status was taken by whoever watched it.
+    let _ = process.wait();
+}
+
+/// containerd handles the events of the whole node one after the other.
+#[tokio::test(start_paused = true)]
+async fn a_guest_that_tells_of_very_much_is_heard_slowly() {
+    use pericarp_protos::{
+        agent::Event,
+        protobuf::Message as _,
+        ttrpc::proto::{GenMessage, MessageHeader},
+    };
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    const EVENTS: u64 = 1500;
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::create_dir(directory.path().join("abc")).unwrap();
+    let listener = tokio::net::UnixListener::bind(directory.path().join("abc").join(file::VSOCK)).unwrap();
+    let pod = pod(directory.path());
+    pod.follow_events();
+    let (mut stream, _) = listener.accept().await.unwrap();
+    stream.read_exact(&mut [0; 13]).await.unwrap();
+    stream.write_all(b"OK 7\n").await.unwrap();
+    GenMessage::read_from(&mut stream).await.unwrap();
+    let start = tokio::time::Instant::now();
+    for sequence in 1..=EVENTS {
+        let payload = Event { sequence, ..Event::default() }.write_to_bytes().unwrap();
+        let header = MessageHeader::new_data(1, u32::try_from(payload.len()).unwrap());
+        GenMessage { header, payload }.write_to(&mut stream).await.unwrap();
+    }
+    while pod.last_event() < EVENTS {
+        tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+    }
+    assert!(start.elapsed() >= std::time::Duration::from_secs(4), "{:?}", start.elapsed());
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_guest_causes_is_written_no_more_often_than_the_limit_says() {
+    let directory = tempfile::tempdir().unwrap();
+    let pod = pod(directory.path());
+    let mut written = 0;
+    for _ in 0..1000 {
+        pod.caused_by_guest(|| written += 1);
+    }
+    assert!((1..100).contains(&written), "{written}");
 }
