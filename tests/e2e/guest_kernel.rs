@@ -88,7 +88,12 @@ const CHECKS: [(&str, &str, Answer); 38] = [
         "tc qdisc add dev lo root fq && tc qdisc replace dev lo root netem delay 1ms && tc qdisc del dev lo root",
         Works,
     ),
-    ("sockets of all kinds are listed", "ss -a -x -n > /dev/null && ss -t -n > /dev/null", Works),
+    // ss itself would make do with less, and tell less.
+    (
+        "sockets are listed with what they do",
+        "zcat /proc/config.gz | grep -c -E '^CONFIG_(INET|UNIX)_DIAG=y'",
+        Prints("2"),
+    ),
     (
         "a file as a disk",
         "truncate -s 8M /disk && mknod -m 600 /dev/loop7 b 7 7; losetup /dev/loop7 /disk && losetup -d /dev/loop7",
@@ -122,7 +127,12 @@ const CHECKS: [(&str, &str, Answer); 38] = [
     ),
     ("no tunnel is made by itself", "ip link show sit0", Fails),
     ("no machine inside the machine", "ls /dev/kvm || grep -w kvm /proc/misc", Fails),
-    ("no memory below the kernel", "mknod /mem c 1 1 && head -c 1 /mem", Fails),
+    // On a file system of the guest's own: none of the host's lets a guest have devices.
+    (
+        "no memory below the kernel",
+        "mknod /dev/memory c 1 1 && head -c 1 /dev/memory 2>&1 | sed 's/.*: //'",
+        Prints("No such device or address"),
+    ),
     ("no modules", "ls /proc/modules", Fails),
     ("no other tables of segments", "zcat /proc/config.gz | grep CONFIG_MODIFY_LDT_SYSCALL=y", Fails),
     // What core_pattern names would be run by the kernel, as root and outside of every container.
