@@ -16,6 +16,8 @@ pub use instruction::{FRAME, Instruction, Register};
 /// `enum bpf_cmd` (Linux `include/uapi/linux/bpf.h`, as all numbers here).
 const MAP_CREATE: libc::c_int = 0;
 const MAP_UPDATE_ELEM: libc::c_int = 2;
+/// Times that a program is given to the verifier.
+const ATTEMPTS: u32 = 16;
 const PROG_LOAD: libc::c_int = 5;
 const PROG_ATTACH: libc::c_int = 8;
 const LINK_CREATE: libc::c_int = 28;
@@ -204,7 +206,7 @@ pub fn load(kind: Kind, name: &str, program: &[Instruction]) -> io::Result<Owned
     for (to, from) in attributes.name[..last].iter_mut().zip(name.bytes()) {
         *to = from;
     }
-    let error = match bpf_fd(&mut attributes) {
+    let error = match verified(&mut attributes) {
         Ok(program) => return Ok(program),
         Err(error) => error,
     };
@@ -213,10 +215,22 @@ pub fn load(kind: Kind, name: &str, program: &[Instruction]) -> io::Result<Owned
     attributes.log_level = 1;
     attributes.log_size = u32::try_from(log.len()).map_err(io::Error::other)?;
     attributes.log = address(log.as_mut_ptr());
-    match bpf_fd(&mut attributes) {
+    match verified(&mut attributes) {
         Ok(program) => Ok(program),
         Err(_) => Err(with_log(error, &log)),
     }
+}
+
+/// The verifier gives up when its caller has a signal to handle (bpf(2), `EAGAIN`), as one has whose child has ended. The same
+/// request may succeed a moment later; libbpf does it five times.
+fn verified(attributes: &mut ProgramLoad) -> io::Result<OwnedFd> {
+    for _ in 1..ATTEMPTS {
+        match bpf_fd(attributes) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            answer => return answer,
+        }
+    }
+    bpf_fd(attributes)
 }
 
 fn with_log(error: io::Error, log: &[u8]) -> io::Error {
@@ -262,6 +276,36 @@ mod tests {
         let error = load(Kind::SocketLookup, "bad", &[Instruction::exit()]).unwrap_err().to_string();
         assert!(error.contains("its verifier: "), "{error}");
         assert!(error.contains("R0 !read_ok"), "{error}");
+    }
+
+    /// The agent's children end at any time.
+    #[test]
+    fn a_signal_that_comes_while_a_program_is_verified_does_not_fail_it() {
+        use std::sync::atomic::{AtomicBool, Ordering};
+        extern "C" fn nothing(_: libc::c_int) {}
+        // As long as a program may be, so that the signal comes while it is looked at.
+        let mut program = vec![Instruction::set(0, 1); 4000];
+        program.push(Instruction::exit());
+        // SAFETY: the handler does nothing, and nobody else in this process has a use for the signal.
+        let (to, old) = unsafe {
+            let handler: extern "C" fn(libc::c_int) = nothing;
+            (libc::pthread_self(), libc::signal(libc::SIGUSR2, handler as libc::sighandler_t))
+        };
+        assert_ne!(old, libc::SIG_ERR);
+        let stop = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    // SAFETY: the thread waits for this one before it ends.
+                    unsafe { libc::pthread_kill(to, libc::SIGUSR2) };
+                    std::thread::sleep(std::time::Duration::from_millis(1));
+                }
+            });
+            let loaded: Vec<_> = (0..200).map(|_| load(Kind::SocketLookup, "signals", &program)).collect();
+            stop.store(true, Ordering::Relaxed);
+            let failed: Vec<_> = loaded.into_iter().filter_map(Result::err).map(|e| e.to_string()).collect();
+            assert!(failed.is_empty(), "{failed:?}");
+        });
     }
 
     #[test]
