@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use futures::future::select;
-use pericarp_tests::{Container, HANG_LIMIT, PodBuilder, api, on_node, on_pericarp};
+use pericarp_tests::{Container, HANG_LIMIT, PodBuilder, api, on_node, on_pericarp, until};
 use tokio::time::timeout;
 
 /// A machine that is soon used up.
@@ -80,11 +80,11 @@ fn what_is_counted_for_a_user_and_not_for_a_container_is_not_used_up_by_one() ->
             security.seccomp = None;
         });
         let hoarder = hoarder.start().await?;
+        let has = async || Ok(hoarder.log()?.stdout().ends_with(" namespaces\n"));
+        until("what the hoarder has", has).await?;
         // All that it wants, so that none of these limits is left that would be the agent's, too.
-        hoarder
-            .wait_for_output("hoards 60000 of epoll, 20000 of inotify, 700 namespaces\n")
-            .await
-            .with_context(|| format!("{:?}", hoarder.log().map(|log| log.stdout())))?;
+        let all = "hoards 60000 of epoll, 20000 of inotify, 700 namespaces\n";
+        assert_eq!(hoarder.log()?.stdout(), all);
         answers(&neighbour).await?;
         assert!(pod.is_ready().await?);
         let (status, _) = pod.container("next").command(["true"]).run().await?;
