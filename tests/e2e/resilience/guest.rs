@@ -83,7 +83,8 @@ fn a_kernel_that_panics_for_want_of_memory_is_told_so() -> Result<()> {
 
 /// In the place of an initramfs's `/init`: the agent, and beside it two that wait for a connection. At port 7777 it has the
 /// agent frozen: the kernel goes on, and with it everything that does not need PID 1. At port 7778 the agent's code is
-/// overwritten, as no signal kills a guest's first process. No container has a way to do either.
+/// overwritten, as no signal kills a guest's first process. No container has a way to do either. The agent has moved to another
+/// root by then, with its file systems.
 const INIT_THAT_OBEYS: &str = r#"#!/bin/busybox sh
 busybox=/bin/busybox
 $busybox mv /init /script
@@ -103,8 +104,10 @@ $busybox mv /agent /init
 } > /dev/console 2>&1 &
 {
     echo obeyed | $busybox nc -l -p 7778
-    start=$($busybox sed -n "s/-.* r-xp .*//p" /proc/1/maps | $busybox head -n 1)
-    $busybox dd if=/dev/zero of=/proc/1/mem conv=notrunc bs=4096 count=256 seek=$((0x$start / 4096))
+    $busybox mkdir /processes
+    $busybox mount -t proc proc /processes
+    start=$($busybox sed -n "s/-.* r-xp .*//p" /processes/1/maps | $busybox head -n 1)
+    $busybox dd if=/init of=/processes/1/mem conv=notrunc bs=4096 count=1800 seek=$((0x$start / 4096))
 } > /dev/console 2>&1 &
 exec /init
 "#;
