@@ -210,10 +210,14 @@ async fn a_call_that_does_not_fit_the_state_is_refused_as_containerd_expects() {
 async fn a_signal_reaches_one_process_or_all() {
     let agent = Agent::start().await;
     // The first process goes on until its children have ended.
-    let script = "trap : TERM; sleep 1000 & sleep 1000 & wait; wait; wait; exit 3";
+    let script = "trap : TERM; sleep 1234 & sleep 1234 & until [ $(ps | grep -c '[s]leep 1234') = 2 ]; do :; done; \
+        echo ready; wait; wait; wait; exit 3";
     agent.add_container("c1", &["sh", "-c", script]);
-    agent.create("c1", &[]).await;
+    let mut output = agent.stream("c1-stdout").await;
+    agent.create("c1", &["stdout"]).await;
     agent.start_task("c1").await;
+    output.grant(65536).await;
+    assert_eq!(output.read().await.unwrap(), b"ready\n");
     agent.exec("c1", "e1", process(&["sleep", "1000"]), &[]).await.unwrap();
     let mut request = api::KillRequest::new();
     request.id = "c1".into();
@@ -230,6 +234,7 @@ async fn a_signal_reaches_one_process_or_all() {
     assert_eq!(status(&error).0, Code::INVALID_ARGUMENT);
     request.signal = 15;
     request.all = true;
+    tokio::spawn(output.read_to_end());
     // Everybody waits for the same end.
     let (one, two, three, killed) = tokio::join!(
         agent.wait("c1", ""),

@@ -321,7 +321,8 @@ async fn a_pause_that_does_not_succeed_in_time_lets_everything_go_on() {
     let agent = Agent::start().await;
     let script = "mknod /dev/shm/fuse c 10 229 && exec 3<>/dev/shm/fuse && mkdir -p /dev/shm/hung && \
         mount -t fuse -o fd=3,rootmode=40000,user_id=0,group_id=0 none /dev/shm/hung && \
-        { ls /dev/shm/hung & } && while :; do echo on; sleep 1; done";
+        { ls /dev/shm/hung & } && until grep -q 'State:.D' /proc/$!/status; do :; done; \
+        while :; do echo on; sleep 1; done";
     agent.add_container("c1", &["sh", "-c", script]).change(|spec| {
         spec["process"]["capabilities"] = process(&[])["capabilities"].clone();
         for set in ["bounding", "effective", "permitted"] {
