@@ -84,12 +84,7 @@ impl Drop for Held {
     fn drop(&mut self) {
         let paths = std::mem::take(&mut self.paths);
         if let (false, Ok(runtime)) = (paths.is_empty(), tokio::runtime::Handle::try_current()) {
-            let volumes = Arc::clone(&self.volumes);
-            runtime.spawn(async move {
-                for path in paths {
-                    volumes.let_go(path).await;
-                }
-            });
+            runtime.spawn(Held { volumes: Arc::clone(&self.volumes), paths }.release());
         }
     }
 }

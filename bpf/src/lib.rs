@@ -16,8 +16,6 @@ pub use instruction::{FRAME, Instruction, Register};
 /// `enum bpf_cmd` (Linux `include/uapi/linux/bpf.h`, as all numbers here).
 const MAP_CREATE: libc::c_int = 0;
 const MAP_UPDATE_ELEM: libc::c_int = 2;
-/// Times that a program is given to the verifier.
-const ATTEMPTS: u32 = 16;
 const PROG_LOAD: libc::c_int = 5;
 const PROG_ATTACH: libc::c_int = 8;
 const LINK_CREATE: libc::c_int = 28;
@@ -220,6 +218,9 @@ pub fn load(kind: Kind, name: &str, program: &[Instruction]) -> io::Result<Owned
         Err(_) => Err(with_log(error, &log)),
     }
 }
+
+/// Times that a program is given to the verifier.
+const ATTEMPTS: u32 = 16;
 
 /// The verifier gives up when its caller has a signal to handle (bpf(2), `EAGAIN`), as one has whose child has ended. The same
 /// request may succeed a moment later; libbpf does it five times.

@@ -13,6 +13,13 @@ fn pattern(length: usize) -> Vec<u8> {
 
 const LENGTH: usize = 100 << 20;
 
+/// Waits for the end of a process, whose exit the agent takes at once.
+async fn reaped(pid: u32) {
+    while std::path::Path::new(&format!("/proc/{pid}")).exists() {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
 #[tokio::test]
 async fn many_megabytes_go_in_and_come_out_in_order() {
     let agent = Agent::start().await;
@@ -77,9 +84,7 @@ async fn a_stream_that_comes_late_gets_everything() {
     agent.add_container("c1", &["echo", "patience"]);
     let pid = agent.create("c1", &["stdout"]).await;
     agent.start_task("c1").await;
-    while std::path::Path::new(&format!("/proc/{pid}")).exists() {
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    reaped(pid).await;
     assert_eq!(agent.stream("c1-stdout").await.read_to_end().await, b"patience\n");
     assert_eq!(agent.wait("c1", "").await, 0);
     // Once more, after the end: there is nothing left.
@@ -93,10 +98,7 @@ async fn wait_returns_after_the_reader_has_taken_everything() {
     let stdout = agent.stream("c1-stdout").await;
     let pid = agent.create("c1", &["stdout"]).await;
     agent.start_task("c1").await;
-    // The agent takes the exit of a process at once.
-    while std::path::Path::new(&format!("/proc/{pid}")).exists() {
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    reaped(pid).await;
     let wait = agent.wait("c1", "");
     tokio::pin!(wait);
     let early = tokio::time::timeout(Duration::from_millis(300), &mut wait).await;

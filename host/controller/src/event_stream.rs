@@ -34,7 +34,7 @@ impl EventStream {
     async fn request(socket: &Path, after_sequence: u64) -> io::Result<EventStream> {
         let asked = EventsRequest { after_sequence, ..EventsRequest::default() };
         let mut connection = dial(socket, guest::AGENT_PORT).await?;
-        frames::write_request(&mut connection, "pericarp.agent.v1.Agent", "Events", &asked).await?;
+        frames::write_request(&mut connection, "Events", &asked).await?;
         Ok(EventStream { connection: BufReader::new(connection) })
     }
 

@@ -28,11 +28,6 @@ const PAUSE_MAX: Duration = Duration::from_secs(5);
 const BURST: u32 = 1000;
 const EACH: Duration = Duration::from_millis(10);
 
-/// How many events a pod's guest may still tell of.
-pub(crate) fn rate() -> Rate {
-    Rate::new(BURST, EACH)
-}
-
 /// Whether containerd would say the same the next time.
 fn is_refusal(code: Code) -> bool {
     matches!(
@@ -119,12 +114,13 @@ impl Pod {
     pub(crate) fn follow_events(self: &Arc<Self>) {
         let pod = self.clone();
         tokio::spawn(async move {
+            let rate = Rate::new(BURST, EACH);
             let mut pause = PAUSE_MIN;
             // Whether it was said already: what repeats is said once.
             let mut interrupted = false;
             while pod.end().is_none() {
                 let before = pod.last_event();
-                let taken = pod.take_events().await;
+                let taken = pod.take_events(&rate).await;
                 // What has not been taken waits in the guest, not here.
                 pause = if pod.last_event() > before { PAUSE_MIN } else { PAUSE_MAX.min(2 * pause) };
                 if interrupted && pod.last_event() > before {
@@ -147,11 +143,11 @@ impl Pod {
     }
 
     /// Takes events until there are no more on this connection, or containerd does not take one.
-    async fn take_events(&self) -> Result<(), String> {
+    async fn take_events(&self, rate: &Rate) -> Result<(), String> {
         let lost = |error: io::Error| error.to_string();
         let mut events = EventStream::open(&self.vsock(), self.last_event()).await.map_err(lost)?;
         while let Some(event) = events.next().await.map_err(lost)? {
-            self.event_rate().wait().await;
+            rate.wait().await;
             match self.take_event(&event).await {
                 Handed::Over => {}
                 Handed::NotYet(reason) => return Err(reason),

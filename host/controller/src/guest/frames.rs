@@ -15,38 +15,44 @@ use pericarp_protos::{
 };
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
 
-/// Most bytes of a request. Its own part is one id or a kernel's release.
-pub const REQUEST_MAX: usize = 4 << 10;
+/// Most bytes of a message. A request's own part is one id or a kernel's release; an answer's is a status with a short text.
+const MESSAGE_MAX: usize = 4 << 10;
 
 /// Reads a request. An error, which the end of the connection is as well, leaves nothing to be read after it.
 pub async fn read_request(
     connection: &mut (impl AsyncRead + Unpin + Send),
 ) -> io::Result<(MessageHeader, Request)> {
-    let header = MessageHeader::read_from(&mut *connection).await?;
-    let length = header.length as usize;
-    if header.type_ != MESSAGE_TYPE_REQUEST || length > REQUEST_MAX {
-        return Err(invalid(format!("a message of type {} with {length} bytes", header.type_)));
-    }
-    let mut payload = vec![0; length];
-    connection.read_exact(&mut payload).await?;
+    let (header, payload) = read_message(connection, MESSAGE_TYPE_REQUEST).await?;
     let request = Request::decode(&payload).map_err(invalid)?;
     Ok((header, request))
 }
 
-/// Most bytes of an answer that is read by [`read_response`]: a status with a short text.
-const RESPONSE_MAX: usize = 4 << 10;
+/// Reads the next message, which has to be of one type.
+async fn read_message(
+    connection: &mut (impl AsyncRead + Unpin + Send),
+    type_: u8,
+) -> io::Result<(MessageHeader, Vec<u8>)> {
+    let header = MessageHeader::read_from(&mut *connection).await?;
+    let length = header.length as usize;
+    if header.type_ != type_ || length > MESSAGE_MAX {
+        return Err(invalid(format!("a message of type {} with {length} bytes", header.type_)));
+    }
+    let mut payload = vec![0; length];
+    connection.read_exact(&mut payload).await?;
+    Ok((header, payload))
+}
+
 /// The only stream of a connection that is made for one call; a client's are odd.
 pub const STREAM: u32 = 1;
 
-/// Makes a call, the only one on its connection.
+/// Calls a method of the agent's own service, the only call on its connection.
 pub async fn write_request(
     connection: &mut (impl AsyncWrite + Unpin + Send),
-    service: &str,
     method: &str,
     message: &impl Message,
 ) -> io::Result<()> {
     let request = Request {
-        service: service.into(),
+        service: "pericarp.agent.v1.Agent".into(),
         method: method.into(),
         payload: message.write_to_bytes().map_err(invalid)?,
         ..Request::default()
@@ -59,13 +65,10 @@ pub async fn write_request(
 
 /// Reads the answer to [`write_request`]: the next message is that, or there is none.
 pub async fn read_response(connection: &mut (impl AsyncRead + Unpin + Send)) -> io::Result<Response> {
-    let header = MessageHeader::read_from(&mut *connection).await?;
-    let length = header.length as usize;
-    if header.type_ != MESSAGE_TYPE_RESPONSE || header.stream_id != STREAM || length > RESPONSE_MAX {
-        return Err(invalid(format!("a message of type {} with {length} bytes", header.type_)));
+    let (header, payload) = read_message(connection, MESSAGE_TYPE_RESPONSE).await?;
+    if header.stream_id != STREAM {
+        return Err(invalid(format!("an answer on stream {}", header.stream_id)));
     }
-    let mut payload = vec![0; length];
-    connection.read_exact(&mut payload).await?;
     Response::decode(&payload).map_err(invalid)
 }
 
@@ -123,7 +126,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_cannot_be_a_request_is_refused_by_its_header() {
-        let most = u32::try_from(REQUEST_MAX).unwrap();
+        let most = u32::try_from(MESSAGE_MAX).unwrap();
         // No byte of the payload is there: whoever waited for it would find the end instead.
         for header in [
             MessageHeader::new_request(1, most + 1),

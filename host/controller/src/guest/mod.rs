@@ -55,7 +55,7 @@ impl Agent {
         let check = async {
             let mut connection = dial(socket, guest::AGENT_PORT).await?;
             let asked = CheckRequest::default();
-            frames::write_request(&mut connection, "pericarp.agent.v1.Agent", "Check", &asked).await?;
+            frames::write_request(&mut connection, "Check", &asked).await?;
             // An agent that is older than this controller does not know the call, but it has answered.
             frames::read_response(&mut connection).await.map(drop)
         };

@@ -42,11 +42,10 @@ use crate::{
     config::Config,
     cpuset::CpuSet,
     cri_fields,
-    events::{self, Forwarder},
+    events::Forwarder,
     machine::{self, Exit, file},
     nested,
     network::InterfaceStatus,
-    rate::Rate,
     share::Share,
     size::{self, Host, Limits, Size},
     source::ContainerSource,
@@ -151,7 +150,6 @@ pub struct Pod {
     claimed: watch::Sender<bool>,
     /// Of what the guest causes.
     log_limit: LogLimit,
-    event_rate: Rate,
     /// Told when the machine is to end, before anything is undone that may take its time.
     stopping: Notify,
 }
@@ -265,7 +263,6 @@ impl Pod {
             ended: watch::Sender::new(None),
             claimed: watch::Sender::new(false),
             log_limit: LogLimit::new(),
-            event_rate: events::rate(),
             stopping: Notify::new(),
         }
     }
@@ -346,10 +343,6 @@ impl Pod {
             tracing::warn!(pod = self.id, suppressed, "the guest has caused more lines than are written");
         }
         write();
-    }
-
-    pub(crate) fn event_rate(&self) -> &Rate {
-        &self.event_rate
     }
 
     /// What the guest has of the pod's network, and whether port-forward works.

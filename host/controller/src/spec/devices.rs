@@ -203,7 +203,7 @@ mod tests {
     }
 
     /// A block device of this machine's, as a path in a directory and its numbers. The node's path is nobody's business.
-    fn block_device(directory: &Path) -> Option<(std::path::PathBuf, (u32, u32))> {
+    fn block_device(directory: &Path) -> (std::path::PathBuf, (u32, u32)) {
         let node = directory.join("disk");
         let device = rustix::fs::makedev(7, 3);
         let made = rustix::fs::mknodat(
@@ -213,13 +213,14 @@ mod tests {
             rustix::fs::Mode::RUSR,
             device,
         );
-        made.is_ok().then_some((node, (7, 3)))
+        made.expect("these tests need root");
+        (node, (7, 3))
     }
 
     #[test]
     fn a_privileged_container_gets_what_was_given_to_it_and_nothing_else_of_the_hosts_list() {
         let directory = tempfile::tempdir().unwrap();
-        let (node, (major, minor)) = block_device(directory.path()).expect("these tests need root");
+        let (node, (major, minor)) = block_device(directory.path());
         let devices = json!([
             { "path": "/dev/loop-control", "type": "c", "major": 10, "minor": 237 },
             { "path": "/dev/kvm", "type": "c", "major": 10, "minor": 232 },
@@ -243,7 +244,7 @@ mod tests {
     #[test]
     fn a_volume_whose_device_has_other_numbers_by_now_is_refused() {
         let directory = tempfile::tempdir().unwrap();
-        let (node, (major, minor)) = block_device(directory.path()).expect("these tests need root");
+        let (node, (major, minor)) = block_device(directory.path());
         let device = |minor| json!([{ "path": "/dev/data", "type": "b", "major": major, "minor": minor }]);
         let given: [(&str, &Path); 1] = [("/dev/data", &node)];
         let (left, _) = translated_of(&device(minor), &nothing_allowed(), Some(&given)).unwrap();

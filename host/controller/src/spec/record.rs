@@ -23,7 +23,7 @@ const NAMESPACES: [(&str, &str, &[NamespaceMode]); 4] = [
 
 /// The devices of the host that CRI was asked to give to a container (`ContainerConfig.devices`), which may be directories of
 /// devices. containerd's spec for a privileged container lists all of the host's beside them.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct GivenDevices(Vec<GivenDevice>);
 
 #[derive(Debug)]
