@@ -5,8 +5,11 @@ use std::fs;
 use anyhow::{Context, Result, ensure};
 use pericarp_tests::{
     Pod,
-    controller::{Controller, NetworkNamespace, pod_config},
-    on_pericarp, until,
+    direct::{
+        controller::{Controller, pod_config},
+        netns::NetworkNamespace,
+    },
+    on_pericarp, wait_until,
 };
 
 use super::{Server, ask, on_the_node};
@@ -50,7 +53,7 @@ fn a_network_that_is_half_made_is_undone() -> Result<()> {
     on_pericarp(async |node| {
         let mut controller = Controller::serve("").await?;
         let netns = NetworkNamespace::new(node.name()).await?;
-        // The first interface can be had, the second cannot.
+        // The machine can be given the first interface but not the second.
         netns.run(&format!("{VETH}; ip link add eth1 type dummy; ip link set eth1 up")).await?;
         let config = pod_config("half");
         let refused = controller.start_pod("half", &config, &netns).await.unwrap_err();
@@ -107,7 +110,7 @@ fn a_pod_lives_on_when_its_interface_is_removed() -> Result<()> {
         let netns = netns_of(&server.pod).await?;
         on_the_node(&format!("nsenter --net={netns} ip link delete eth0")).await?;
         // The controller hears of it a moment later.
-        until("the interface to be told as removed", async || {
+        wait_until("the interface to be told as removed", async || {
             Ok(server.pod.info().await?["pericarp"]["interfaces"][0]["removed"] == true)
         })
         .await?;
@@ -127,7 +130,7 @@ fn a_pod_lives_on_when_its_tap_is_removed() -> Result<()> {
         assert!(server.pod.is_ready().await?);
         assert_eq!(server.container.shell("hostname").await?, "server");
         let log = format!("/run/pericarp/{}/vmm.log", server.pod.id);
-        until("the machine to notice", async || {
+        wait_until("the machine to notice", async || {
             let log = fs::read_to_string(&log)?;
             ensure!(log.contains("the tap is gone"), "{log}");
             Ok(true)

@@ -30,16 +30,16 @@ struct Server {
 }
 
 impl Server {
-    async fn new(node: &Node, name: &str) -> Result<Server> {
-        Server::of(node.pod(name)).await
+    async fn new(node: &Node, name: &str) -> Result<Self> {
+        Self::of(node.pod(name)).await
     }
 
-    async fn of(pod: PodBuilder) -> Result<Server> {
+    async fn of(pod: PodBuilder) -> Result<Self> {
         let pod = pod.run().await?;
         let container = pod.container("server").command(["peer", "serve", "[::]:8080"]).start().await?;
         container.wait_for_output("ready\n").await?;
         let addresses = pod.addresses().await?;
-        Ok(Server { pod, container, addresses })
+        Ok(Self { pod, container, addresses })
     }
 
     /// Its main address.
@@ -54,7 +54,7 @@ impl Server {
         Ok(SocketAddr::new(*ip, PORT))
     }
 
-    /// What another server answers to this one's container.
+    /// What another server responds to a question of this one's container.
     async fn asks(&self, protocol: &str, other: SocketAddr, question: &str) -> Result<String> {
         let other = other.to_string();
         let output = self.container.exec(["peer", protocol, &other, question]).await?;
@@ -102,7 +102,7 @@ fn any_for(ip: IpAddr) -> IpAddr {
     if ip.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() }
 }
 
-/// Lets a pod connect to an address of the node's; answers with the address that it came from.
+/// Has a pod connect to an address of the node; returns the address that the connection came from.
 async fn pod_connects_to_node(server: &Server, node: IpAddr) -> Result<IpAddr> {
     let listener = TcpListener::bind((node, 0)).await?;
     let port = listener.local_addr()?.port();
@@ -119,7 +119,7 @@ async fn pod_connects_to_node(server: &Server, node: IpAddr) -> Result<IpAddr> {
     Ok(from)
 }
 
-/// Runs a command on the node that must succeed; answers with its output.
+/// Runs a command on the node, which must succeed; returns its output.
 async fn on_the_node(command: &str) -> Result<String> {
     let output = Command::new("sh").args(["-c", command]).output().await?;
     if !output.status.success() {

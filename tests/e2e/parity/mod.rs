@@ -1,9 +1,11 @@
-//! Whatever runc and Pericarp can both do, they do alike: each case runs once under either runtime on the same node, and
-//! what its container saw and did is compared, line by line.
+//! Whatever runc and Pericarp can both do, they do alike. Each case runs once under either runtime on the same node,
+//! and a comparison, line by line, shows whether its container saw and did the same.
 //!
-//! A case changes one thing of an ordinary container, which then prints a portrait of itself (`tests/peer/src/portrait.rs`)
-//! and whatever else the case asks for. The cases of a table share a pod of each runtime.
+//! A case changes one thing of an ordinary container, which then prints a portrait of itself
+//! (`tests/peer/src/portrait.rs`) and whatever else the case asks for. The cases of a table share a pod of each
+//! runtime.
 
+mod controls;
 mod process;
 mod resources;
 mod storage;
@@ -34,32 +36,32 @@ struct Case {
 }
 
 impl Case {
-    /// The same, of a container that is to be refused: that is not to go unnoticed.
+    /// Marks a case whose container runc refuses, so that it is an error if runc does not.
     fn refused(self) -> Self {
         Self { refused: true, ..self }
     }
 }
 
-type Change = Box<dyn Fn(ContainerBuilder, &Place) -> ContainerBuilder>;
+type Change = Box<dyn Fn(ContainerBuilder, &CaseDirectory) -> ContainerBuilder>;
 
 fn case(
     name: &'static str,
     script: impl Into<String>,
-    container: impl Fn(ContainerBuilder, &Place) -> ContainerBuilder + 'static,
+    container: impl Fn(ContainerBuilder, &CaseDirectory) -> ContainerBuilder + 'static,
 ) -> Case {
     Case { name, container: Box::new(container), script: script.into(), refused: false }
 }
 
 /// A directory on the node for the volumes of one case under one runtime. Nothing else writes there, so a failure of it
 /// is the test's own.
-struct Place(String);
+struct CaseDirectory(String);
 
-impl Place {
+impl CaseDirectory {
     fn path(&self, name: &str) -> String {
         format!("{}/{name}", self.0)
     }
 
-    /// Makes a file and answers with its path.
+    /// Makes a file and returns its path.
     fn file(&self, name: &str, content: &str) -> String {
         let path = self.path(name);
         if let Some((parent, _)) = name.rsplit_once('/') {
@@ -69,14 +71,14 @@ impl Place {
         path
     }
 
-    /// Makes an empty directory on the node's disk, which goes with the node, and answers with its path.
+    /// Makes an empty directory on the node's disk, which goes with the node, and returns its path.
     fn on_disk(&self) -> String {
         let path = format!("/var/tmp{}", self.0);
         fs::create_dir_all(&path).unwrap_or_else(|error| panic!("make {path}: {error}"));
         path
     }
 
-    /// Makes a directory and answers with its path.
+    /// Makes a directory and returns its path.
     fn directory(&self, name: &str) -> String {
         let path = self.path(name);
         fs::create_dir_all(&path).unwrap_or_else(|error| panic!("make {path}: {error}"));
@@ -84,7 +86,7 @@ impl Place {
     }
 }
 
-/// What came of a case.
+/// The result of a case.
 #[derive(PartialEq, Eq)]
 enum Outcome {
     /// A call was refused.
@@ -146,7 +148,7 @@ fn compare(pod: impl Fn(PodBuilder) -> PodBuilder, cases: &[Case]) -> Result<()>
 async fn run(node: &Node, pod: Pod, cases: &[Case]) -> Result<Vec<Outcome>> {
     stream::iter(cases)
         .map(async |case| {
-            let place = Place(node.directory_for(&format!("{}-{}", node.runtime, case.name))?);
+            let place = CaseDirectory(node.directory_for(&format!("{}-{}", node.runtime, case.name))?);
             Box::pin(run_case(&pod, case, &place))
                 .await
                 .with_context(|| format!("{} under {}", case.name, node.runtime))
@@ -156,7 +158,7 @@ async fn run(node: &Node, pod: Pod, cases: &[Case]) -> Result<Vec<Outcome>> {
         .await
 }
 
-async fn run_case(pod: &Pod, case: &Case, place: &Place) -> Result<Outcome> {
+async fn run_case(pod: &Pod, case: &Case, place: &CaseDirectory) -> Result<Outcome> {
     let container = pod.container(case.name).script(&format!("exec 2>&1\npeer portrait\n{}", case.script));
     let container = match Box::pin((case.container)(container, place).try_create()).await {
         Ok(container) => container,
@@ -167,7 +169,7 @@ async fn run_case(pod: &Pod, case: &Case, place: &Place) -> Result<Outcome> {
     if let Err(status) = container.try_start().await {
         return Ok(Outcome::Refused("StartContainer", status.code(), status.message().into()));
     }
-    let status = container.exited().await?;
+    let status = container.wait_for_exit().await?;
     let log = container.log()?;
     let outcome = Outcome::Ran {
         exit_code: status.exit_code,
@@ -178,7 +180,7 @@ async fn run_case(pod: &Pod, case: &Case, place: &Place) -> Result<Outcome> {
     Ok(outcome)
 }
 
-/// What differs between two outcomes, as lines with - and +; nothing if nothing does.
+/// The difference between two outcomes as lines with - and +; empty if there is none.
 fn difference(name: &str, runc: &Outcome, pericarp: &Outcome) -> String {
     let (old, new) = (runc.lines(), pericarp.lines());
     if old == new {

@@ -6,17 +6,17 @@ use std::os::unix::fs::{PermissionsExt, chown};
 use anyhow::Result;
 use pericarp_tests::{ContainerBuilder, api};
 
-use super::{Place, case, compare};
+use super::{CaseDirectory, case, compare};
 
 /// One volume at a place, with a file and a directory in it.
-fn volume(place: &Place, path: &str) -> api::Mount {
+fn volume(place: &CaseDirectory, path: &str) -> api::Mount {
     let name = path.replace('/', "-");
     place.file(&format!("{name}/key"), &format!("{path}\n"));
     place.file(&format!("{name}/below/deep"), "deep\n");
     api::Mount { host_path: place.path(&name), container_path: path.to_owned(), ..api::Mount::default() }
 }
 
-fn file(place: &Place, path: &str) -> api::Mount {
+fn file(place: &CaseDirectory, path: &str) -> api::Mount {
     let mut mount = volume(place, path);
     mount.host_path += "/key";
     mount
@@ -26,7 +26,8 @@ fn file(place: &Place, path: &str) -> api::Mount {
 fn volumes_look_as_under_runc() -> Result<()> {
     let script = "
         for place in /writable /read-only /second /a/b/c /tmp /odd; do
-          echo [$place]; ls -A $place; cat $place/key; echo more >> $place/key; rm $place/below/deep; touch $place/new; cat $place/key
+          echo [$place]; ls -A $place; cat $place/key; echo more >> $place/key; rm $place/below/deep
+          touch $place/new; cat $place/key
         done
         for file in /etc/one /etc/two /etc/group /etc/hosts; do
           echo [$file]; cat $file; echo more >> $file; mv $file /etc/moved; rm $file; cat $file
@@ -159,7 +160,8 @@ fn file_systems_can_do_what_they_can_under_runc() -> Result<()> {
                 "over-the-image",
                 "echo x >> /etc/passwd; chmod 600 /etc/group; chown 5:5 /odd/owned
                  stat -c '%n %a %u:%g %s' /etc/passwd /etc/group /odd/owned; cat /odd/hard-link
-                 rm -r /odd; ls -d /odd; mkdir /odd; ls -A /odd; rm /etc/replaced; touch /etc/replaced; cat /etc/replaced
+                 rm -r /odd; ls -d /odd; mkdir /odd; ls -A /odd
+                 rm /etc/replaced; touch /etc/replaced; cat /etc/replaced
                  mv /home /home2; ls -d /home /home2
                  dd if=/dev/zero of=/dev/shm/x bs=1M count=65 2>&1 | tail -n 1 | cut -d ' ' -f 1
                  stat -c %s /dev/shm/x; df -P /dev/shm | tail -n 1 | awk '{ print $2 }'",

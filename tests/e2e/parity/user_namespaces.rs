@@ -6,7 +6,7 @@ use std::{
 };
 
 use anyhow::Result;
-use pericarp_tests::{ContainerBuilder, POD_ROOT, PodBuilder, api, mapped};
+use pericarp_tests::{ContainerBuilder, POD_ROOT, PodBuilder, api, with_mapped_ids};
 
 use super::{case, compare};
 
@@ -18,15 +18,18 @@ const TELL: &str = "
     chown 1000:2000 /made/linked; chmod 4711 /made/linked; chown 70000 /new; chown 65535:65535 /made
     stat -c '%n %a %u:%g %h' /new /made /made/*
     stat -c '%n %u:%g' /proc/1 /proc/sys /sys /sys/kernel /sys/fs/cgroup/cgroup.procs /etc/resolv.conf
-    touch /dev/shm/$PORT; stat -c %u:%g /dev/shm/$PORT; echo x > /etc/hosts; echo x > /dev/null; ls -l /proc/self/fd/1 | wc -l
+    touch /dev/shm/$PORT; stat -c %u:%g /dev/shm/$PORT; echo x > /etc/hosts; echo x > /dev/null
+    ls -l /proc/self/fd/1 | wc -l
     ls /sys/class/net | grep -v sit; ping -c 1 -W 5 127.0.0.1 > /dev/null && echo ping
-    (peer serve 127.0.0.1:$PORT > /dev/null & for i in 1 2 3 4 5 6 7 8 9; do sleep 1; peer tcp 127.0.0.1:$PORT sink 2> /dev/null && break; done)";
+    (peer serve 127.0.0.1:$PORT > /dev/null &
+     for i in 1 2 3 4 5 6 7 8 9; do sleep 1; peer tcp 127.0.0.1:$PORT sink 2> /dev/null && break; done)";
 
 /// What needs privileges, in the pod's namespaces and outside of them.
 const ADMINISTER: &str = "
     ip address add 192.0.2.7/32 dev lo; echo address $?; hostname other; echo hostname $?
     mkdir /p /s /m /c; mount -t tmpfs t /tmp; echo tmpfs $?; mount -t proc p /p; echo proc $?
-    mount -t sysfs -o ro s /s; echo sysfs $?; mount -t mqueue m /m; echo mqueue $?; mount -t cgroup2 c /c; echo cgroup $?
+    mount -t sysfs -o ro s /s; echo sysfs $?; mount -t mqueue m /m; echo mqueue $?
+    mount -t cgroup2 c /c; echo cgroup $?
     mount -o bind /etc /home; echo bind $?; chroot / true; echo chroot $?
     mknod /node c 1 3; echo mknod $?; echo x > /proc/sys/kernel/core_pattern; echo core_pattern $?
     date -s 2020-01-01 > /dev/null; echo date $?; echo 0 > /proc/sys/net/ipv4/ip_forward; echo ip_forward $?
@@ -129,7 +132,9 @@ fn fill(directory: &str, owners: &[(&str, u32, u32, u32)]) -> io::Result<()> {
 fn volumes_in_a_user_namespace_are_those_of_runc() -> Result<()> {
     let tries = "cd /volume
         for f in private alices groups public; do cat $f; echo x >> $f; chmod 777 $f; chown 7:7 $f; done
-        for f in foreign mapped; do cat $f; echo x >> $f; chmod 777 $f 2> /dev/null; echo $?; chown 7:7 $f 2> /dev/null; echo $?; done
+        for f in foreign mapped; do
+          cat $f; echo x >> $f; chmod 777 $f 2> /dev/null; echo $?; chown 7:7 $f 2> /dev/null; echo $?
+        done
         touch new && mkdir dir && touch dir/below && ln new hard && ln -s new soft && mkfifo fifo
         mv new renamed; mv dir moved; rm private; mv alices alices-directory; ln public alices-directory/link
         touch alices-directory/from-root; mkdir alices-directory/made; rm groups
@@ -159,7 +164,7 @@ fn volumes_in_a_user_namespace_are_those_of_runc() -> Result<()> {
                 container_path: "/volume".to_owned(),
                 ..api::Mount::default()
             };
-            let mount = if with_map { mapped(mount) } else { mount };
+            let mount = if with_map { with_mapped_ids(mount) } else { mount };
             container.with(|config| config.mounts.push(mount)).with_security(|security| {
                 security.run_as_user = Some(id(user));
                 security.supplemental_groups = vec![4242];
@@ -179,7 +184,12 @@ fn volumes_in_a_user_namespace_are_those_of_runc() -> Result<()> {
                 |container, place| {
                     let mount = |host_path, container_path: &str, readonly| {
                         let container_path = container_path.to_owned();
-                        mapped(api::Mount { host_path, container_path, readonly, ..api::Mount::default() })
+                        with_mapped_ids(api::Mount {
+                            host_path,
+                            container_path,
+                            readonly,
+                            ..api::Mount::default()
+                        })
                     };
                     let mounts = vec![
                         mount(place.directory("v"), "/v", true),

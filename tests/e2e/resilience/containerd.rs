@@ -6,13 +6,14 @@ use anyhow::{Context, Result, ensure};
 use containerd_shim_protos::api::DeleteResponse;
 use pericarp_protos::protobuf::Message;
 use pericarp_tests::{
-    Container, Runtime, api, containerd::Stopped, machine::MachineProcess, on_node_alone, on_pericarp,
-    on_pericarp_alone, until,
+    Container, Runtime, api,
+    node::{containerd::StoppedContainerd, machine::MachineProcess},
+    on_node_alone, on_pericarp, on_pericarp_alone, wait_until,
 };
 use rustix::process::Signal;
 use tokio::process::Command;
 
-use super::{Counted, clean_up, not_ready, ready, remains};
+use super::{CountingLog, clean_up, remains, wait_until_not_ready, wait_until_ready};
 
 /// Lines that may be on their way to a containerd that dies: a second's.
 const LINES_LOST_MAX: usize = 20;
@@ -20,7 +21,7 @@ const LINES_LOST_MAX: usize = 20;
 /// The last number in a log that counts, in which none comes twice and none is missing but what was on its way to a
 /// containerd that died.
 fn counted(container: &Container) -> Result<usize> {
-    let Counted { next, gaps } = Counted::by(container)?;
+    let CountingLog { next, gaps } = CountingLog::of(container)?;
     ensure!(gaps.len() <= 1 && gaps.iter().all(|gap| *gap <= LINES_LOST_MAX), "lines are missing: {gaps:?}");
     Ok(next)
 }
@@ -46,23 +47,24 @@ fn tasks_are_found_again_when_containerd_was_away() -> Result<()> {
                 .await?;
             let idle = pod.idle_container("idle").await?;
             let before = counted(&counter)?;
-            let stopped = Stopped::by(signal).await?;
+            let stopped = StoppedContainerd::stop(signal).await?;
             // It ends while nobody can be told.
             fs::write(format!("{signs}/go"), "")?;
-            until("the container's last act", async || Ok(Path::new(&signs).join("gone").exists())).await?;
+            wait_until("the container's last act", async || Ok(Path::new(&signs).join("gone").exists()))
+                .await?;
             stopped.restart(node).await?;
-            ready(&pod).await?;
+            wait_until_ready(&pod).await?;
 
             // containerd 2.1 takes runc's for a task that was never made, and deletes it.
             let code = if node.runtime == Runtime::Runc { 255 } else { 7 };
-            assert_eq!(ends.exited().await?.exit_code, code);
+            assert_eq!(ends.wait_for_exit().await?.exit_code, code);
             assert_eq!(idle.shell("echo alive").await?, "alive");
             for container in [&counter, &idle] {
                 assert_eq!(container.status().await?.state(), api::ContainerState::ContainerRunning);
             }
-            until("a hundred more lines", async || Ok(counted(&counter)? >= before + 100)).await?;
+            wait_until("a hundred more lines", async || Ok(counted(&counter)? >= before + 100)).await?;
             idle.shell("touch /dev/shm/end").await?;
-            assert_eq!(counter.exited().await?.exit_code, 5);
+            assert_eq!(counter.wait_for_exit().await?.exit_code, 5);
             counted(&counter)?;
             assert_eq!(ends.log()?.stdout(), "gone\n");
             pod.container("new").command(["true"]).run().await?;
@@ -82,12 +84,12 @@ fn a_machine_that_ends_while_containerd_is_away_is_cleaned_up() -> Result<()> {
         let container = pod.idle_container("idle").await?;
         let other = node.pod("other").run().await?;
         let others = other.idle_container("idle").await?;
-        let stopped = Stopped::by(Signal::KILL).await?;
+        let stopped = StoppedContainerd::stop(Signal::KILL).await?;
         MachineProcess::of_pod(&pod.id)?.context("a machine")?.kill()?;
         stopped.restart(node).await?;
-        not_ready(&pod).await?;
-        ready(&other).await?;
-        assert_ne!(container.exited().await?.exit_code, 0);
+        wait_until_not_ready(&pod).await?;
+        wait_until_ready(&other).await?;
+        assert_ne!(container.wait_for_exit().await?.exit_code, 0);
         assert_eq!(others.shell("echo alive").await?, "alive");
         // What containerd had of the task was removed by the one-shot `delete`.
         let bundle = format!("/run/containerd/io.containerd.runtime.v2.task/k8s.io/{}", container.id);
@@ -97,8 +99,8 @@ fn a_machine_that_ends_while_containerd_is_away_is_cleaned_up() -> Result<()> {
 
         // This connection was made by the new containerd, which deletes what is at its end.
         MachineProcess::of_pod(&other.id)?.context("a machine")?.kill()?;
-        not_ready(&other).await?;
-        assert_ne!(others.exited().await?.exit_code, 0);
+        wait_until_not_ready(&other).await?;
+        assert_ne!(others.wait_for_exit().await?.exit_code, 0);
         clean_up(node, &other.id).await
     })
 }
@@ -121,7 +123,7 @@ fn a_container_that_containerd_has_given_up_is_ended_by_the_one_shot_delete() ->
         let answer = DeleteResponse::parse_from_bytes(&output.stdout)?;
         assert_eq!(answer.exit_status, 137);
         assert!(answer.exited_at.seconds > 0);
-        assert_eq!(container.exited().await?.exit_code, 137);
+        assert_eq!(container.wait_for_exit().await?.exit_code, 137);
         assert_eq!(other.shell("echo alive").await?, "alive");
         container.remove().await?;
         // Its bundle is containerd's, which has removed it.

@@ -11,18 +11,23 @@ use anyhow::{Context, Result, ensure};
 use pericarp_protos::sandbox::{ControllerStatusRequest, ControllerWaitRequest};
 use pericarp_tests::{
     Container, HANG_LIMIT,
-    controller::{self, Controller, NODE_CONTROLLER, NetworkNamespace, NodeController, pod_config},
-    machine::MachineProcess,
-    on_pericarp, on_pericarp_alone,
-    streaming::Terminal,
-    until,
+    cri::streams::Terminal,
+    direct::{
+        controller::{self, Controller, pod_config},
+        netns::NetworkNamespace,
+    },
+    node::{
+        controller::{KilledController, NODE_CONTROLLER},
+        machine::MachineProcess,
+    },
+    on_pericarp, on_pericarp_alone, wait_until,
 };
 
-use super::{Counted, clean_up, directory, not_ready, ready, remains};
+use super::{CountingLog, clean_up, directory, remains, wait_until_not_ready, wait_until_ready};
 
 /// How many lines came of a log that counts; an error if one is missing or came twice.
 fn counts_on(container: &Container) -> Result<usize> {
-    let Counted { next, gaps } = Counted::by(container)?;
+    let CountingLog { next, gaps } = CountingLog::of(container)?;
     ensure!(gaps.is_empty(), "lines are missing: {gaps:?}");
     Ok(next)
 }
@@ -51,18 +56,18 @@ fn what_runs_is_not_disturbed_by_the_death_of_the_controller() -> Result<()> {
         let (of_pod, of_counter) = (pod.status().await?.context("the pod")?, counter.status().await?);
 
         let before = counts_on(&counter)?;
-        let killed = NodeController::kill()?;
+        let killed = KilledController::kill()?;
         attached.write("two\n").await?;
         attached.read_until("read two").await?;
         command.write("echo in-$((2 + 2))\n").await?;
         command.read_until("in-4").await?;
         assert_eq!(counter.shell("echo new").await?, "new");
-        until("ten more lines", async || Ok(counts_on(&counter)? >= before + 10)).await?;
+        wait_until("ten more lines", async || Ok(counts_on(&counter)? >= before + 10)).await?;
         killed.restart().await?;
-        ready(&pod).await?;
+        wait_until_ready(&pod).await?;
 
         command.write("echo in-$((3 + 3)); exit 9\n").await?;
-        assert_eq!(command.finish().await?.exit_code, 9);
+        assert_eq!(command.wait_for_end().await?.exit_code, 9);
         attached.write("three\n").await?;
         attached.read_until("read three").await?;
         assert_eq!(pod.status().await?.context("the pod")?.created_at, of_pod.created_at);
@@ -81,7 +86,7 @@ fn the_end_of_a_machine_is_told_although_no_controller_saw_it() -> Result<()> {
         let other = node.pod("other").run().await?;
         let ended_before = node.pod("before").run().await?;
         MachineProcess::of_pod(&ended_before.id)?.context("a machine")?.kill()?;
-        not_ready(&ended_before).await?;
+        wait_until_not_ready(&ended_before).await?;
         let mut client = controller::connect(Path::new(NODE_CONTROLLER)).await?;
         let wait = |pod: &pericarp_tests::Pod| ControllerWaitRequest {
             sandbox_id: pod.id.clone(),
@@ -90,12 +95,12 @@ fn the_end_of_a_machine_is_told_although_no_controller_saw_it() -> Result<()> {
         let told = client.wait(wait(&ended_before)).await?.into_inner();
         assert_eq!(told.exit_status, 137);
 
-        let controller = NodeController::kill()?;
+        let controller = KilledController::kill()?;
         MachineProcess::of_pod(&killed_pod.id)?.context("a machine")?.kill()?;
         controller.restart().await?;
-        not_ready(&killed_pod).await?;
-        ready(&other).await?;
-        let status = container.exited().await?;
+        wait_until_not_ready(&killed_pod).await?;
+        wait_until_ready(&other).await?;
+        let status = container.wait_for_exit().await?;
         assert_ne!(status.exit_code, 0, "{status:?}");
         let info = killed_pod.info().await?;
         let reason = info["pericarp"]["reason"].as_str().unwrap_or_default();
@@ -136,7 +141,8 @@ fn a_pod_that_containerd_has_forgotten_is_removed() -> Result<()> {
             pericarp_protos::sandbox::ControllerStartRequest { sandbox_id: id.clone(), ..Default::default() };
         client.start(start).await?;
         let status = ControllerStatusRequest { sandbox_id: id.clone(), ..Default::default() };
-        until("the pod to be removed", async || Ok(client.status(status.clone()).await.is_err())).await?;
+        wait_until("the pod to be removed", async || Ok(client.status(status.clone()).await.is_err()))
+            .await?;
         assert_eq!(remains(&id)?, Vec::<String>::new());
         netns.remove().await
     })

@@ -5,12 +5,15 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use pericarp_tests::{
     Node, Pod,
-    controller::{NODE_RUN_DIR, NodeController, pod_directories},
-    machine::{self, MachineProcess},
-    on_pericarp_alone, until,
+    node::{
+        controller::{KilledController, NODE_RUN_DIR, pod_directories},
+        machine::MachineProcess,
+        process,
+    },
+    on_pericarp_alone, wait_until,
 };
 
-use super::{clean_up, directory, ready, remains};
+use super::{clean_up, directory, remains, wait_until_ready};
 
 /// Points of a pod's start at which containerd has had no answer yet.
 pub(super) const OF_START: [&str; 7] = [
@@ -45,17 +48,18 @@ fn a_pod_whose_start_was_cut_off_is_undone() -> Result<()> {
         let bystander = node.pod("bystander").run().await?;
         let before = directories()?;
         for point in OF_START {
-            let condemned = NodeController::kill_at(point)?;
+            let pending_kill = KilledController::kill_at(point)?;
             let name = point.to_lowercase();
             let error =
                 node.pod(&name).try_run().await?.err().with_context(|| format!("{point}: it started"))?;
-            condemned.dead().await?.restart().await?;
-            ready(&bystander).await.with_context(|| format!("after {point}: {error}"))?;
-            // containerd knows of no pod, so the controller must not either; what it has to ask containerd for takes time.
+            pending_kill.wait_for_death().await?.restart().await?;
+            wait_until_ready(&bystander).await.with_context(|| format!("after {point}: {error}"))?;
+            // containerd knows of no pod, so the controller must not either; what it has to ask containerd for takes
+            // time.
             for pod in node.pods().await?.iter().filter(|pod| pod.id != bystander.id) {
                 clean_up(node, &pod.id).await.with_context(|| format!("after {point}"))?;
             }
-            until("the pod's directory to go", async || Ok(directories()? == before))
+            wait_until("the pod's directory to go", async || Ok(directories()? == before))
                 .await
                 .with_context(|| format!("after {point}: {error}"))?;
         }
@@ -77,9 +81,14 @@ fn a_pod_whose_end_was_cut_off_is_finished() -> Result<()> {
             if removes {
                 pod.stop().await?;
             }
-            let condemned = NodeController::kill_at(point)?;
+            let pending_kill = KilledController::kill_at(point)?;
             let cut_off = if removes { pod.remove().await } else { pod.stop().await };
-            condemned.dead().await.with_context(|| format!("{point}: {cut_off:?}"))?.restart().await?;
+            pending_kill
+                .wait_for_death()
+                .await
+                .with_context(|| format!("{point}: {cut_off:?}"))?
+                .restart()
+                .await?;
             clean_up(node, &pod.id).await.with_context(|| format!("after {point}: {cut_off:?}"))?;
             assert_eq!(remains(&pod.id)?, Vec::<String>::new(), "after {point}");
             assert_eq!(pod.status().await?, None, "after {point}");
@@ -94,10 +103,10 @@ fn a_container_whose_start_or_end_was_cut_off_can_be_tried_again() -> Result<()>
         let pod = node.pod("again").run().await?;
         for (number, point) in ["container-looked-up", "container-prepared"].into_iter().enumerate() {
             let container = pod.container(&format!("start-{number}")).create().await?;
-            let condemned = NodeController::kill_at(point)?;
+            let pending_kill = KilledController::kill_at(point)?;
             let started = container.try_start().await;
-            condemned.dead().await?.restart().await?;
-            ready(&pod).await?;
+            pending_kill.wait_for_death().await?.restart().await?;
+            wait_until_ready(&pod).await?;
             if started.is_err() {
                 // Kubelet makes a new one.
                 container.remove().await?;
@@ -111,10 +120,10 @@ fn a_container_whose_start_or_end_was_cut_off_can_be_tried_again() -> Result<()>
         }
         for (number, point) in ["event-handed-on", "container-released"].into_iter().enumerate() {
             let container = pod.idle_container(&format!("end-{number}")).await?;
-            let condemned = NodeController::kill_at(point)?;
+            let pending_kill = KilledController::kill_at(point)?;
             let _ = container.stop(0).await;
-            condemned.dead().await?.restart().await?;
-            ready(&pod).await?;
+            pending_kill.wait_for_death().await?.restart().await?;
+            wait_until_ready(&pod).await?;
             container.stop(0).await?;
             container.remove().await?;
             wait_until_released(&pod, &container.id).await?;
@@ -127,7 +136,7 @@ fn a_container_whose_start_or_end_was_cut_off_can_be_tried_again() -> Result<()>
 async fn wait_until_released(pod: &Pod, container: &str) -> Result<()> {
     let share = directory(&pod.id).join("share");
     let share = share.display().to_string();
-    until("the container's mounts to go", async || {
+    wait_until("the container's mounts to go", async || {
         let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
         Ok(!mounts.lines().any(|line| line.contains(&share) && line.contains(container)))
     })
@@ -139,15 +148,15 @@ fn a_controller_that_is_killed_while_it_takes_pods_over_is_followed_by_one_that_
     on_pericarp_alone(async |node: &Node| {
         let pods = [node.pod("first").run().await?, node.pod("second").run().await?];
         let container = pods[1].idle_container("idle").await?;
-        let killed = NodeController::kill()?;
+        let killed = KilledController::kill()?;
         let file = PathBuf::from(std::env::var_os("PERICARP_FAULT_FILE").context("the fault file")?);
         std::fs::write(&file, "adopting")?;
         // The next one dies as soon as it has found a pod.
         drop(killed);
-        until("its death", async || Ok(!file.exists() && machine::controller_pid().is_err())).await?;
-        NodeController::down().restart().await?;
+        wait_until("its death", async || Ok(!file.exists() && process::controller_pid().is_err())).await?;
+        KilledController::already_dead().restart().await?;
         for pod in &pods {
-            ready(pod).await?;
+            wait_until_ready(pod).await?;
             assert!(MachineProcess::of_pod(&pod.id)?.is_some());
         }
         assert_eq!(container.shell("echo alive").await?, "alive");

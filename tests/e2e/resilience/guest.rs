@@ -9,14 +9,17 @@ use anyhow::{Context, Result, ensure};
 use pericarp_protos::sandbox::{ControllerStatusRequest, ControllerWaitRequest};
 use pericarp_tests::{
     Container, HANG_LIMIT, Node, Pod,
-    controller::{Controller, NetworkNamespace, pod_config},
-    machine::MachineProcess,
-    on_pericarp, until,
+    direct::{
+        controller::{Controller, pod_config},
+        netns::NetworkNamespace,
+    },
+    node::machine::MachineProcess,
+    on_pericarp, wait_until,
 };
 use rustix::process::Signal;
 
-use super::{clean_up, not_ready, remains};
-use crate::controller::archive;
+use super::{clean_up, remains, wait_until_not_ready};
+use crate::controller::bad_input::archive;
 
 /// A pod in which a container may do anything, and that container.
 async fn privileged(node: &Node, name: &str) -> Result<(Pod, Container)> {
@@ -37,8 +40,8 @@ async fn privileged(node: &Node, name: &str) -> Result<(Pod, Container)> {
 /// What must hold once a pod's guest has died: it is told at once with the reason, its containers have exited, a second
 /// pod has noticed nothing, and clean-up works.
 async fn has_died(node: &Node, pod: &Pod, container: &Container, reason: &str) -> Result<()> {
-    not_ready(pod).await?;
-    let status = container.exited().await?;
+    wait_until_not_ready(pod).await?;
+    let status = container.wait_for_exit().await?;
     ensure!(status.exit_code != 0, "{status:?}");
     let info = pod.info().await?;
     let told = info["pericarp"]["reason"].as_str().unwrap_or_default();
@@ -60,7 +63,7 @@ fn a_killed_machine_is_told_at_once() -> Result<()> {
         let machine = MachineProcess::of_pod(&pod.id)?.context("a machine")?;
         let begun = Instant::now();
         machine.kill()?;
-        not_ready(&pod).await?;
+        wait_until_not_ready(&pod).await?;
         println!("NotReady after {:?}", begun.elapsed());
         // Much more than it takes, because this node does other things as well.
         assert!(begun.elapsed() < Duration::from_secs(30), "it took {:?}", begun.elapsed());
@@ -81,10 +84,10 @@ fn a_kernel_that_panics_for_want_of_memory_is_told_so() -> Result<()> {
     })
 }
 
-/// In the place of an initramfs's `/init`: the agent, and beside it two that wait for a connection. At port 7777 it has the
-/// agent frozen: the kernel goes on, and with it everything that does not need PID 1. At port 7778 the agent's code is
-/// overwritten, as no signal kills a guest's first process. No container has a way to do either. The agent has moved to another
-/// root by then, with its file systems.
+/// In the place of an initramfs's `/init`: the agent, and beside it two that wait for a connection. At port 7777 it has
+/// the agent frozen: the kernel goes on, and with it everything that does not need PID 1. At port 7778 the agent's code
+/// is overwritten, as no signal kills a guest's first process. No container has a way to do either. The agent has moved
+/// to another root by then, with its file systems.
 const INIT_THAT_OBEYS: &str = r#"#!/bin/busybox sh
 busybox=/bin/busybox
 $busybox mv /init /script
@@ -152,7 +155,7 @@ impl Obeying {
 
     /// Connects to a port of the pod, at which somebody waits for that.
     async fn order(pod: &ObeyingPod, port: u16) -> Result<()> {
-        until("the guest to listen", async || {
+        wait_until("the guest to listen", async || {
             let answer = pod.netns.run(&format!("busybox nc 127.0.0.1 {port} < /dev/null")).await?;
             Ok(answer.contains("obeyed"))
         })
@@ -163,7 +166,7 @@ impl Obeying {
     async fn freeze(&self, pod: &ObeyingPod) -> Result<()> {
         Self::order(pod, 7777).await?;
         let console = self.controller.run_dir.join("r").join(&pod.id).join("console.log");
-        until("the agent to be frozen", async || {
+        wait_until("the agent to be frozen", async || {
             Ok(fs::read_to_string(&console)?.contains("the agent is frozen"))
         })
         .await

@@ -12,14 +12,14 @@ mod records;
 use std::{fs, path::PathBuf};
 
 use anyhow::{Context, Result, ensure};
-use pericarp_tests::{Container, Node, Pod, machine::MachineProcess, until};
+use pericarp_tests::{Container, Node, Pod, node::machine::MachineProcess, wait_until};
 
 /// A pod's directory.
 fn directory(id: &str) -> PathBuf {
     PathBuf::from("/run/pericarp").join(id)
 }
 
-/// What of a pod is still there although it was removed.
+/// What is left of a pod that was removed.
 fn remains(id: &str) -> Result<Vec<String>> {
     let mut remains = Vec::new();
     if let Some(machine) = MachineProcess::of_pod(id)? {
@@ -34,32 +34,32 @@ fn remains(id: &str) -> Result<Vec<String>> {
     Ok(remains)
 }
 
-/// Waits until a pod is no longer READY; it has as long as a kubelet would be patient.
-async fn not_ready(pod: &Pod) -> Result<()> {
-    becomes(pod, false).await
+/// Waits until a pod is no longer READY.
+async fn wait_until_not_ready(pod: &Pod) -> Result<()> {
+    wait_for_readiness(pod, false).await
 }
 
-/// Waits until a pod is READY, in the eyes of a containerd that has to dial a new controller.
-pub async fn ready(pod: &Pod) -> Result<()> {
-    becomes(pod, true).await
+/// Waits until containerd, which may have to dial a new controller first, says that a pod is READY.
+pub async fn wait_until_ready(pod: &Pod) -> Result<()> {
+    wait_for_readiness(pod, true).await
 }
 
-async fn becomes(pod: &Pod, ready: bool) -> Result<()> {
+async fn wait_for_readiness(pod: &Pod, ready: bool) -> Result<()> {
     let what = format!("pod {} to be {}READY", pod.id, if ready { "" } else { "not " });
     // containerd takes its time to dial a new controller.
-    until(&what, async || Ok(pod.is_ready().await? == ready)).await
+    wait_until(&what, async || Ok(pod.is_ready().await? == ready)).await
 }
 
-/// What a container has written that counts from 0 on, a number a line.
-struct Counted {
-    /// The number that is to come.
+/// The log of a container that counts from 0 on, a number a line.
+struct CountingLog {
+    /// The number after the last one.
     next: usize,
     /// How many are missing, at each place where some are. None has come twice.
     gaps: Vec<usize>,
 }
 
-impl Counted {
-    fn by(container: &Container) -> Result<Self> {
+impl CountingLog {
+    fn of(container: &Container) -> Result<Self> {
         let mut counted = Self { next: 0, gaps: Vec::new() };
         for line in container.log()?.stdout().lines() {
             let number: usize = line.parse().with_context(|| format!("{line:?} in the log"))?;
@@ -76,6 +76,6 @@ impl Counted {
 
 /// Stops and removes a pod as kubelet does: again and again until it is gone, and once more than needed.
 async fn clean_up(node: &Node, pod: &str) -> Result<()> {
-    until("the pod's removal", async || node.remove_pod(pod).await.map(|()| true)).await?;
+    wait_until("the pod's removal", async || node.remove_pod(pod).await.map(|()| true)).await?;
     node.remove_pod(pod).await
 }

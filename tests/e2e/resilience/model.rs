@@ -12,10 +12,13 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use pericarp_tests::{
     Container, Node, Pod, api,
-    containerd::Stopped,
-    controller::{NODE_RUN_DIR, NodeController, pod_directories},
-    machine::{self, MachineProcess},
-    on_pericarp_alone_for, until,
+    node::{
+        containerd::StoppedContainerd,
+        controller::{KilledController, NODE_RUN_DIR, pod_directories},
+        machine::MachineProcess,
+        process,
+    },
+    on_pericarp_alone_for, wait_until,
 };
 use rustix::process::Signal;
 use tonic::{Code, Status};
@@ -23,18 +26,18 @@ use tonic::{Code, Status};
 use super::{
     clean_up, directory,
     faults::{OF_REMOVAL, OF_START, OF_STOP},
-    ready,
+    wait_until_ready,
 };
 
-/// Of each of the two runs if no more are asked for: few, because everybody waits for them with every change.
+/// The operations of each of the two runs by default: few, because everybody waits for them with every change.
 const OPERATIONS: u32 = 40;
-/// If none is asked for: always the same, so that a failure is the fault of what has changed. `scripts/soak` explores.
+/// The seed by default: always the same, so that a failure is the fault of what has changed. `scripts/soak` explores.
 const SEED: u64 = 1;
-/// Each is given this much time at the most, all in all.
+/// The time limit of a run, for each of its operations.
 const LIMIT_EACH: Duration = Duration::from_secs(24);
 const PODS_MAX: usize = 3;
 const CONTAINERS_MAX: usize = 3;
-/// By how much the controller may grow, in bytes.
+/// By how many bytes the controller's memory may grow.
 const GROWTH_MAX: f64 = 2.0 * 1024.0 * 1024.0;
 
 /// Where a controller can be killed besides, while something is asked of it.
@@ -177,12 +180,12 @@ impl Model<'_> {
             Operation::StopPod => self.stop_pod(fault).await,
             Operation::KillMachine => self.kill_machine(fault).await,
             Operation::KillController => {
-                NodeController::kill()?.restart().await?;
+                KilledController::kill()?.restart().await?;
                 Ok(true)
             }
             Operation::DamageRecord => self.damage_record().await,
             Operation::RestartContainerd(signal) => {
-                Stopped::by(signal).await?.restart(self.node).await?;
+                StoppedContainerd::stop(signal).await?.restart(self.node).await?;
                 Ok(true)
             }
         }
@@ -195,7 +198,7 @@ impl Model<'_> {
         let undialled = |error: &Status| !hit && error.code() == Code::Unavailable;
         if run.as_ref().is_err_and(undialled) {
             // Where the last fault has left no pod, nothing has had containerd dial the new controller yet.
-            until("a controller in containerd's eyes", async || {
+            wait_until("a controller in containerd's eyes", async || {
                 run = Box::pin(self.node.pod(&name).try_run()).await?;
                 Ok(!run.as_ref().is_err_and(undialled))
             })
@@ -225,7 +228,7 @@ impl Model<'_> {
             }
             Err(error) => {
                 ensure!(hit, "StartContainer without a fault: {error}");
-                until("its removal", async || container.remove().await.map(|()| true)).await?;
+                wait_until("its removal", async || container.remove().await.map(|()| true)).await?;
             }
         }
         Ok(true)
@@ -248,7 +251,7 @@ impl Model<'_> {
         let (stopped, _) = during(fault, container.container.stop(30)).await?;
         stopped?;
         container.runs = false;
-        let status = container.container.exited().await?;
+        let status = container.container.wait_for_exit().await?;
         ensure!(status.exit_code == 3, "{status:?}");
         Ok(true)
     }
@@ -268,7 +271,7 @@ impl Model<'_> {
         if let Err(error) = stopped {
             ensure!(hit, "StopPodSandbox without a fault: {error:#}");
             // containerd takes its time to dial a new controller.
-            until("the pod's stop", async || pod.pod.stop().await.map(|()| true)).await?;
+            wait_until("the pod's stop", async || pod.pod.stop().await.map(|()| true)).await?;
         }
         pod.end();
         Ok(true)
@@ -297,7 +300,7 @@ impl Model<'_> {
 
     async fn damage_record(&mut self) -> Result<bool> {
         let Some(at) = self.any_pod(false) else { return Ok(false) };
-        let killed = NodeController::kill()?;
+        let killed = KilledController::kill()?;
         let file = ["state.json", "progress.json"][self.random.below(2)];
         let path = directory(&self.pods[at].pod.id).join(file);
         if let Ok(content) = fs::read(&path) {
@@ -328,7 +331,7 @@ impl Model<'_> {
         let known: BTreeSet<_> = self.node.pods().await?.into_iter().map(|pod| pod.id).collect();
         let expected: BTreeSet<_> = self.pods.iter().map(|pod| pod.pod.id.clone()).collect();
         for stray in known.difference(&expected) {
-            // Of a start that was cut off: kubelet removes it.
+            // A start that was cut off has left it; kubelet removes it.
             if let Err(error) = self.node.remove_pod(stray).await {
                 found.push(format!("pod {stray} cannot be removed: {error:#}"));
             }
@@ -349,7 +352,7 @@ impl Model<'_> {
     /// Waits until nothing differs.
     async fn agrees(&self) -> Result<()> {
         // containerd takes its time to dial a new controller.
-        until("what the model expects", async || {
+        wait_until("what the model expects", async || {
             let found = self.differences().await?;
             ensure!(found.is_empty(), "{}", found.join("\n"));
             Ok(true)
@@ -374,14 +377,14 @@ impl ModelPod {
     }
 }
 
-/// Lets a fault happen during an operation; answers with its result and whether the controller was killed.
+/// Lets a fault happen during an operation; returns the result of the operation and whether the controller was killed.
 async fn during<T>(fault: Fault, operation: impl Future<Output = T>) -> Result<(T, bool)> {
     match fault {
         Fault::None => Ok((operation.await, false)),
         Fault::At(point) => {
-            let condemned = NodeController::kill_at(point)?;
+            let pending_kill = KilledController::kill_at(point)?;
             let result = operation.await;
-            let dead = condemned.dead_by_now().await?;
+            let dead = pending_kill.withdraw().await?;
             let hit = dead.is_some();
             if let Some(dead) = dead {
                 dead.restart().await?;
@@ -392,7 +395,7 @@ async fn during<T>(fault: Fault, operation: impl Future<Output = T>) -> Result<(
             let kill = async {
                 tokio::time::sleep(Duration::from_millis(milliseconds)).await;
                 // While the operation goes on.
-                NodeController::kill()?.restart().await
+                KilledController::kill()?.restart().await
             };
             let (result, killed) = tokio::join!(operation, kill);
             killed?;
@@ -410,7 +413,7 @@ fn number(variable: &str) -> Result<Option<u64>> {
 
 /// What the node's controller has open, and its memory in bytes.
 fn size_of_controller() -> Result<(Vec<String>, f64)> {
-    let pid = machine::controller_pid()?;
+    let pid = process::controller_pid()?;
     let mut open = Vec::new();
     for entry in fs::read_dir(format!("/proc/{pid}/fd"))? {
         // One may be closed meanwhile.
@@ -419,7 +422,7 @@ fn size_of_controller() -> Result<(Vec<String>, f64)> {
         }
     }
     open.sort();
-    Ok((open, machine::proportional_memory(pid)?))
+    Ok((open, process::proportional_memory(pid)?))
 }
 
 /// Runs a test with a model, of which it is to make so many operations.
@@ -446,9 +449,9 @@ fn nothing_is_lost_or_left_behind_by_random_operations_and_faults() -> Result<()
 fn nothing_is_left_in_a_controller_by_random_operations() -> Result<()> {
     with_model(async |model, operations| {
         // From the first pod on, while it is not killed.
-        NodeController::kill()?.restart().await?;
+        KilledController::kill()?.restart().await?;
         let warm = model.node.pod("warm").run().await?;
-        ready(&warm).await?;
+        wait_until_ready(&warm).await?;
         warm.idle_container("idle").await?;
         clean_up(model.node, &warm.id).await?;
         let before = size_of_controller()?;

@@ -6,7 +6,10 @@ use anyhow::{Context, Result, ensure};
 use pericarp_protos::sandbox::ControllerStatusRequest;
 use pericarp_tests::{
     Node, api,
-    controller::{Controller, NetworkNamespace, pod_config},
+    direct::{
+        controller::{Controller, pod_config},
+        netns::NetworkNamespace,
+    },
     on_pericarp,
 };
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};

@@ -3,9 +3,12 @@
 use std::fs;
 
 use anyhow::{Context, Result};
-use pericarp_tests::{controller::NodeController, machine::MachineProcess, on_pericarp_alone};
+use pericarp_tests::{
+    node::{controller::KilledController, machine::MachineProcess},
+    on_pericarp_alone,
+};
 
-use super::{clean_up, directory, not_ready, ready, remains};
+use super::{clean_up, directory, remains, wait_until_not_ready, wait_until_ready};
 
 #[test]
 fn a_damaged_or_newer_record_neither_kills_nor_hides_a_pod() -> Result<()> {
@@ -22,13 +25,13 @@ fn a_damaged_or_newer_record_neither_kills_nor_hides_a_pod() -> Result<()> {
             let container = pod.idle_container("idle").await?;
             pods.push((pod, container));
         }
-        let controller = NodeController::kill()?;
+        let controller = KilledController::kill()?;
         for ((pod, _), (_, file, content)) in pods.iter().zip(damages) {
             fs::write(directory(&pod.id).join(file), content)?;
         }
         controller.restart().await?;
         for ((pod, container), (name, file, content)) in pods.iter().zip(damages) {
-            ready(pod).await.context(name)?;
+            wait_until_ready(pod).await.context(name)?;
             assert_eq!(container.shell("echo alive").await?, "alive");
             let aside = directory(&pod.id).join(format!("{file}.unusable"));
             assert_eq!(fs::read_to_string(aside)?, content, "{name}");
@@ -37,9 +40,9 @@ fn a_damaged_or_newer_record_neither_kills_nor_hides_a_pod() -> Result<()> {
             assert_eq!(pod.info().await?["pid"], machine.pid);
         }
         // Once more, from what the second controller has written.
-        NodeController::kill()?.restart().await?;
+        KilledController::kill()?.restart().await?;
         for (pod, container) in &pods {
-            ready(pod).await?;
+            wait_until_ready(pod).await?;
             container.stop(0).await?;
             clean_up(node, &pod.id).await?;
             assert_eq!(remains(&pod.id)?, Vec::<String>::new());
@@ -53,11 +56,11 @@ fn a_pod_whose_machine_and_record_are_both_lost_is_cleaned_up() -> Result<()> {
     on_pericarp_alone(async |node| {
         let pod = node.pod("lost").run().await?;
         pod.idle_container("idle").await?;
-        let controller = NodeController::kill()?;
+        let controller = KilledController::kill()?;
         fs::write(directory(&pod.id).join("state.json"), "nonsense")?;
         MachineProcess::of_pod(&pod.id)?.context("a machine")?.kill()?;
         controller.restart().await?;
-        not_ready(&pod).await?;
+        wait_until_not_ready(&pod).await?;
         clean_up(node, &pod.id).await?;
         assert_eq!(remains(&pod.id)?, Vec::<String>::new());
         Ok(())

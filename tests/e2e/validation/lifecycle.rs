@@ -21,8 +21,8 @@ async fn listed(node: &Node, filter: api::ContainerFilter) -> Result<Vec<String>
     Ok(containers.into_iter().map(|container| container.id).collect())
 }
 
-/// The same of statistics, which have to be there.
-async fn counted(node: &Node, filter: Option<api::ContainerStatsFilter>) -> Result<Vec<String>> {
+/// The ids of the containers for which a filter finds statistics.
+async fn with_statistics(node: &Node, filter: Option<api::ContainerStatsFilter>) -> Result<Vec<String>> {
     let request = api::ListContainerStatsRequest { filter };
     let stats = node.cri.runtime().list_container_stats(request).await?.into_inner().stats;
     Ok(stats.into_iter().filter_map(|stats| stats.attributes).map(|attributes| attributes.id).collect())
@@ -36,23 +36,23 @@ fn labelled(value: &str) -> HashMap<String, String> {
 fn a_pod_that_names_nothing_has_a_life_like_any_other() -> Result<()> {
     use api::ContainerEventType::{
         ContainerCreatedEvent as Created, ContainerDeletedEvent as Deleted, ContainerStartedEvent as Started,
-        ContainerStoppedEvent as Stopped,
+        ContainerStoppedEvent as StoppedContainerd,
     };
     on_node(async |node| {
-        let told = Told::listen(node);
-        let pod = node.pod("bare").bare().run().await?;
+        let told = CriEvents::listen(node);
+        let pod = node.pod("bare").minimal().run().await?;
         assert!(pod.is_ready().await?);
         let by_id = api::PodSandboxFilter { id: pod.id.clone(), ..Default::default() };
         let request = api::ListPodSandboxRequest { filter: Some(by_id) };
         let pods = node.cri.runtime().list_pod_sandbox(request).await?.into_inner().items;
         assert_eq!(pods.len(), 1, "{pods:?}");
 
-        let container = pod.container("default").bare().with(|config| config.labels = labelled("bar"));
+        let container = pod.container("default").minimal().with(|config| config.labels = labelled("bar"));
         let container = container.start().await?;
-        runs_commands(&container).await?;
-        is_listed_and_counted(node, &pod, &container).await?;
+        check_commands(&container).await?;
+        check_list_and_statistics(node, &pod, &container).await?;
 
-        let created = pod.container("created").bare().create().await?;
+        let created = pod.container("created").minimal().create().await?;
         created.remove().await?;
         // Running it is, and removed all the same.
         container.remove().await?;
@@ -60,7 +60,7 @@ fn a_pod_that_names_nothing_has_a_life_like_any_other() -> Result<()> {
             let filter = api::ContainerFilter { id: gone.id.clone(), ..Default::default() };
             assert_eq!(listed(node, filter).await?, Vec::<String>::new());
         }
-        let stopped = pod.container("stopped").bare().command(["sh", "-c", "top"]).start().await?;
+        let stopped = pod.container("stopped").minimal().command(["sh", "-c", "top"]).start().await?;
         stopped.stop(60).await?;
         assert_eq!(stopped.status().await?.state(), api::ContainerState::ContainerExited);
         stopped.remove().await?;
@@ -69,7 +69,7 @@ fn a_pod_that_names_nothing_has_a_life_like_any_other() -> Result<()> {
         pod.stop().await?;
         pod.stop().await.context("stop a pod that has been stopped")?;
         pod.remove().await?;
-        let life = [Created, Started, Stopped, Deleted];
+        let life = [Created, Started, StoppedContainerd, Deleted];
         assert_eq!(told.of(&pod.id).await?, life);
         assert_eq!(told.of(&container.id).await?, life);
         assert_eq!(told.of(&stopped.id).await?, life);
@@ -77,7 +77,7 @@ fn a_pod_that_names_nothing_has_a_life_like_any_other() -> Result<()> {
     })
 }
 
-async fn runs_commands(container: &Container) -> Result<()> {
+async fn check_commands(container: &Container) -> Result<()> {
     assert_eq!(container.exec(["echo", "-n", "hello"]).await?, output("hello"));
     let node_name = rustix::system::uname();
     assert_eq!(container.shell("hostname").await?, node_name.nodename().to_str()?);
@@ -94,15 +94,15 @@ async fn runs_commands(container: &Container) -> Result<()> {
     Ok(())
 }
 
-async fn is_listed_and_counted(node: &Node, pod: &Pod, container: &Container) -> Result<()> {
+async fn check_list_and_statistics(node: &Node, pod: &Pod, container: &Container) -> Result<()> {
     let of_pod = api::ContainerFilter { pod_sandbox_id: pod.id.clone(), ..Default::default() };
     assert_eq!(listed(node, of_pod).await?, [container.id.as_str()]);
     let by_id = api::ContainerStatsFilter { id: container.id.clone(), ..Default::default() };
-    assert_eq!(counted(node, Some(by_id)).await?, [container.id.as_str()]);
-    assert!(counted(node, None).await?.contains(&container.id));
+    assert_eq!(with_statistics(node, Some(by_id)).await?, [container.id.as_str()]);
+    assert!(with_statistics(node, None).await?.contains(&container.id));
     for (label, expected) in [("bar", true), ("baz", false)] {
         let filter = api::ContainerStatsFilter { label_selector: labelled(label), ..Default::default() };
-        assert_eq!(counted(node, Some(filter)).await?.contains(&container.id), expected, "{label}");
+        assert_eq!(with_statistics(node, Some(filter)).await?.contains(&container.id), expected, "{label}");
     }
     let stats = container.stats().await?;
     let name = stats.attributes.and_then(|attributes| attributes.metadata).context("metadata")?.name;
@@ -126,14 +126,14 @@ fn what_is_not_there_can_be_stopped_and_removed() -> Result<()> {
 }
 
 /// What CRI's own event stream (`GetContainerEvents`) tells, by the pod or container that it is about.
-struct Told {
+struct CriEvents {
     events: Arc<Mutex<HashMap<String, Vec<api::ContainerEventType>>>>,
     task: JoinHandle<()>,
 }
 
-impl Told {
+impl CriEvents {
     /// Listens from now on. (The answer comes with the first event, so there is nothing to wait for.)
-    fn listen(node: &Node) -> Told {
+    fn listen(node: &Node) -> CriEvents {
         let events: Arc<Mutex<HashMap<_, Vec<_>>>> = Arc::default();
         let (mut runtime, told) = (node.cri.runtime(), Arc::clone(&events));
         let task = tokio::spawn(async move {
@@ -147,7 +147,7 @@ impl Told {
                 told.entry(event.container_id).or_default().push(kind);
             }
         });
-        Told { events, task }
+        CriEvents { events, task }
     }
 
     /// All that has been told of one, once it is as much as is ever told.
@@ -166,7 +166,7 @@ impl Told {
     }
 }
 
-impl Drop for Told {
+impl Drop for CriEvents {
     fn drop(&mut self) {
         self.task.abort();
     }

@@ -1,4 +1,5 @@
-//! Volumes of the node: through links, with file systems mounted in them, and with mounts that come later on either side.
+//! Volumes of the node: through links, with file systems mounted in them, and with mounts that come later on either
+//! side.
 
 use std::{fs, os::unix::fs::symlink};
 
@@ -6,7 +7,7 @@ use anyhow::{Context, Result};
 use pericarp_tests::{Container, Node, Pod, Runtime, api, on_node};
 use rustix::mount::{MountPropagationFlags, mount_bind_recursive, mount_change};
 
-use crate::volumes::Mounted;
+use pericarp_tests::node::mount::TestMount;
 
 /// A container that may mount, with one volume at the place that it has on the node.
 async fn with_volume(
@@ -22,12 +23,12 @@ async fn with_volume(
         ..Default::default()
     };
     change(&mut mount);
-    let container = pod.container(name).bare().with(|config| config.mounts = vec![mount]);
+    let container = pod.container(name).minimal().with(|config| config.mounts = vec![mount]);
     container.with_security(|security| security.privileged = true).start().await
 }
 
 async fn privileged_pod(node: &Node) -> Result<Pod> {
-    let pod = node.pod("mounts").bare();
+    let pod = node.pod("mounts").minimal();
     pod.with_linux(|linux| linux.security_context.get_or_insert_default().privileged = true).run().await
 }
 
@@ -43,7 +44,7 @@ fn a_volume_is_reached_through_a_link_and_file_systems_in_a_read_only_one_stay_w
         assert_eq!(linked.shell(&format!("ls -A {link}")).await?, "flag");
 
         let outer = node.directory_for("read-only")?;
-        let inner = Mounted::tmpfs(&format!("{outer}/tmpfs"), "1m")?;
+        let inner = TestMount::tmpfs(&format!("{outer}/tmpfs"), "1m")?;
         let reader = with_volume(&pod, "reader", &outer, |mount| mount.readonly = true).await?;
         reader.shell(&format!("touch {outer}/tmpfs/file")).await?;
         assert!(fs::exists(format!("{outer}/tmpfs/file"))?);
@@ -75,7 +76,7 @@ fn mounts_of_either_side_reach_the_other_as_far_as_the_volume_says() -> Result<(
         }
         for (name, propagation, reaches) in kinds {
             let volume = node.directory_for(name)?;
-            let _volume = Mounted::tmpfs(&volume, "1m")?;
+            let _volume = TestMount::tmpfs(&volume, "1m")?;
             let kind = if propagation == Private {
                 MountPropagationFlags::PRIVATE
             } else {
@@ -92,7 +93,7 @@ fn mounts_of_either_side_reach_the_other_as_far_as_the_volume_says() -> Result<(
             let source = node.directory_for(&format!("{name}-source"))?;
             fs::write(format!("{source}/flag"), "")?;
             mount_bind_recursive(source.as_str(), later.as_str())?;
-            let mounted = Mounted::already(&later);
+            let mounted = TestMount::existing(&later);
             let seen = container.shell(&format!("ls -A {later}")).await?;
             assert_eq!(seen == "flag", reaches, "{name}: the container sees {seen:?}");
 

@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use anyhow::{Context, Result};
-use pericarp_tests::{HANG_LIMIT, api, on_node, streaming::Terminal};
+use pericarp_tests::{HANG_LIMIT, api, cri::streams::Terminal, on_node};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
@@ -33,7 +33,7 @@ async fn ask(server: SocketAddr) -> Result<String> {
 fn a_containers_port_an_unsafe_sysctl_and_streams_work_in_a_bare_pod() -> Result<()> {
     on_node(async |node| {
         let logs = node.directory_for("logs")?;
-        let pod = node.pod("ports").bare().with(|config| {
+        let pod = node.pod("ports").minimal().with(|config| {
             config.log_directory = logs.clone();
             // As kubelet's, and also critest's, where the node has no port for it.
             config.port_mappings =
@@ -45,8 +45,10 @@ fn a_containers_port_an_unsafe_sysctl_and_streams_work_in_a_bare_pod() -> Result
             linux.sysctls.insert("fs.mqueue.msg_max".to_owned(), "100".to_owned());
         });
         let pod = pod.run().await?;
-        let server = pod.container("server").bare().command(["peer", "serve", "0.0.0.0:80"]).start().await?;
-        let speaker = pod.container("speaker").bare().command(["sh", "-c", "echo hello World; sleep 1000"]);
+        let server =
+            pod.container("server").minimal().command(["peer", "serve", "0.0.0.0:80"]).start().await?;
+        let speaker =
+            pod.container("speaker").minimal().command(["sh", "-c", "echo hello World; sleep 1000"]);
         let speaker = speaker.with(|config| config.log_path = "speaker.log".to_owned()).start().await?;
 
         let address = pod.addresses().await?.first().copied().context("the pod's address")?;
@@ -60,7 +62,7 @@ fn a_containers_port_an_unsafe_sysctl_and_streams_work_in_a_bare_pod() -> Result
         let echo = ["echo", "-n", "hello"];
         let finished = server.exec_output(echo).await?;
         assert_eq!((finished.stdout.as_str(), finished.stderr.as_str()), ("hello", ""));
-        let finished = server.exec_stream(echo, Terminal::Yes).await?.finish().await?;
+        let finished = server.exec_stream(echo, Terminal::Yes).await?.wait_for_end().await?;
         assert_eq!((finished.stdout.as_str(), finished.exit_code), ("hello", 0));
         Ok(())
     })

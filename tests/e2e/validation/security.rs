@@ -128,11 +128,11 @@ fn cases() -> Result<Vec<Case>> {
 fn privileges_and_profiles_are_those_that_were_asked_for() -> Result<()> {
     let cases = cases()?;
     on_node(async |node| {
-        let pod = node.pod("security").bare();
+        let pod = node.pod("security").minimal();
         let pod = pod.with_linux(|linux| linux.security_context.get_or_insert_default().privileged = true);
         let pod = pod.run().await?;
         let runs = stream::iter(&cases).map(async |case| {
-            let container = pod.container(case.name).bare().with_security(&case.change).start().await?;
+            let container = pod.container(case.name).minimal().with_security(&case.change).start().await?;
             let output = container.exec(case.command).await?;
             anyhow::Ok((case, output))
         });

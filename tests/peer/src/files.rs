@@ -21,7 +21,7 @@ use rustix::{
 /// One page, the unit of direct I/O and of mappings.
 const PAGE: usize = 4096;
 
-/// Tries one thing and says what came of it.
+/// Tries one operation and returns a description of its result.
 type Ability = fn() -> io::Result<String>;
 
 /// Tries everything in a directory, which must be empty.

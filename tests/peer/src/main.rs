@@ -1,9 +1,9 @@
-//! The other end of the tests, inside containers: of their connections, and a witness of what a container is. One static
-//! file.
+//! The tests' program inside containers: the other end of their connections, and a witness of what a container is. It
+//! is one static file.
 //!
 //! * `peer serve ADDRESS:PORT` answers TCP and UDP there, and prints `ready` when it does. The first line of a
-//!   connection says what it is for: `name`, `echo`, `sink` or `source BYTES`. A datagram is answered with the host's
-//!   name and itself.
+//!   connection says what it is for: `name`, `echo`, `sink` or `source BYTES`. The response to a datagram is the
+//!   host's name and the datagram.
 //! * `peer tcp ADDRESS:PORT LINE` sends a line and prints all that comes back.
 //! * `peer udp ADDRESS:PORT TEXT` sends a datagram and prints the one that comes back.
 //! * `peer portrait` prints all that the container it runs in can tell of itself.
@@ -11,8 +11,8 @@
 //! * `peer bomb` starts itself over and over, and each of them does; it says `full` when it cannot for the first time.
 //! * `peer hoard` takes what the kernel counts for each user, says how much it has, and keeps it.
 //! * `peer map FILE TEXT` maps a file of one huge page of 2 MiB, prints the text in it, and writes another.
-//! * `peer vsock try` prints which of the agent's and the controller's vsock ports it can take or reach; `peer vsock hold`
-//!   keeps every connection that it can get.
+//! * `peer vsock try` prints which of the agent's and the controller's vsock ports it can take or reach; `peer vsock
+//!   hold` keeps every connection that it can get.
 //! * `peer hold-lock FILE` locks a file until its stdin ends; `peer try-lock FILE` says whether it could be locked.
 
 mod files;

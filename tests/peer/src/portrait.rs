@@ -2,8 +2,8 @@
 //!
 //! Left out is what differs between any two hosts: types and sources of file systems that come from the host, which are
 //! overlay or a disk's under runc and virtio-fs in a machine; numbers of processes and mounts; files of the kernel that
-//! only some kernels have; the host's own limits of descriptors and processes; whether a mount maps ids, which a guest does
-//! not see, and how the host has mounted its /dev; and memory.oom.group, which Pericarp always sets.
+//! only some kernels have; the host's own limits of descriptors and processes; whether a mount maps ids, which a guest
+//! does not see, and how the host has mounted its /dev; and memory.oom.group, which Pericarp always sets.
 
 use std::{
     env, fs,
@@ -72,10 +72,10 @@ const LINKS: [&str; 5] = ["/dev/fd", "/dev/stdin", "/dev/stdout", "/dev/stderr",
 /// Options of mounts that are left out: the kernel's default, which virtio-fs knows no other of, and mapped ids.
 const OF_HOST: [&str; 2] = ["relatime", "idmapped"];
 
-/// The same of a device node that is the host's own.
+/// Options that are left out of a mount of devices, which is the host's own /dev.
 const OF_HOSTS_DEV: [&str; 4] = ["relatime", "idmapped", "nosuid", "noexec"];
 
-/// Prints it.
+/// Prints the portrait.
 pub fn print() {
     process();
     devices();

@@ -15,7 +15,7 @@ const PORTS: [u32; 5] = [1024, 1025, 1026, 1027, 1028];
 /// More than the machine has.
 const CONNECTIONS_MAX: usize = 2000;
 
-/// Prints what comes of taking each port, and of connecting to it at each address that could lead there.
+/// Prints whether each port can be bound, and whether it can be connected to at each address that could lead there.
 pub fn try_all() -> io::Result<()> {
     for port in PORTS {
         for (name, cid) in [("any", VMADDR_CID_ANY), ("guest", GUEST)] {
@@ -47,7 +47,8 @@ fn connect(cid: u32, port: u32) -> io::Result<VsockStream> {
     }
 }
 
-/// Keeps every connection to the host that can be had, and goes on trying; prints `holding` after the first round.
+/// Opens as many connections to the host as it can, keeps them, and goes on trying; prints `holding` after the first
+/// round.
 pub fn hold() -> io::Result<()> {
     let mut held = Vec::new();
     let mut round = 0;

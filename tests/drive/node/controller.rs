@@ -1,0 +1,118 @@
+//! The node's own controller, which tests kill and start again.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Stdio,
+};
+
+use anyhow::{Context, Result};
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::process::{Process, controller_pid};
+use crate::{direct::controller::connect, wait_until};
+
+/// The socket of the node's own controller.
+pub const NODE_CONTROLLER: &str = "/run/pericarp/controller.sock";
+
+/// The run directory of the node's own controller.
+pub const NODE_RUN_DIR: &str = "/run/pericarp";
+
+/// Names of the pods' directories in a controller's run directory. A removed pod leaves none.
+pub fn pod_directories(run_dir: &Path) -> Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in fs::read_dir(run_dir)? {
+        let entry = entry?;
+        if entry.file_type()?.is_dir() {
+            names.push(entry.file_name().to_string_lossy().into_owned());
+        }
+    }
+    Ok(names)
+}
+
+/// The environment variable that names the file in which the controller finds the fault point at which it is to die
+/// (`host/controller/src/fault.rs`).
+const FAULT_FILE: &str = "PERICARP_FAULT_FILE";
+
+/// A request to kill the node's own controller at a fault point. Dropping it withdraws the request.
+pub struct PendingKill {
+    file: PathBuf,
+    process: Option<Process>,
+}
+
+impl PendingKill {
+    /// Waits until the controller is dead. Fails if it does not reach the fault point within the time limit.
+    pub async fn wait_for_death(mut self) -> Result<KilledController> {
+        let Self { file, process } = &mut self;
+        let process = process.take().context("the test has waited for it before")?;
+        process
+            .wait_for_exit()
+            .await
+            .with_context(|| format!("the controller never reached {:?}", fs::read_to_string(file)))?;
+        Ok(KilledController(()))
+    }
+
+    /// Withdraws the request. Returns the controller if it has been killed before.
+    pub async fn withdraw(self) -> Result<Option<KilledController>> {
+        match fs::remove_file(&self.file) {
+            Ok(()) => Ok(None),
+            // The controller has read the request and is being killed.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
+                self.wait_for_death().await.map(Some)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+impl Drop for PendingKill {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.file);
+    }
+}
+
+/// The node's own controller while it is dead. Dropping it starts a new one.
+pub struct KilledController(());
+
+impl KilledController {
+    /// Kills the node's controller.
+    pub fn kill() -> Result<Self> {
+        let pid = Pid::from_raw(controller_pid()?).context("the controller's pid")?;
+        kill_process(pid, Signal::KILL)?;
+        Ok(Self(()))
+    }
+
+    /// A controller that has died without [`KilledController::kill`].
+    pub fn already_dead() -> Self {
+        Self(())
+    }
+
+    /// Asks the node's controller to kill itself when it reaches a fault point.
+    pub fn kill_at(point: &str) -> Result<PendingKill> {
+        let file =
+            std::env::var_os(FAULT_FILE).context("the node's controller was started without fault points")?;
+        let process = Some(Process::open(controller_pid()?)?);
+        fs::write(&file, point)?;
+        Ok(PendingKill { file: file.into(), process })
+    }
+
+    /// Starts a new controller and waits until it serves.
+    pub async fn restart(self) -> Result<()> {
+        let socket = Path::new(NODE_CONTROLLER);
+        drop(self);
+        wait_until("the node's controller to answer", async || Ok(connect(socket).await.map(|_| true)?)).await
+    }
+}
+
+impl Drop for KilledController {
+    fn drop(&mut self) {
+        let log = fs::File::options().create(true).append(true).open("/results/pericarp.log");
+        let log = log.map_or_else(|_| Stdio::null(), Stdio::from);
+        // The new controller outlives the tests, as the one before would have.
+        let started =
+            std::process::Command::new("pericarp").arg("serve").stdout(Stdio::null()).stderr(log).spawn();
+        if let Err(error) = started {
+            println!("the node's controller cannot be started again: {error}");
+        }
+    }
+}
