@@ -5,7 +5,7 @@ use std::{
     sync::LazyLock,
 };
 
-use anyhow::Result;
+use anyhow::{Result, anyhow};
 use pericarp_tidy::{
     RULES, Violation, check, commits, docs,
     exceptions::{self, FILE},
@@ -17,12 +17,20 @@ use pericarp_tidy::{
 /// Commits that are looked at: those that a change may still be rewritten with, and some more.
 const COMMITS: usize = 50;
 
-/// The repository, which all rules read once.
-static REPOSITORY: LazyLock<Repository> = LazyLock::new(|| Repository::read().expect("read the repository"));
+/// The repository and what violates the rules about files, read once for all tests.
+static READ: LazyLock<Result<(Repository, Vec<Violation>)>> = LazyLock::new(|| {
+    let repository = Repository::read()?;
+    let violations = check(&repository)?;
+    Ok((repository, violations))
+});
 
-/// What violates the rules that are about files, without regard to exceptions.
-static VIOLATIONS: LazyLock<Vec<Violation>> =
-    LazyLock::new(|| check(&REPOSITORY).expect("check the repository"));
+fn read() -> Result<&'static (Repository, Vec<Violation>)> {
+    READ.as_ref().map_err(|error| anyhow!("{error:#}"))
+}
+
+fn repository() -> Result<&'static Repository> {
+    Ok(&read()?.0)
+}
 
 /// Fails with what is wrong.
 fn assert_nothing(complaints: &[String]) {
@@ -31,8 +39,9 @@ fn assert_nothing(complaints: &[String]) {
 
 /// Fails with the violations of some rules that are not listed, and with exceptions that are not needed any more.
 fn assert_kept(rules: &[&str]) -> Result<()> {
-    let listed = exceptions::parse(&REPOSITORY.text(FILE)?)?;
-    let complaints = rules.iter().flat_map(|rule| exceptions::complaints(rule, &VIOLATIONS, &listed));
+    let (repository, violations) = read()?;
+    let listed = exceptions::parse(&repository.text(FILE)?)?;
+    let complaints = rules.iter().flat_map(|rule| exceptions::complaints(rule, violations, &listed));
     assert_nothing(&complaints.collect::<Vec<_>>());
     Ok(())
 }
@@ -84,7 +93,7 @@ fn rooms_use_only_rooms_beside_and_below_them() -> Result<()> {
 
 #[test]
 fn every_exception_is_for_a_rule_that_exists() -> Result<()> {
-    let listed = exceptions::parse(&REPOSITORY.text(FILE)?)?;
+    let listed = exceptions::parse(&repository()?.text(FILE)?)?;
     let unknown = listed.keys().filter(|(rule, _)| !RULES.contains(&rule.as_str()));
     assert_nothing(
         &unknown.map(|(rule, place)| format!("{FILE}: no rule {rule}, of {place}")).collect::<Vec<_>>(),
@@ -104,37 +113,37 @@ fn the_pictures_of_the_modules_are_up_to_date() -> Result<()> {
 
 #[test]
 fn every_field_and_call_has_its_row_and_no_row_is_about_anything_else() -> Result<()> {
-    assert_nothing(&docs::compatibility_rows(&REPOSITORY)?);
+    assert_nothing(&docs::compatibility_rows(repository()?)?);
     Ok(())
 }
 
 #[test]
 fn every_test_that_a_row_names_exists() -> Result<()> {
-    assert_nothing(&docs::compatibility_tests(&REPOSITORY)?);
+    assert_nothing(&docs::compatibility_tests(repository()?)?);
     Ok(())
 }
 
 #[test]
 fn every_boundary_of_the_threat_model_names_tests_that_exist() -> Result<()> {
-    assert_nothing(&docs::threat_model_tests(&REPOSITORY)?);
+    assert_nothing(&docs::threat_model_tests(repository()?)?);
     Ok(())
 }
 
 #[test]
 fn every_path_on_a_page_leads_somewhere() -> Result<()> {
-    assert_nothing(&docs::stale_paths(&REPOSITORY));
+    assert_nothing(&docs::stale_paths(repository()?));
     Ok(())
 }
 
 #[test]
 fn every_test_whose_duration_is_recorded_exists() -> Result<()> {
-    assert_nothing(&docs::durations(&REPOSITORY)?);
+    assert_nothing(&docs::durations(repository()?)?);
     Ok(())
 }
 
 #[test]
 fn commit_messages_are_in_the_repositorys_form() -> Result<()> {
-    match commits::last(&REPOSITORY.root, COMMITS) {
+    match commits::last(&repository()?.root, COMMITS) {
         Ok(commits) => assert_nothing(&commits.iter().flat_map(commits::complaints).collect::<Vec<_>>()),
         // The test harness captures what `eprintln!` writes, but not this.
         Err(error) => writeln!(io::stderr(), "\ncommit messages are not checked: {error:#}")?,
