@@ -112,7 +112,7 @@ fn a_kernel_or_image_that_is_missing_or_not_an_elf_file_is_named() -> Result<()>
         let text = node.file("text", "not an ELF file\n")?;
         let error = broken("text", &format!("kernel = '{text}'")).await?;
         assert!(error.message().contains(&text) && error.message().contains("ELF"), "{error}");
-        // A program is an ELF file, but no kernel: it cannot be loaded where a kernel is, or does not get far.
+        // A program is an ELF file and not a kernel: it cannot be loaded where a kernel is, or it ends soon.
         let error = broken("program", "kernel = '/usr/bin/busybox'").await?;
         let refused = error.message().contains("cannot load the guest kernel /usr/bin/busybox");
         assert!(refused || error.message().contains("ended before its guest was ready"), "{error}");

@@ -1,4 +1,4 @@
-//! What containerd's clients are told of containers.
+//! The events of containers that containerd's clients receive.
 
 use anyhow::Result;
 use pericarp_tests::{
@@ -76,7 +76,7 @@ fn every_event_is_told_once_though_the_controller_is_killed_meanwhile() -> Resul
         expected.extend(["exec-added", "exec-started", "exit"].repeat(7));
         expected.extend(["exit", "delete"]);
         assert_eq!(topics(&seen), expected);
-        // What the controller could not be told to release is released all the same.
+        // A container whose release the dead controller did not hear of is released nevertheless.
         let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
         assert!(!mounts.contains(&ending[0].id), "{mounts}");
         // containerd takes its time to dial the controller again.

@@ -1,4 +1,4 @@
-//! Who speaks to the controller for a guest: its agent, and nobody else in it.
+//! Only the agent can speak to the controller for its guest; other processes in the guest cannot.
 
 use anyhow::{Result, ensure};
 use pericarp_tests::{

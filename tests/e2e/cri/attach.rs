@@ -1,4 +1,4 @@
-//! Attach.
+//! `Attach`.
 
 use anyhow::Result;
 use pericarp_tests::{ContainerBuilder, Pod, api, cri::streams::Terminal, on_node};
@@ -27,13 +27,14 @@ fn attach_reaches_the_containers_own_process() -> Result<()> {
         first.write("first\n").await?;
         first.read_until("read first").await?;
 
-        // Another at the same time hears the same, and may speak.
+        // A second client at the same time receives the same output, and may write.
         let mut second = container.attach(Terminal::No).await?;
         second.write("second\n").await?;
         second.read_until("read second").await?;
         first.read_until("read second").await?;
 
-        // One that goes, with or without a word, takes neither the container nor the other with it.
+        // A client that goes away, with or without closing its streams, ends neither the container nor the other
+        // client.
         first.close().await?;
         second.write("third\n").await?;
         second.read_until("read third").await?;

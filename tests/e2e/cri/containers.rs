@@ -1,4 +1,4 @@
-//! Containers: their life, their exit, their limits and figures, and what of the image and the specification they see.
+//! Containers: their life, exit, limits and statistics, and what they see of their image and specification.
 
 use std::time::{Duration, Instant, SystemTime};
 

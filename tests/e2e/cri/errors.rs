@@ -153,11 +153,11 @@ struct FailedStart {
     code: tonic::Code,
     exit_code: i32,
     reason: String,
-    /// From `exec:` on: before it, each runtime names itself.
+    /// The message from `exec:` on; before it, each runtime names itself.
     message: String,
 }
 
-/// Starts a container with each of the commands, in one pod.
+/// Starts a container for each of the commands, in one pod; each has to fail.
 async fn failed_starts(node: &Node, commands: &[&str]) -> Result<Vec<FailedStart>> {
     let pod = node.pod(&format!("start-{}", node.runtime)).run().await?;
     let mut failed = Vec::new();

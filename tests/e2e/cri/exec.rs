@@ -1,4 +1,4 @@
-//! Exec.
+//! `Exec` and `ExecSync`.
 
 use std::time::{Duration, Instant};
 
@@ -44,7 +44,7 @@ fn exec_with_a_time_limit_is_ended_at_it() -> Result<()> {
     })
 }
 
-/// Under runc its children live on, and containerd waits for them for as long as they have the output open.
+/// Under runc, the command's children live on, and containerd waits for as long as they have the output open.
 #[test]
 fn what_a_command_has_started_ends_with_it_at_its_time_limit() -> Result<()> {
     on_pericarp(async |node| {
@@ -133,7 +133,7 @@ fn a_command_without_a_terminal_reads_its_stdin_and_keeps_its_streams_apart() ->
     })
 }
 
-/// Compares with the output of `seq` without printing megabytes when it differs.
+/// Compares a text with the output of `seq`, without printing megabytes if they differ.
 pub fn check_sequence(text: &str, last: u32) {
     let mut lines = text.lines();
     for n in 1..=last {

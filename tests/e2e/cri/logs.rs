@@ -40,7 +40,7 @@ fn a_log_holds_both_streams_with_times_and_tags() -> Result<()> {
 fn a_log_loses_nothing_of_a_large_output_that_ends_with_its_container() -> Result<()> {
     on_node(async |node| {
         let pod = node.pod("large-log").run().await?;
-        // 2 MB on one stream while the other is written, too.
+        // The container writes 2 MB to one stream while it writes to the other.
         let padding = "x".repeat(194);
         let script = format!("seq -w 10000 | sed 's/$/{padding}/' & seq 10000 >&2; wait");
         let (status, log) = pod.container("loud").script(&script).run().await?;

@@ -244,7 +244,7 @@ fn ten_pods_run_at_once() -> Result<()> {
     })
 }
 
-/// A process of the node, until it goes out of scope.
+/// A process of the node, which ends when this is dropped.
 struct Busy(Child);
 
 impl Drop for Busy {

@@ -25,10 +25,10 @@ use tokio::{
     time::timeout,
 };
 
-/// Where nobody listens.
+/// A port at which nobody listens.
 const NOBODY: u16 = 9;
 
-/// A container that answers at an address of its pod.
+/// Starts a container that serves at an address of its pod.
 async fn serve(pod: &Pod, name: &str, address: &str) -> Result<Container> {
     let container = pod.container(name).command(["peer", "serve", address]).start().await?;
     container.wait_for_output("ready\n").await?;
@@ -142,7 +142,7 @@ fn the_end_of_either_sides_data_reaches_the_other() -> Result<()> {
         let (pod, _server) = pod_with_server(node, "ends", "[::]:8080").await?;
         let netns = netns_of(node, &pod).await?;
         for address in ["127.0.0.1:8080", "[::1]:8080"] {
-            // The client ends; the server answers after that.
+            // The client ends its side; the server responds after that.
             let mut stream = dial(&netns, address)?;
             stream.write_all(b"sink\n").await?;
             stream.write_all(&pattern(1, 1_000_000)).await?;
@@ -151,7 +151,7 @@ fn the_end_of_either_sides_data_reaches_the_other() -> Result<()> {
             timeout(HANG_LIMIT, stream.read_to_string(&mut text)).await??;
             assert_eq!(text, "1000000\n", "{address}");
 
-            // The server ends; the client still has its side open.
+            // The server ends its side; the client's is still open.
             let mut stream = dial(&netns, address)?;
             stream.write_all(b"source 1000000\n").await?;
             let mut bytes = Vec::new();
@@ -186,7 +186,7 @@ fn a_port_that_nobody_listens_on_is_an_error_and_later_connections_work() -> Res
             assert_eq!(refused.data, b"");
             assert!(refused.error.contains(&format!("error forwarding port {NOBODY} to pod")), "{refused:?}");
         }
-        // While another is open, too.
+        // The error is the same while another connection is open.
         let mut open = pod.forward_port(8080).await?;
         open.write(b"echo\nbefore").await?;
         assert_eq!(open.read(6).await?, b"before");

@@ -15,7 +15,7 @@ const BLOCK: u32 = 1_000_003;
 /// `many_megabytes_go_in_and_come_out_in_order` sends as much to the agent.
 const BLOCKS: u32 = 10;
 
-/// Sends all blocks to a command that prints the checksum of so much input, and compares with that of a file.
+/// Sends all blocks to a command that prints the checksum of its input, and compares that with a file's checksum.
 async fn check(block: &[u8], mut session: Session, container: &Container) -> Result<()> {
     for _ in 0..BLOCKS {
         for piece in block.chunks(30_000) {

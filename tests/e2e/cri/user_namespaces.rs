@@ -1,4 +1,4 @@
-//! Pods with a user namespace (`hostUsers: false`), and what else containerd has to know that a handler can do.
+//! Pods with a user namespace (`hostUsers: false`), and other features of a handler that containerd has to know.
 
 use std::{
     fs,
@@ -31,7 +31,7 @@ fn owner(path: &str) -> Result<(u32, u32)> {
     Ok((metadata.uid(), metadata.gid()))
 }
 
-/// Where a container's root file system is on the node.
+/// The path of a container's root file system on the node.
 fn root_on_node(node: &Node, pod: &Pod, container: &Container) -> String {
     match node.runtime {
         Runtime::Runc => {

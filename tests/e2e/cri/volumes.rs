@@ -172,7 +172,7 @@ fn an_image_is_a_volume() -> Result<()> {
             })
             .start()
             .await?;
-        // Its programs run, too.
+        // Programs of the volume can be run.
         let read = "/artefact/bin/busybox cat /artefact/etc/replaced";
         assert_eq!(container.shell(read).await?, "from the second layer");
         let output = container.exec(["touch", "/artefact/new"]).await?;

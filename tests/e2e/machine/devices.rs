@@ -1,4 +1,4 @@
-//! What comes and goes while a guest runs: disks, processors, memory. Without containerd, on machines of their own.
+//! Hotplug of disks, processors and memory, on machines that a test runs without containerd.
 
 use std::{
     fs,
@@ -52,7 +52,7 @@ async fn remove(machine: &DirectMachine, device: u32) -> Result<()> {
     Ok(())
 }
 
-/// The layers of an image, of which each segment is one.
+/// The layers of an image; each segment of the disk is one.
 fn layers(inserted: &InsertDiskResponse, upper: String, work: String) -> Disk {
     let mut layers = Layers::new();
     (layers.upper, layers.work) = (upper, work);
@@ -269,7 +269,7 @@ async fn total(machine: &DirectMachine, id: &str) -> Result<u64> {
     total.parse().with_context(|| format!("MemTotal {total:?}"))
 }
 
-/// Has the guest have that many MiB; answers whether its device had to be bound.
+/// Gives the guest that many MiB of memory; returns whether the agent had to bind the device.
 async fn resize_memory(machine: &DirectMachine, mib: u64) -> Result<bool> {
     let mut request = ResizeRequest::new();
     request.memory_bytes = mib << 20;
@@ -320,7 +320,7 @@ fn memory_comes_and_goes() -> Result<()> {
     })
 }
 
-/// Prints what it costs to be able to grow.
+/// Prints what a machine costs that can grow.
 #[test]
 #[ignore = "measures; run by its name"]
 fn figures() -> Result<()> {

@@ -1,22 +1,24 @@
-//! What the guest's kernel has (docs/guest-kernel.md), tried with the node's own tools in a privileged container.
+//! The features of the guest's kernel (docs/guest-kernel.md), tried with the node's own tools in a privileged
+//! container.
 
 use std::{collections::BTreeMap, fmt::Write as _};
 
 use anyhow::{Result, ensure};
 use pericarp_tests::{BUSYBOX, Container, Node, on_pericarp};
 
-/// What a row's commands do.
+/// The expected result of a row's commands.
 enum Answer {
-    /// They succeed.
+    /// The commands succeed.
     Works,
-    /// They fail.
+    /// The commands fail.
     Fails,
-    /// They succeed and print this.
+    /// The commands succeed and print this.
     Prints(&'static str),
 }
 use Answer::{Fails, Prints, Works};
 
-/// What is tried, how, and what is seen. `ip` and the like are the node's, from its `/usr`.
+/// Each feature with the commands that try it and their expected result. `ip` and the like are the node's own, from its
+/// `/usr`.
 const CHECKS: [(&str, &str, Answer); 38] = [
     ("NAT with iptables", "iptables -t nat -A POSTROUTING -o lo -j MASQUERADE", Works),
     (

@@ -1,4 +1,4 @@
-//! What is Pericarp's own: the machine around a pod.
+//! The process of a machine: what it shows, and when it ends.
 
 use std::{
     fs,
@@ -39,7 +39,7 @@ fn a_container_runs_on_the_guests_kernel_in_a_machine_of_the_asked_size() -> Res
         let total: u32 = total.parse().with_context(|| format!("MemTotal {total:?}"))?;
         assert!((240 << 10..=300 << 10).contains(&total), "300 MiB were asked for; MemTotal is {total} kB");
 
-        // Nothing of the pod is on the node but its machine.
+        // The machine is the only process of the pod on the node.
         let machine = MachineProcess::of_pod(&pod.id)?.context("the pod's machine")?;
         let parent = pod.config.linux.as_ref().context("a Linux pod")?.cgroup_parent.clone();
         assert_eq!(

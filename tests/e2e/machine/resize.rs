@@ -1,4 +1,4 @@
-//! A machine follows what its containers may use.
+//! The size of a machine follows the limits of its containers.
 
 use std::{
     fs,
@@ -19,7 +19,7 @@ fn resources(cpus: i64, mib: i64) -> api::LinuxContainerResources {
     }
 }
 
-/// Processors and MiB of memory that a container sees, and its cgroup's limits.
+/// The processors and the MiB of memory that a container sees, and the limits of its cgroup.
 async fn size_seen_by(container: &Container) -> Result<(u32, u64, String)> {
     let script = "nproc; awk '/MemTotal/ { print int($2 / 1024) }' /proc/meminfo
         cat /sys/fs/cgroup/cpu.max /sys/fs/cgroup/memory.max";
@@ -30,7 +30,7 @@ async fn size_seen_by(container: &Container) -> Result<(u32, u64, String)> {
     Ok((u32::try_from(processors)?, memory, lines.collect::<Vec<_>>().join(" ")))
 }
 
-/// What the guest's kernel keeps for itself, at most, in MiB.
+/// The most memory that the guest's kernel keeps for itself, in MiB.
 const KERNEL: u64 = 48;
 
 #[track_caller]

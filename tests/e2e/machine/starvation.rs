@@ -1,4 +1,4 @@
-//! Containers that take all there is: the guest goes on, and whatever else runs in it.
+//! Containers that use up a resource of the guest: the guest and the other containers go on.
 
 use std::time::Duration;
 
@@ -7,14 +7,14 @@ use futures::future::select;
 use pericarp_tests::{Container, HANG_LIMIT, PodBuilder, api, on_node, on_pericarp, wait_until};
 use tokio::time::timeout;
 
-/// A machine that is soon used up.
+/// Makes a pod whose machine is small, so that its resources are soon used up.
 fn small(pod: PodBuilder) -> PodBuilder {
     pod.with(|config| {
         config.annotations.insert("io.pericarp.memory-mib".to_owned(), "128".to_owned());
     })
 }
 
-/// Whether a container can be looked into.
+/// Checks that a command can be executed in a container.
 async fn answers(container: &Container) -> Result<()> {
     let answer = timeout(HANG_LIMIT, container.shell("echo fine")).await.context("an exec meanwhile")??;
     assert_eq!(answer, "fine");
@@ -83,7 +83,7 @@ fn what_is_counted_for_a_user_and_not_for_a_container_is_not_used_up_by_one() ->
         let hoarder = hoarder.start().await?;
         let has = async || Ok(hoarder.log()?.stdout().ends_with(" namespaces\n"));
         wait_until("what the hoarder has", has).await?;
-        // All that it wants, so that none of these limits is left that would be the agent's, too.
+        // It takes all that it can get, so that nothing would be left of a limit that it shared with the agent.
         let all = "hoards 60000 of epoll, 20000 of inotify, 700 namespaces\n";
         assert_eq!(hoarder.log()?.stdout(), all);
         answers(&neighbour).await?;

@@ -14,7 +14,7 @@ use pericarp_tests::{
 
 use super::{Server, ask, on_the_node};
 
-/// An interface that a machine can be given.
+/// Commands that make an interface that a machine can be given.
 const VETH: &str = "ip link add eth0 type veth peer name peer0; ip link set eth0 up";
 
 /// The links and qdiscs of a network namespace that are Pericarp's.

@@ -19,10 +19,10 @@ use tokio::{
     time::timeout,
 };
 
-/// Where a pod's `peer` answers.
+/// The port at which a pod's `peer` serves.
 const PORT: u16 = 8080;
 
-/// A pod whose container answers at [`PORT`].
+/// A pod whose container serves at [`PORT`].
 struct Server {
     pod: Pod,
     container: Container,
@@ -54,7 +54,7 @@ impl Server {
         Ok(SocketAddr::new(*ip, PORT))
     }
 
-    /// What another server responds to a question of this one's container.
+    /// Sends a question from this server's container to another server; returns the response.
     async fn asks(&self, protocol: &str, other: SocketAddr, question: &str) -> Result<String> {
         let other = other.to_string();
         let output = self.container.exec(["peer", protocol, &other, question]).await?;
@@ -65,7 +65,7 @@ impl Server {
     }
 }
 
-/// What comes back from a server for one line, over TCP from the node.
+/// Sends one line from the node to a server over TCP; returns the response.
 async fn ask(server: SocketAddr, line: &str) -> Result<String> {
     let mut answer = String::new();
     let asked = async {
@@ -82,7 +82,7 @@ async fn ask(server: SocketAddr, line: &str) -> Result<String> {
     Ok(answer.trim_end().to_owned())
 }
 
-/// What comes back for one datagram from the node.
+/// Sends one datagram from the node to a server; returns the response.
 async fn ask_by_datagram(server: SocketAddr, text: &str) -> Result<String> {
     let mut answer = vec![0; 65_536];
     let asked = async {

@@ -1,4 +1,4 @@
-//! The CNI plugins that a pod's network may be made by: see `tests/node/containerd-config`.
+//! The CNI plugins that may make a pod's network: see `tests/node/containerd-config`.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -124,7 +124,7 @@ fn ipvlan_pods_reach_each_other() -> Result<()> {
     reach_each_other_over(Network::Ipvlan)
 }
 
-/// The node itself cannot reach the pods of these networks: that is how their links are.
+/// Tests that pods reach each other over a network. The node itself cannot reach pods over these kinds of links.
 fn reach_each_other_over(network: Network) -> Result<()> {
     on_node(async |node| {
         let node = node.with_network(network);

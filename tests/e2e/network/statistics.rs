@@ -1,4 +1,4 @@
-//! What is counted of a pod's traffic.
+//! The statistics of a pod's traffic.
 
 use anyhow::{Context, Result};
 use pericarp_tests::{Pod, on_node, on_pericarp};
@@ -6,17 +6,17 @@ use serde_json::Value;
 
 use super::{Server, ask};
 
-/// Bytes that a test moves each way.
+/// How many bytes a test moves each way.
 const BYTES: usize = 4_000_000;
 
-/// From the pod to the node.
+/// Moves bytes from the pod to the node.
 async fn take_bytes(server: &Server) -> Result<()> {
     let received = ask(server.address()?, &format!("source {BYTES}")).await?;
     assert_eq!(received.len(), BYTES);
     Ok(())
 }
 
-/// From the node to the pod.
+/// Moves bytes from the node to the pod.
 async fn give_bytes(server: &Server) -> Result<()> {
     let sent = "s".repeat(BYTES);
     assert_eq!(ask(server.address()?, &format!("sink\n{sent}")).await?, (BYTES + 1).to_string());

@@ -25,11 +25,11 @@ const AT_ONCE: usize = 4;
 
 /// One difference from an ordinary container.
 struct Case {
-    /// What the case is called in messages, and its container.
+    /// The name of the case in messages, and of its container.
     name: &'static str,
-    /// Makes the difference.
+    /// Makes the difference to an ordinary container.
     container: Change,
-    /// Runs after the portrait.
+    /// A script that runs after the portrait.
     script: String,
     /// Whether the container cannot be made or started.
     refused: bool,
@@ -52,8 +52,8 @@ fn case(
     Case { name, container: Box::new(container), script: script.into(), refused: false }
 }
 
-/// A directory on the node for the volumes of one case under one runtime. Nothing else writes there, so a failure of it
-/// is the test's own.
+/// A directory on the node for the volumes of one case under one runtime. Nothing else writes there, so an error
+/// there is a fault of the test, which then panics.
 struct CaseDirectory(String);
 
 impl CaseDirectory {
@@ -109,7 +109,7 @@ impl fmt::Display for Outcome {
 }
 
 impl Outcome {
-    /// Its lines, for comparison. The words of a refusal are each runtime's own.
+    /// The lines that are compared. The message of a refusal differs between runtimes and is left out.
     fn lines(&self) -> Vec<String> {
         match self {
             Self::Refused(call, ..) => vec![format!("{call} is refused")],

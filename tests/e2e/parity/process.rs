@@ -106,7 +106,7 @@ fn capabilities_and_privileges_are_those_of_runc() -> Result<()> {
     )
 }
 
-/// What a container must not do, each with the system call that a profile stops.
+/// Operations that a container must not do, each with the system call that a profile stops.
 const FORBIDDEN: &str = "
 unshare -U true; echo unshare $?
 mount -t tmpfs x /tmp; echo mount $?

@@ -1,4 +1,4 @@
-//! Limits.
+//! Limits of CPU, memory and processes.
 
 use anyhow::Result;
 use pericarp_tests::{ContainerBuilder, api};

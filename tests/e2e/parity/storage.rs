@@ -8,7 +8,7 @@ use pericarp_tests::{ContainerBuilder, api};
 
 use super::{CaseDirectory, case, compare};
 
-/// One volume at a place, with a file and a directory in it.
+/// A volume at a path of the container, with a file and a directory in it.
 fn volume(place: &CaseDirectory, path: &str) -> api::Mount {
     let name = path.replace('/', "-");
     place.file(&format!("{name}/key"), &format!("{path}\n"));
@@ -104,7 +104,7 @@ fn ownership_and_modes_in_volumes_are_those_of_runc() -> Result<()> {
     )
 }
 
-/// What file systems can do, each in a directory of its own.
+/// Tries the operations of file systems, each in a directory of its own.
 const ABILITIES: &[(&str, &str)] = &[
     ("links", "touch a; for i in $(seq 20); do ln a l$i; done; stat -c %h a; rm l1*; stat -c %h a"),
     (

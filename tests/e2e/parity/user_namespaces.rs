@@ -10,7 +10,8 @@ use pericarp_tests::{ContainerBuilder, POD_ROOT, PodBuilder, api, with_mapped_id
 
 use super::{case, compare};
 
-/// Whose files the image's and the kernel's are, what a container makes, and what root may do in its own namespaces.
+/// Prints the owners of files of the image, of the kernel and of the container, and tries what root may do in its own
+/// namespaces.
 const TELL: &str = "
     cat /proc/self/uid_map /proc/self/gid_map /proc/self/setgroups; id
     cd /odd; stat -c '%n %F %a %u:%g' * | sort; cat owned unreadable; ./setuid
@@ -24,7 +25,7 @@ const TELL: &str = "
     (peer serve 127.0.0.1:$PORT > /dev/null &
      for i in 1 2 3 4 5 6 7 8 9; do sleep 1; peer tcp 127.0.0.1:$PORT sink 2> /dev/null && break; done)";
 
-/// What needs privileges, in the pod's namespaces and outside of them.
+/// Tries operations that need privileges, in the pod's namespaces and outside of them.
 const ADMINISTER: &str = "
     ip address add 192.0.2.7/32 dev lo; echo address $?; hostname other; echo hostname $?
     mkdir /p /s /m /c; mount -t tmpfs t /tmp; echo tmpfs $?; mount -t proc p /p; echo proc $?

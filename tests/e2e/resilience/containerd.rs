@@ -15,11 +15,11 @@ use tokio::process::Command;
 
 use super::{CountingLog, clean_up, remains, wait_until_not_ready, wait_until_ready};
 
-/// Lines that may be on their way to a containerd that dies: a second's.
+/// The number of lines that may be on their way to a containerd that dies: those of one second.
 const LINES_LOST_MAX: usize = 20;
 
-/// The last number in a log that counts, in which none comes twice and none is missing but what was on its way to a
-/// containerd that died.
+/// The last number in the log of a container that counts. No number may come twice, and none may be missing except
+/// those that were on their way to a containerd that died.
 fn counted(container: &Container) -> Result<usize> {
     let CountingLog { next, gaps } = CountingLog::of(container)?;
     ensure!(gaps.len() <= 1 && gaps.iter().all(|gap| *gap <= LINES_LOST_MAX), "lines are missing: {gaps:?}");
@@ -48,7 +48,7 @@ fn tasks_are_found_again_when_containerd_was_away() -> Result<()> {
             let idle = pod.idle_container("idle").await?;
             let before = counted(&counter)?;
             let stopped = StoppedContainerd::stop(signal).await?;
-            // It ends while nobody can be told.
+            // The container exits while there is no containerd to hear of it.
             fs::write(format!("{signs}/go"), "")?;
             wait_until("the container's last act", async || Ok(Path::new(&signs).join("gone").exists()))
                 .await?;

@@ -25,7 +25,7 @@ use pericarp_tests::{
 
 use super::{CountingLog, clean_up, directory, remains, wait_until_not_ready, wait_until_ready};
 
-/// How many lines came of a log that counts; an error if one is missing or came twice.
+/// The number of lines in the log of a container that counts; an error if one is missing or came twice.
 fn counts_on(container: &Container) -> Result<usize> {
     let CountingLog { next, gaps } = CountingLog::of(container)?;
     ensure!(gaps.is_empty(), "lines are missing: {gaps:?}");
@@ -106,7 +106,7 @@ fn the_end_of_a_machine_is_told_although_no_controller_saw_it() -> Result<()> {
         let reason = info["pericarp"]["reason"].as_str().unwrap_or_default();
         assert!(reason.contains("while no controller ran"), "{info:#}");
 
-        // What was told before is told again.
+        // The new controller reports the same end as the one before.
         let mut client = controller::connect(Path::new(NODE_CONTROLLER)).await?;
         assert_eq!(client.wait(wait(&ended_before)).await?.into_inner(), told);
         let info = ended_before.info().await?;
@@ -129,7 +129,7 @@ fn a_pod_that_containerd_has_forgotten_is_removed() -> Result<()> {
         let netns = NetworkNamespace::new(node.name()).await?;
         let id = format!("{:0<64}", "forgotten");
         let mut client = controller::connect(Path::new(NODE_CONTROLLER)).await?;
-        // As containerd calls it, but without a sandbox in its store.
+        // The calls are containerd's, but its store has no such sandbox.
         let create = pericarp_protos::sandbox::ControllerCreateRequest {
             sandbox_id: id.clone(),
             options: Some(controller::options(&pod_config("forgotten"))),

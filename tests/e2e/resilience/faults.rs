@@ -1,4 +1,4 @@
-//! The controller is killed in the middle of something: that is finished or undone.
+//! The controller is killed in the middle of an operation, which the next one finishes or undoes.
 
 use std::path::{Path, PathBuf};
 
@@ -15,7 +15,7 @@ use pericarp_tests::{
 
 use super::{clean_up, directory, remains, wait_until_ready};
 
-/// Points of a pod's start at which containerd has had no answer yet.
+/// Fault points of a pod's start before containerd has had a response.
 pub(super) const OF_START: [&str; 7] = [
     "network-made",
     "directory-made",
@@ -37,7 +37,7 @@ pub(super) const OF_STOP: [&str; 4] = [
 /// Steps of `RemovePodSandbox` after that.
 pub(super) const OF_REMOVAL: [&str; 2] = ["remove the pod's directory", "pod-removed"];
 
-/// Pods' directories.
+/// The names of the pods' directories.
 fn directories() -> Result<Vec<String>> {
     pod_directories(Path::new(NODE_RUN_DIR))
 }

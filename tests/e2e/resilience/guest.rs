@@ -37,9 +37,9 @@ async fn privileged(node: &Node, name: &str) -> Result<(Pod, Container)> {
     Ok((pod, container))
 }
 
-/// What must hold once a pod's guest has died: it is told at once with the reason, its containers have exited, a second
-/// pod has noticed nothing, and clean-up works.
-async fn has_died(node: &Node, pod: &Pod, container: &Container, reason: &str) -> Result<()> {
+/// Checks a pod whose guest has died: the status has the reason, its containers have exited, calls fail at once, and
+/// clean-up works.
+async fn check_dead(node: &Node, pod: &Pod, container: &Container, reason: &str) -> Result<()> {
     wait_until_not_ready(pod).await?;
     let status = container.wait_for_exit().await?;
     ensure!(status.exit_code != 0, "{status:?}");
@@ -67,7 +67,7 @@ fn a_killed_machine_is_told_at_once() -> Result<()> {
         println!("NotReady after {:?}", begun.elapsed());
         // Much more than it takes, because this node does other things as well.
         assert!(begun.elapsed() < Duration::from_secs(30), "it took {:?}", begun.elapsed());
-        has_died(node, &pod, &container, "Signal(9)").await
+        check_dead(node, &pod, &container, "Signal(9)").await
     })
 }
 
@@ -78,16 +78,16 @@ fn a_kernel_that_panics_for_want_of_memory_is_told_so() -> Result<()> {
         let bystander = node.pod("bystander").run().await?;
         container.shell("echo 2 > /proc/sys/vm/panic_on_oom").await?;
         let _ = container.try_exec(["tail", "/dev/zero"], Duration::from_secs(120)).await;
-        has_died(node, &pod, &container, "ut of memory").await?;
+        check_dead(node, &pod, &container, "ut of memory").await?;
         assert!(bystander.is_ready().await?);
         Ok(())
     })
 }
 
-/// In the place of an initramfs's `/init`: the agent, and beside it two that wait for a connection. At port 7777 it has
-/// the agent frozen: the kernel goes on, and with it everything that does not need PID 1. At port 7778 the agent's code
-/// is overwritten, as no signal kills a guest's first process. No container has a way to do either. The agent has moved
-/// to another root by then, with its file systems.
+/// A script in the place of an initramfs's `/init`. It starts the agent, and two listeners beside it. A connection to
+/// port 7777 freezes the agent: the kernel goes on, and everything else that does not need PID 1. A connection to port
+/// 7778 overwrites the agent's code, because no signal kills a guest's first process. No container has a way to do
+/// either. The script mounts what it needs, because the agent has moved to another root by then, with its file systems.
 const INIT_THAT_OBEYS: &str = r#"#!/bin/busybox sh
 busybox=/bin/busybox
 $busybox mv /init /script
@@ -116,18 +116,18 @@ exec /init
 "#;
 
 /// Guests whose agent freezes or dies when it is told to.
-struct Obeying {
+struct ScriptedGuests {
     controller: Controller,
 }
 
-/// One of them.
-struct ObeyingPod {
+/// A pod with such a guest.
+struct ScriptedPod {
     id: String,
     netns: NetworkNamespace,
     machine: MachineProcess,
 }
 
-impl Obeying {
+impl ScriptedGuests {
     async fn new(node: &Node) -> Result<Self> {
         let initramfs = node.file("obeying.cpio", "")?;
         let agent = std::env::var("PERICARP_AGENT").context("the agent to be packed")?;
@@ -146,15 +146,15 @@ impl Obeying {
         Ok(Self { controller: Controller::serve(&config).await? })
     }
 
-    async fn start(&mut self, name: &str) -> Result<ObeyingPod> {
+    async fn start(&mut self, name: &str) -> Result<ScriptedPod> {
         let netns = NetworkNamespace::new(&format!("{name}-{}", std::process::id())).await?;
         let id = format!("{name:0<64}");
         let started = self.controller.start_pod(&id, &pod_config(name), &netns).await?;
-        Ok(ObeyingPod { id, netns, machine: MachineProcess { pid: started.pid.try_into()? } })
+        Ok(ScriptedPod { id, netns, machine: MachineProcess { pid: started.pid.try_into()? } })
     }
 
-    /// Connects to a port of the pod, at which somebody waits for that.
-    async fn order(pod: &ObeyingPod, port: u16) -> Result<()> {
+    /// Connects to a port of the pod at which the script listens.
+    async fn order(pod: &ScriptedPod, port: u16) -> Result<()> {
         wait_until("the guest to listen", async || {
             let answer = pod.netns.run(&format!("busybox nc 127.0.0.1 {port} < /dev/null")).await?;
             Ok(answer.contains("obeyed"))
@@ -162,8 +162,8 @@ impl Obeying {
         .await
     }
 
-    /// Freezes a pod's agent, and sees to it that nothing else of the pod has stopped.
-    async fn freeze(&self, pod: &ObeyingPod) -> Result<()> {
+    /// Freezes a pod's agent, and waits until it is frozen.
+    async fn freeze(&self, pod: &ScriptedPod) -> Result<()> {
         Self::order(pod, 7777).await?;
         let console = self.controller.run_dir.join("r").join(&pod.id).join("console.log");
         wait_until("the agent to be frozen", async || {
@@ -172,8 +172,8 @@ impl Obeying {
         .await
     }
 
-    /// Waits for a pod's end and gives its exit code, and the reason that its status tells.
-    async fn end(&self, pod: &ObeyingPod) -> Result<(u32, String)> {
+    /// Waits for a pod's end; returns its exit code, and the reason in its status.
+    async fn end(&self, pod: &ScriptedPod) -> Result<(u32, String)> {
         let mut client = self.controller.client.clone();
         let wait = ControllerWaitRequest { sandbox_id: pod.id.clone(), ..Default::default() };
         let ended = tokio::time::timeout(HANG_LIMIT, client.wait(wait)).await??.into_inner();
@@ -185,8 +185,8 @@ impl Obeying {
         Ok((ended.exit_status, info["pericarp"]["reason"].as_str().unwrap_or_default().to_owned()))
     }
 
-    /// Waits for the end of a guest that has given no answer since then.
-    async fn ends_as_stuck(&self, pod: &ObeyingPod, since: Instant) -> Result<()> {
+    /// Waits for the end of a guest that has not responded since `since`, and checks its reason.
+    async fn ends_as_stuck(&self, pod: &ScriptedPod, since: Instant) -> Result<()> {
         let (code, reason) = self.end(pod).await?;
         ensure!(code == 137, "{code}: {reason}");
         // The first question that it did not answer may have been asked at once.
@@ -195,7 +195,7 @@ impl Obeying {
         Ok(())
     }
 
-    async fn remove(&mut self, pod: ObeyingPod) -> Result<()> {
+    async fn remove(&mut self, pod: ScriptedPod) -> Result<()> {
         self.controller.shut_down_pod(&pod.id).await?;
         assert_eq!(remains(&pod.id)?, Vec::<String>::new());
         pod.netns.remove().await
@@ -205,7 +205,7 @@ impl Obeying {
 #[test]
 fn a_stuck_guest_is_ended_when_its_time_is_over_and_no_other() -> Result<()> {
     on_pericarp(async |node| {
-        let mut guests = Obeying::new(node).await?;
+        let mut guests = ScriptedGuests::new(node).await?;
         let well = guests.start("well").await?;
         let frozen = guests.start("frozen").await?;
         let stopped = guests.start("stopped").await?;
@@ -213,7 +213,7 @@ fn a_stuck_guest_is_ended_when_its_time_is_over_and_no_other() -> Result<()> {
         guests.freeze(&frozen).await?;
         stopped.machine.signal(Signal::STOP)?;
         futures::try_join!(guests.ends_as_stuck(&frozen, begun), guests.ends_as_stuck(&stopped, begun))?;
-        // It has been asked as often, and has answered.
+        // The third guest was asked as often, and has responded.
         let status = ControllerStatusRequest { sandbox_id: well.id.clone(), ..Default::default() };
         let status = guests.controller.client.status(status).await?.into_inner();
         assert_eq!(status.state, "SANDBOX_READY");
@@ -227,9 +227,9 @@ fn a_stuck_guest_is_ended_when_its_time_is_over_and_no_other() -> Result<()> {
 #[test]
 fn the_death_of_the_agent_is_the_guests_and_is_told_with_the_kernels_last_words() -> Result<()> {
     on_pericarp(async |node| {
-        let mut guests = Obeying::new(node).await?;
+        let mut guests = ScriptedGuests::new(node).await?;
         let pod = guests.start("dying").await?;
-        Obeying::order(&pod, 7778).await?;
+        ScriptedGuests::order(&pod, 7778).await?;
         let (_, reason) = guests.end(&pod).await?;
         ensure!(reason.contains("Attempted to kill init"), "{reason}");
         guests.remove(pod).await?;

@@ -1,4 +1,4 @@
-//! Nothing lost and nothing left behind, whoever dies.
+//! Controllers, containerd, machines and guests die at any time, and nothing is lost or left behind.
 
 mod containerd;
 mod controller;
@@ -54,7 +54,7 @@ async fn wait_for_readiness(pod: &Pod, ready: bool) -> Result<()> {
 struct CountingLog {
     /// The number after the last one.
     next: usize,
-    /// How many are missing, at each place where some are. None has come twice.
+    /// The lengths of the gaps between the numbers.
     gaps: Vec<usize>,
 }
 

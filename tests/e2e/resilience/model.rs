@@ -40,7 +40,7 @@ const CONTAINERS_MAX: usize = 3;
 /// By how many bytes the controller's memory may grow.
 const GROWTH_MAX: f64 = 2.0 * 1024.0 * 1024.0;
 
-/// Where a controller can be killed besides, while something is asked of it.
+/// Further fault points, which a controller may reach during any operation.
 const OTHER_POINTS: [&str; 6] = [
     "container-looked-up",
     "container-prepared",
@@ -71,9 +71,9 @@ impl Random {
 #[derive(Clone, Copy, Debug)]
 enum Fault {
     None,
-    /// Killed when it comes to a point.
+    /// The controller is killed when it reaches a fault point.
     At(&'static str),
-    /// Killed so many milliseconds after the operation began.
+    /// The controller is killed so many milliseconds after the operation began.
     After(u64),
 }
 
@@ -93,13 +93,13 @@ enum Operation {
 }
 
 impl Operation {
-    /// Whether the controller is killed by it anyway, or cannot be told where to die.
+    /// Whether the operation kills the controller itself, or leaves it unable to read where to die.
     fn is_a_fault(self) -> bool {
         matches!(self, Self::KillController | Self::DamageRecord | Self::RestartContainerd(_))
     }
 }
 
-/// What should be there.
+/// The pods and containers that should exist.
 struct Model<'a> {
     node: &'a Node,
     random: Random,
@@ -144,13 +144,13 @@ impl Model<'_> {
         (operation, fault)
     }
 
-    /// A pod that runs, or any if it need not.
+    /// A random pod; one that runs if `running` is set.
     fn any_pod(&mut self, running: bool) -> Option<usize> {
         let fit: Vec<_> = (0..self.pods.len()).filter(|at| self.pods[*at].runs || !running).collect();
         (!fit.is_empty()).then(|| fit[self.random.below(fit.len())])
     }
 
-    /// A container that runs, or any if it need not.
+    /// A random container; one that runs if `running` is set.
     fn any_container(&mut self, running: bool) -> Option<(usize, usize)> {
         let mut fit = Vec::new();
         for (pod, of_pod) in self.pods.iter().enumerate() {
@@ -168,7 +168,7 @@ impl Model<'_> {
         format!("{kind}-{}", self.names)
     }
 
-    /// Does it, and corrects the model. False if there was nothing to do it to.
+    /// Does the operation and corrects the model. Returns false if there was nothing to do it to.
     async fn apply(&mut self, operation: Operation, fault: Fault) -> Result<bool> {
         match operation {
             Operation::RunPod => self.run_pod(fault).await,
@@ -310,7 +310,7 @@ impl Model<'_> {
         Ok(true)
     }
 
-    /// What differs from the model now.
+    /// The differences between the node and the model.
     async fn differences(&self) -> Result<Vec<String>> {
         let mut found = Vec::new();
         for pod in &self.pods {
@@ -349,7 +349,7 @@ impl Model<'_> {
         Ok(found)
     }
 
-    /// Waits until nothing differs.
+    /// Waits until there is no difference.
     async fn agrees(&self) -> Result<()> {
         // containerd takes its time to dial a new controller.
         wait_until("what the model expects", async || {
@@ -411,7 +411,7 @@ fn number(variable: &str) -> Result<Option<u64>> {
         .transpose()
 }
 
-/// What the node's controller has open, and its memory in bytes.
+/// The files that the node's controller has open, and its memory in bytes.
 fn size_of_controller() -> Result<(Vec<String>, f64)> {
     let pid = process::controller_pid()?;
     let mut open = Vec::new();
@@ -425,7 +425,7 @@ fn size_of_controller() -> Result<(Vec<String>, f64)> {
     Ok((open, process::proportional_memory(pid)?))
 }
 
-/// Runs a test with a model, of which it is to make so many operations.
+/// Runs a test with a model and the number of operations that were asked for.
 fn with_model(test: impl AsyncFnOnce(&mut Model<'_>, u32) -> Result<()>) -> Result<()> {
     let operations = number("PERICARP_SOAK_OPERATIONS")?.map_or(Ok(OPERATIONS), u32::try_from)?;
     let seed = number("PERICARP_SOAK_SEED")?.unwrap_or(SEED);

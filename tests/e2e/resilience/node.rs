@@ -1,4 +1,4 @@
-//! The node lacks something: the pod that needs it is refused with the reason, and no other pod suffers.
+//! Shortages of the node: a pod that needs what is short is refused with the reason, and other pods are not affected.
 
 use std::{fs, path::PathBuf, time::Duration};
 
@@ -14,7 +14,7 @@ use pericarp_tests::{
 };
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-/// A controller of its own with one pod that was there before anything was short.
+/// A second controller with one pod, which was started before anything was short.
 struct Short {
     controller: Controller,
     netns: NetworkNamespace,
@@ -34,7 +34,7 @@ impl Short {
         format!("{}-{pod}-{:0<64}", pod, self.name).chars().take(64).collect()
     }
 
-    /// Starts a pod, in a cgroup below this one if it is named.
+    /// Starts a pod in a cgroup below `cgroup`, unless that is empty.
     async fn start(&mut self, pod: &str, cgroup: &str) -> Result<()> {
         let mut config = pod_config(pod);
         let linux = api::LinuxPodSandboxConfig { cgroup_parent: cgroup.to_owned(), ..Default::default() };
@@ -43,7 +43,7 @@ impl Short {
         Ok(())
     }
 
-    /// A pod does not start, for this reason; nothing of it is left and the first pod runs.
+    /// Checks that a pod does not start, for this reason, that nothing of it is left, and that the first pod runs.
     async fn refuses(&mut self, pod: &str, cgroup: &str, reason: &str) -> Result<()> {
         let error = self.start(pod, cgroup).await.err().with_context(|| format!("{pod} should not start"))?;
         let error = format!("{error:#}");
@@ -60,7 +60,7 @@ impl Short {
         Ok(())
     }
 
-    /// A pod starts, now that nothing is short.
+    /// Checks that a pod starts when nothing is short any more.
     async fn recovers(mut self, pod: &str, cgroup: &str) -> Result<()> {
         self.start(pod, cgroup).await?;
         self.first_runs().await?;

@@ -1,4 +1,4 @@
-//! What controllers write down, damaged in every way.
+//! Records of controllers that are damaged, newer or lost.
 
 use std::fs;
 

@@ -1,4 +1,4 @@
-//! Pods and containers: their life, what is listed and counted of them, and what is told of it.
+//! Pods and containers: their life, their lists, their statistics and their events.
 
 use std::{
     collections::HashMap,
@@ -54,7 +54,7 @@ fn a_pod_that_names_nothing_has_a_life_like_any_other() -> Result<()> {
 
         let created = pod.container("created").minimal().create().await?;
         created.remove().await?;
-        // Running it is, and removed all the same.
+        // A container can be removed although it is running.
         container.remove().await?;
         for gone in [&created, &container] {
             let filter = api::ContainerFilter { id: gone.id.clone(), ..Default::default() };
@@ -125,14 +125,14 @@ fn what_is_not_there_can_be_stopped_and_removed() -> Result<()> {
     })
 }
 
-/// What CRI's own event stream (`GetContainerEvents`) tells, by the pod or container that it is about.
+/// The events of CRI's own event stream (`GetContainerEvents`), by the pod or container that they are about.
 struct CriEvents {
     events: Arc<Mutex<HashMap<String, Vec<api::ContainerEventType>>>>,
     task: JoinHandle<()>,
 }
 
 impl CriEvents {
-    /// Listens from now on. (The answer comes with the first event, so there is nothing to wait for.)
+    /// Subscribes. (containerd responds only with the first event, so there is nothing to wait for.)
     fn listen(node: &Node) -> CriEvents {
         let events: Arc<Mutex<HashMap<_, Vec<_>>>> = Arc::default();
         let (mut runtime, told) = (node.cri.runtime(), Arc::clone(&events));
@@ -150,7 +150,7 @@ impl CriEvents {
         CriEvents { events, task }
     }
 
-    /// All that has been told of one, once it is as much as is ever told.
+    /// The events of a pod or container, as soon as the last one that it can have is there.
     async fn of(&self, id: &str) -> Result<Vec<api::ContainerEventType>> {
         let known = || {
             self.events.lock().unwrap_or_else(PoisonError::into_inner).get(id).cloned().unwrap_or_default()

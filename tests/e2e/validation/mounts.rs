@@ -9,7 +9,7 @@ use rustix::mount::{MountPropagationFlags, mount_bind_recursive, mount_change};
 
 use pericarp_tests::node::mount::TestMount;
 
-/// A container that may mount, with one volume at the place that it has on the node.
+/// A container that may mount, with one volume at the same path as on the node.
 async fn with_volume(
     pod: &Pod,
     name: &str,

@@ -12,7 +12,7 @@ use tokio::{
 
 const PORT: u16 = 80;
 
-/// The server's name, as soon as it answers.
+/// The server's name, as soon as the server responds.
 async fn ask(server: SocketAddr) -> Result<String> {
     let mut answer = String::new();
     let asked = async {

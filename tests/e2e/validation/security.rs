@@ -8,12 +8,12 @@ use pericarp_tests::{ExecOutput, api, on_node};
 
 type Security = api::LinuxContainerSecurityContext;
 
-/// A container that differs from a bare one in one thing, and what a command in it does.
+/// A container that differs from a minimal one in one thing, and what a command in it does.
 struct Case {
     name: &'static str,
     change: Box<dyn Fn(&mut Security)>,
     command: [&'static str; 3],
-    /// How it ends, and what it says.
+    /// The exit code of the command and its output.
     expected: (i32, &'static str, &'static str),
 }
 
