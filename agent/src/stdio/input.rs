@@ -12,52 +12,67 @@ use super::{
     message::{self, FromClient},
     streams::Claim,
 };
-use crate::server::{Incoming, ServerStream};
+use crate::ttrpc::{Incoming, ServerStream};
 
-/// How much a client may send before the process has read any of it.
+/// How many bytes a client may send before the process has read any of them.
 const WINDOW: usize = 64 << 10;
 
-/// How long after `CloseIO` more input may be on its way. The call and the input come on different
-/// connections; a client that closes its stream ends the wait.
+/// How long after `CloseIO` more input may arrive. The call and the input come on different connections. A client that
+/// closes its stream ends the wait.
 const CLOSE_GRACE: Duration = Duration::from_secs(10);
 
-/// How long the end of a connection is waited for once there is a newer one. A containerd that was ended has closed it; one
-/// that hangs without having closed it sends nothing any more.
-const SUPERSEDED_GRACE: Duration = Duration::from_secs(2);
+/// How long a connection is still read after a newer one has come. A containerd that has ended has closed its
+/// connection; one that hangs without having closed it does not send anything any more.
+const REPLACED_GRACE: Duration = Duration::from_secs(2);
 
-/// Copies to `sink` until the client ends its stream, or `close` is notified, or the process has
-/// closed its side. A connection that breaks is no end: another may come.
+/// Copies to `sink` until the client ends its stream, or `close` is notified, or the process has closed its stdin. A
+/// connection that breaks does not end the input, because another one may come.
 ///
-/// The end of a terminal's input does not close it: the terminal stays for its output.
-/// Afterwards input is thrown away, so that a client that is still sending does not hang.
+/// The end of a terminal's input does not close the terminal, which is still needed for output. After the end, input is
+/// read and dropped, so that a client that is still sending does not hang.
 pub async fn copy(sink: impl AsyncWrite + Unpin, is_terminal: bool, mut claim: Claim, close: Arc<Notify>) {
-    let mut input = Input { sink: Some(sink), is_terminal, close, closing: None };
-    let mut newer = None;
+    let mut input = Input { sink: Some(sink), is_terminal, close, close_deadline: None };
+    let mut stream = input.next_connection(&mut claim).await;
     loop {
-        let mut stream = if let Some(stream) = newer.take() { stream } else { input.next(&mut claim).await };
-        if let Ended::ByClient = input.receive(&mut stream, &mut claim, &mut newer).await {
+        let mut replacement = None;
+        if let InputEnd::ByClient = input.receive(&mut stream, &mut claim, &mut replacement).await {
             input.end();
         }
         stream.close().await;
+        stream = match replacement {
+            Some(Replacement { stream, .. }) => stream,
+            None => input.next_connection(&mut claim).await,
+        };
     }
 }
 
-enum Ended {
+/// Why [`Input::receive`] has returned.
+enum InputEnd {
+    /// The client has ended its stream, or has asked for the end of the input.
     ByClient,
+    /// The connection is closed. Another one may come.
     Disconnected,
 }
 
+/// A connection that has come while an older one for the same stream was still open.
+struct Replacement {
+    stream: ServerStream,
+    /// When to stop reading the older connection.
+    deadline: Instant,
+}
+
 struct Input<S> {
+    /// `None` after the end of the input.
     sink: Option<S>,
     is_terminal: bool,
     close: Arc<Notify>,
-    /// Since `CloseIO`: when to stop waiting for more.
-    closing: Option<Instant>,
+    /// Set by `CloseIO`: when to stop waiting for more input.
+    close_deadline: Option<Instant>,
 }
 
 impl<S: AsyncWrite + Unpin> Input<S> {
-    /// The next connection. The input may end before there is one.
-    async fn next(&mut self, claim: &mut Claim) -> ServerStream {
+    /// Waits for the next connection. `CloseIO` may end the input before it comes.
+    async fn next_connection(&mut self, claim: &mut Claim) -> ServerStream {
         tokio::select! {
             stream = claim.next() => stream,
             () = self.close.notified() => {
@@ -67,56 +82,54 @@ impl<S: AsyncWrite + Unpin> Input<S> {
         }
     }
 
-    /// Takes in what one connection sends, until it ends. When there is a `newer` one, what the client has sent over this one
-    /// before it went away is still taken in, but not waited for.
+    /// Writes what one connection sends, until the connection ends or its replacement's deadline passes. If a
+    /// replacement comes, what the client has sent on this connection before it went away is still written.
     async fn receive(
         &mut self,
         stream: &mut ServerStream,
         claim: &mut Claim,
-        newer: &mut Option<ServerStream>,
-    ) -> Ended {
+        replacement: &mut Option<Replacement>,
+    ) -> InputEnd {
         if stream.send(&message::credit(WINDOW)).await.is_err() {
-            return Ended::Disconnected;
+            return InputEnd::Disconnected;
         }
-        let mut taken = 0;
-        let mut superseded = None;
+        let mut received = 0;
         loop {
             let incoming = tokio::select! {
                 biased;
                 incoming = stream.receive() => incoming,
                 () = self.close.notified() => {
-                    self.closing = Some(Instant::now() + CLOSE_GRACE);
+                    self.close_deadline = Some(Instant::now() + CLOSE_GRACE);
                     continue;
                 }
-                () = expired(self.closing) => return Ended::ByClient,
-                // Not while something is written: a write that is broken off has written nobody knows how much.
-                stream = claim.next(), if newer.is_none() => {
-                    *newer = Some(stream);
-                    superseded = Some(Instant::now() + SUPERSEDED_GRACE);
+                () = passed(self.close_deadline) => return InputEnd::ByClient,
+                // Not while something is being written: nobody would know how much of it has been.
+                stream = claim.next(), if replacement.is_none() => {
+                    *replacement = Some(Replacement { stream, deadline: Instant::now() + REPLACED_GRACE });
                     continue;
                 }
-                () = expired(superseded) => return Ended::Disconnected,
+                () = passed(replacement.as_ref().map(|newer| newer.deadline)) => return InputEnd::Disconnected,
             };
             match incoming {
                 Some(Incoming::Message(message)) => {
                     if let FromClient::Data(data) = FromClient::decode(&message) {
                         self.write(&data).await;
-                        taken += data.len();
-                        if self.closing.is_some() {
-                            self.closing = Some(Instant::now() + CLOSE_GRACE);
+                        received += data.len();
+                        if self.close_deadline.is_some() {
+                            self.close_deadline = Some(Instant::now() + CLOSE_GRACE);
                         }
                     }
                 }
-                Some(Incoming::End) => return Ended::ByClient,
-                // A client that asked for the end and went away meant it.
-                None if self.closing.is_some() => return Ended::ByClient,
-                None => return Ended::Disconnected,
+                Some(Incoming::End) => return InputEnd::ByClient,
+                // The client has asked for the end of the input before it went away.
+                None if self.close_deadline.is_some() => return InputEnd::ByClient,
+                None => return InputEnd::Disconnected,
             }
-            if taken >= WINDOW / 2 && newer.is_none() {
-                if stream.send(&message::credit(taken)).await.is_err() {
-                    return Ended::Disconnected;
+            if received >= WINDOW / 2 && replacement.is_none() {
+                if stream.send(&message::credit(received)).await.is_err() {
+                    return InputEnd::Disconnected;
                 }
-                taken = 0;
+                received = 0;
             }
         }
     }
@@ -125,7 +138,7 @@ impl<S: AsyncWrite + Unpin> Input<S> {
         if let Some(sink) = &mut self.sink
             && sink.write_all(data).await.is_err()
         {
-            // The process has closed its stdin, or is gone.
+            // The process has closed its stdin or has ended.
             self.sink = None;
         }
     }
@@ -137,7 +150,8 @@ impl<S: AsyncWrite + Unpin> Input<S> {
     }
 }
 
-async fn expired(deadline: Option<Instant>) {
+/// Completes when the deadline has passed; never if there is none.
+async fn passed(deadline: Option<Instant>) {
     match deadline {
         Some(deadline) => sleep_until(deadline).await,
         None => std::future::pending().await,

@@ -6,9 +6,11 @@ use pericarp_protos::{
     transfer::{Data, WindowUpdate},
 };
 
-/// The most that one message carries: what containerd itself sends, and the least that its reader
-/// takes at once. Of a larger message its reader counts only what fits, and so grants too little.
-pub const CHUNK: usize = 32 << 10;
+use crate::ttrpc::pack;
+
+/// The most bytes of output in one message; containerd sends as many. Its reader takes at least this much at once. Of a
+/// longer message it counts only the part that fits, and so grants too little credit.
+pub const MAX_DATA: usize = 32 << 10;
 
 const INIT: &str = "containerd.services.streaming.v1.StreamInit";
 const WINDOW_UPDATE: &str = "containerd.types.transfer.WindowUpdate";
@@ -17,18 +19,18 @@ const DATA: &str = "containerd.types.transfer.Data";
 /// A message that a client sends.
 #[derive(Debug, PartialEq, Eq)]
 pub enum FromClient {
-    /// The first: which stream this is.
+    /// The first message, which says which stream this is.
     Init(String),
-    /// So many more bytes of output may be sent.
+    /// The client accepts so many more bytes of output.
     Credit(usize),
-    /// Some input.
+    /// Input for the process.
     Data(Vec<u8>),
-    /// Something else, or something broken.
+    /// A message of another type, or one that cannot be decoded.
     Unknown,
 }
 
 impl FromClient {
-    /// Decodes what came in on a stream.
+    /// Decodes a message that a client has sent on a stream.
     pub fn decode(message: &[u8]) -> Self {
         let Ok(any) = Any::parse_from_bytes(message) else { return Self::Unknown };
         let decoded = match any.type_url.rsplit('/').next() {
@@ -42,31 +44,23 @@ impl FromClient {
     }
 }
 
-/// The answer to [`FromClient::Init`]. containerd takes any message.
+/// The reply to [`FromClient::Init`]. containerd accepts any message.
 pub fn acknowledgement() -> Any {
     Any::new()
 }
 
-/// Some output.
+/// A message with output.
 pub fn data(bytes: &[u8]) -> Any {
     let mut data = Data::new();
     data.data = bytes.to_vec();
-    any(DATA, &data)
+    pack(DATA, &data)
 }
 
-/// Permission to send so many more bytes of input.
+/// A message that lets the client send so many more bytes of input.
 pub fn credit(bytes: usize) -> Any {
     let mut window = WindowUpdate::new();
     window.update = i32::try_from(bytes).unwrap_or(i32::MAX);
-    any(WINDOW_UPDATE, &window)
-}
-
-fn any(name: &str, message: &impl Message) -> Any {
-    let mut any = Any::new();
-    name.clone_into(&mut any.type_url);
-    // Encoding into memory fails only beyond 2 GiB.
-    any.value = message.write_to_bytes().unwrap_or_default();
-    any
+    pack(WINDOW_UPDATE, &window)
 }
 
 #[cfg(test)]
@@ -87,7 +81,7 @@ mod tests {
         assert_eq!(FromClient::decode(&encode(&prefixed)), FromClient::Credit(1));
         let mut init = StreamInit::new();
         init.id = "c1-stdin".into();
-        assert_eq!(FromClient::decode(&encode(&any(INIT, &init))), FromClient::Init("c1-stdin".into()));
+        assert_eq!(FromClient::decode(&encode(&pack(INIT, &init))), FromClient::Init("c1-stdin".into()));
     }
 
     #[test]
@@ -106,6 +100,6 @@ mod tests {
         }
         let mut negative = WindowUpdate::new();
         negative.update = -5;
-        assert_eq!(FromClient::decode(&encode(&any(WINDOW_UPDATE, &negative))), FromClient::Credit(0));
+        assert_eq!(FromClient::decode(&encode(&pack(WINDOW_UPDATE, &negative))), FromClient::Credit(0));
     }
 }

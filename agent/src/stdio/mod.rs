@@ -1,10 +1,9 @@
 //! Standard input and output of containers, as containerd's streams.
 //!
-//! With `io_type = "streaming"`, containerd names each of a process's streams by a URL,
-//! `<address>?streaming_id=<id>`, and opens a connection for it on which it calls
-//! `containerd.services.streaming.v1.Streaming/Stream` (containerd: `internal/cri/io`,
-//! `core/streaming/proxy`, `core/transfer/streaming`). It does so before the process exists, and
-//! again after a restart: [`Streams`] brings connections and processes together.
+//! With `io_type = "streaming"`, containerd names each of a process's streams by a URL, `<address>?streaming_id=<id>`.
+//! It opens a connection for each of them, on which it calls `containerd.services.streaming.v1.Streaming/Stream`
+//! (containerd: `internal/cri/io`, `core/streaming/proxy`, `core/transfer/streaming`). It does so before the process
+//! exists, and again after a restart. [`Streams`] matches the connections with the processes.
 
 mod input;
 mod message;
@@ -25,16 +24,16 @@ use tokio::{
     task::JoinHandle,
 };
 
-pub use streams::{Streams, Taken};
+pub use streams::{StreamInUse, Streams};
 
-/// Where a process's streams go: containerd's URLs; empty stands for `/dev/null`.
+/// Where a process's streams go: containerd's URLs. An empty one stands for `/dev/null`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Urls {
-    /// What the process reads.
+    /// The stream from which the process reads.
     pub stdin: String,
-    /// What it writes, or everything if it has a terminal.
+    /// The stream of its standard output, or of its terminal if it has one.
     pub stdout: String,
-    /// What it writes to its standard error output; unused with a terminal.
+    /// The stream of its standard error output; unused if it has a terminal.
     pub stderr: String,
     /// Whether it has a terminal.
     pub terminal: bool,
@@ -43,19 +42,19 @@ pub struct Urls {
 /// Why a process's streams cannot be set up.
 #[derive(Debug, thiserror::Error)]
 pub enum StdioError {
-    /// Not one of containerd's stream URLs.
+    /// The URL is not one of containerd's stream URLs.
     #[error("{0:?} is not a stream's URL: it has no streaming_id")]
     Url(String),
     /// Another process has the same stream.
     #[error(transparent)]
-    Taken(#[from] Taken),
+    InUse(#[from] StreamInUse),
     /// A pipe could not be made.
     #[error("cannot set up the process's pipes: {0}")]
     Io(#[from] io::Error),
 }
 
-/// Bytes that a process may write before any of it is read. Their memory is the container's, not the agent's.
-const OUTPUT_PIPE: usize = 256 << 10;
+/// The bytes that a process may write before any of them is read. The kernel charges their memory to the container.
+const OUTPUT_PIPE_SIZE: usize = 256 << 10;
 
 /// How long [`Stdio::drained`] waits for a reader that does not read.
 const DRAIN_LIMIT: Duration = Duration::from_secs(10);
@@ -68,7 +67,7 @@ pub struct Stdio {
 }
 
 struct Output {
-    /// Becomes true once the reader has taken everything and closed.
+    /// Becomes true when the reader has read everything and has closed the stream.
     drained: watch::Receiver<bool>,
     task: JoinHandle<()>,
 }
@@ -85,61 +84,59 @@ impl Drop for Stdio {
     }
 }
 
-/// Streams that are claimed and pipes that are made, for a process that does not exist yet.
-pub struct Prepared {
+/// Claimed streams and new pipes for a process that does not exist yet.
+pub struct PreparedStdio {
     /// What the process gets as stdin, stdout and stderr.
     descriptors: [OwnedFd; 3],
-    /// The other ends of those that are pipes, with their streams.
-    stdin: Option<(Option<pipe::Sender>, streams::Claim)>,
-    outputs: Vec<(Option<pipe::Receiver>, streams::Claim)>,
+    agent_ends: AgentEnds,
 }
 
-impl Prepared {
-    /// Claims the streams that `urls` name and makes a pipe for each. With a terminal there are no
-    /// pipes: both directions go through the console.
+impl PreparedStdio {
+    /// Claims the streams that `urls` name and creates a pipe for each. With a terminal there are no pipes, because
+    /// both directions go through the console.
     pub fn new(streams: &Arc<Streams>, urls: &Urls) -> Result<Self, StdioError> {
-        let mut prepared =
-            Self { descriptors: [null()?, null()?, null()?], stdin: None, outputs: Vec::new() };
+        let mut descriptors = [null()?, null()?, null()?];
+        let mut agent_ends = AgentEnds { stdin: None, outputs: Vec::new() };
         if let Some(claim) = claim(streams, &urls.stdin)? {
-            let mut ours = None;
+            let mut pipe = None;
             if !urls.terminal {
-                let (theirs, sender) = pipe_with(PipeFlags::CLOEXEC).map_err(io::Error::from)?;
-                ours = Some(nonblocking(sender).and_then(pipe::Sender::from_owned_fd)?);
-                prepared.descriptors[0] = theirs;
+                let (receiver, sender) = pipe_with(PipeFlags::CLOEXEC).map_err(io::Error::from)?;
+                pipe = Some(nonblocking(sender).and_then(pipe::Sender::from_owned_fd)?);
+                descriptors[0] = receiver;
             }
-            prepared.stdin = Some((ours, claim));
+            agent_ends.stdin = Some((pipe, claim));
         }
         let outputs = [(1, &urls.stdout), (2, &urls.stderr)];
         for (number, url) in outputs.into_iter().take(if urls.terminal { 1 } else { 2 }) {
             let Some(claim) = claim(streams, url)? else { continue };
-            let mut ours = None;
+            let mut pipe = None;
             if !urls.terminal {
-                let (receiver, theirs) = pipe_with(PipeFlags::CLOEXEC).map_err(io::Error::from)?;
-                // A smaller pipe does as well, only slower.
-                let _ = rustix::pipe::fcntl_setpipe_size(&receiver, OUTPUT_PIPE);
-                ours = Some(nonblocking(receiver).and_then(pipe::Receiver::from_owned_fd)?);
-                prepared.descriptors[number] = theirs;
+                let (receiver, sender) = pipe_with(PipeFlags::CLOEXEC).map_err(io::Error::from)?;
+                // If this fails, the pipe is smaller and only slower.
+                let _ = rustix::pipe::fcntl_setpipe_size(&receiver, OUTPUT_PIPE_SIZE);
+                pipe = Some(nonblocking(receiver).and_then(pipe::Receiver::from_owned_fd)?);
+                descriptors[number] = sender;
             }
-            prepared.outputs.push((ours, claim));
+            agent_ends.outputs.push((pipe, claim));
         }
-        Ok(prepared)
+        Ok(Self { descriptors, agent_ends })
     }
 
-    /// Takes the process's ends of the pipes, to be given to it.
-    pub fn into_descriptors(self) -> ([OwnedFd; 3], Ready) {
-        (self.descriptors, Ready { stdin: self.stdin, outputs: self.outputs })
+    /// Splits this into the descriptors for the process (stdin, stdout, stderr) and the agent's ends of its pipes.
+    pub fn into_ends(self) -> ([OwnedFd; 3], AgentEnds) {
+        (self.descriptors, self.agent_ends)
     }
 }
 
-/// The agent's ends of the pipes of a process that is being made, with their streams.
-pub struct Ready {
+/// The agent's ends of the pipes of a process that is being created, with their streams.
+pub struct AgentEnds {
     stdin: Option<(Option<pipe::Sender>, streams::Claim)>,
     outputs: Vec<(Option<pipe::Receiver>, streams::Claim)>,
 }
 
-impl Ready {
-    /// Begins to copy, to and from the pipes or the console.
-    pub fn start(self, console: Option<OwnedFd>) -> Result<Stdio, StdioError> {
+impl AgentEnds {
+    /// Begins to copy to and from the pipes, or the console.
+    pub fn start_copying(self, console: Option<OwnedFd>) -> Result<Stdio, StdioError> {
         let mut outputs = Vec::new();
         for (pipe, claim) in self.outputs {
             let source = match (pipe, &console) {
@@ -149,8 +146,9 @@ impl Ready {
                 }
                 (None, None) => continue,
             };
-            let (report, drained) = watch::channel(false);
-            outputs.push(Output { drained, task: tokio::spawn(output::copy(source, claim, report)) });
+            let (drained_sender, drained) = watch::channel(false);
+            let task = tokio::spawn(output::copy(source, claim, drained_sender));
+            outputs.push(Output { drained, task });
         }
         let mut input = None;
         if let Some((pipe, claim)) = self.stdin {
@@ -173,14 +171,14 @@ impl Ready {
 }
 
 impl Stdio {
-    /// Waits until the readers have taken all output of a process that has exited, or until it is
-    /// clear that they will not: somebody else may hold the pipe open, or nobody may be reading.
+    /// Waits until the readers have read all output of a process that has exited, but not longer than a limit: another
+    /// process may keep the pipe open, or nobody may read.
     pub fn drained(&self) -> impl Future<Output = ()> + Send + use<> {
         let outputs: Vec<_> = self.outputs.iter().map(|output| output.drained.clone()).collect();
         async move {
             let all = async {
                 for mut drained in outputs {
-                    // An error means that the copying has ended, so there is nothing to wait for.
+                    // An error means that the copying task has ended, so there is nothing to wait for.
                     let _ = drained.wait_for(|drained| *drained).await;
                 }
             };
@@ -188,14 +186,14 @@ impl Stdio {
         }
     }
 
-    /// Closes the process's stdin once everything that was sent to it has arrived.
+    /// Closes the process's stdin when everything that was sent to it has arrived.
     pub fn close_stdin(&self) {
         if let Some(input) = &self.input {
             input.close.notify_one();
         }
     }
 
-    /// Sets the size of the terminal, in characters. Without a terminal nothing happens.
+    /// Sets the size of the terminal, in characters. Does nothing without a terminal.
     pub fn resize(&self, width: u16, height: u16) -> io::Result<()> {
         let Some(console) = &self.console else { return Ok(()) };
         let size = rustix::termios::Winsize { ws_row: height, ws_col: width, ws_xpixel: 0, ws_ypixel: 0 };

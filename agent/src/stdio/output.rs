@@ -1,27 +1,27 @@
-//! Copies what a process writes to whoever reads its stream.
+//! Copies what a process writes to the reader of its stream.
 
 use tokio::{net::unix::pipe, sync::watch};
 
 use super::{
-    message::{self, CHUNK, FromClient},
+    message::{self, FromClient, MAX_DATA},
     streams::Claim,
 };
-use crate::server::{Incoming, ServerStream};
+use crate::ttrpc::{Incoming, ServerStream};
 
-/// The most credit that a reader can pile up, so that the sum cannot overflow.
+/// The most credit that a reader can have, in bytes, so that the sum cannot overflow.
 const CREDIT_LIMIT: usize = 1 << 30;
 
-/// Copies from `source`, which ends when all of its writers have closed it.
+/// Copies from `source` until all of its writers have closed it.
 ///
-/// Nothing is read for which the reader has not granted credit, so a slow reader holds up its own
-/// process and nobody else. Bytes that were read but could not be sent go to the next connection.
+/// Only as much is read as the reader has granted credit for, so a slow reader holds up its own process and no other.
+/// Bytes that were read but could not be sent are sent on the next connection.
 ///
-/// After the end, `drained` becomes true when the reader has closed its side, which containerd's
-/// does once it has read everything. Runs until it is aborted.
+/// After the end of `source`, `drained` becomes true when the reader has closed its side. containerd's reader does so
+/// when it has read everything. This function runs until it is aborted.
 pub async fn copy(source: pipe::Receiver, mut claim: Claim, drained: watch::Sender<bool>) {
     let mut output = Output { source, pending: Vec::new() };
     let mut stream = claim.next().await;
-    while let Ended::Disconnected = output.send(&mut claim, &mut stream).await {
+    while let SendEnd::Disconnected = output.send(&mut claim, &mut stream).await {
         stream = claim.next().await;
     }
     drop(output);
@@ -30,7 +30,7 @@ pub async fn copy(source: pipe::Receiver, mut claim: Claim, drained: watch::Send
         tokio::select! {
             biased;
             newer = claim.next() => stream = newer,
-            () = closed(&mut stream) => {
+            () = wait_until_closed(&mut stream) => {
                 drained.send_replace(true);
                 stream = claim.next().await;
             }
@@ -38,10 +38,11 @@ pub async fn copy(source: pipe::Receiver, mut claim: Claim, drained: watch::Send
     }
 }
 
-enum Ended {
-    /// The source has ended.
+/// Why [`Output::send`] has returned.
+enum SendEnd {
+    /// All writers have closed the source.
     Source,
-    /// The reader has gone; another may come.
+    /// The reader has disconnected. Another one may connect.
     Disconnected,
 }
 
@@ -52,13 +53,14 @@ struct Output {
 }
 
 impl Output {
-    async fn send(&mut self, claim: &mut Claim, stream: &mut ServerStream) -> Ended {
+    /// Sends what the source provides, until it ends or the reader disconnects. A new connection replaces `stream`.
+    async fn send(&mut self, claim: &mut Claim, stream: &mut ServerStream) -> SendEnd {
         let mut credit = 0;
         loop {
             if !self.pending.is_empty() && credit > 0 {
                 let length = self.pending.len().min(credit);
                 if stream.send(&message::data(&self.pending[..length])).await.is_err() {
-                    return Ended::Disconnected;
+                    return SendEnd::Disconnected;
                 }
                 self.pending.drain(..length);
                 credit -= length;
@@ -76,35 +78,36 @@ impl Output {
                             credit = (credit + more).min(CREDIT_LIMIT);
                         }
                     }
-                    Some(Incoming::End) | None => return Ended::Disconnected,
+                    Some(Incoming::End) | None => return SendEnd::Disconnected,
                 },
                 ready = self.source.readable(), if may_read => {
-                    if ready.is_err() || self.read(credit.min(CHUNK)).is_err() {
-                        return Ended::Source;
+                    if ready.is_err() || self.read(credit.min(MAX_DATA)).is_err() {
+                        return SendEnd::Source;
                     }
                 }
             }
         }
     }
 
-    /// Reads what is there, if anything. An error is the source's end.
+    /// Reads the bytes that are available, if any, into `pending`.
     fn read(&mut self, limit: usize) -> Result<(), SourceEnded> {
         self.pending.resize(limit, 0);
         let read = self.source.try_read(&mut self.pending);
         self.pending.truncate(read.as_ref().copied().unwrap_or(0));
         match read {
-            // A console without a process fails with EIO: its end.
             Ok(0) => Err(SourceEnded),
             Ok(_) => Ok(()),
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Ok(()),
+            // Reading from a console that no process has open fails with EIO.
             Err(_) => Err(SourceEnded),
         }
     }
 }
 
+/// All writers of the source have closed it.
 struct SourceEnded;
 
 /// Waits until the reader has closed its side or its connection.
-async fn closed(stream: &mut ServerStream) {
+async fn wait_until_closed(stream: &mut ServerStream) {
     while let Some(Incoming::Message(_)) = stream.receive().await {}
 }

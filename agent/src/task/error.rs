@@ -1,5 +1,5 @@
-//! What can be wrong with a task call, with the codes that containerd's runc shim answers
-//! (containerd: `cmd/containerd-shim-runc-v2/{task,process}`).
+//! Why a task call has failed, with the codes that containerd's runc shim returns (containerd:
+//! `cmd/containerd-shim-runc-v2/{task,process}`).
 
 use pericarp_protos::{
     id::InvalidId,
@@ -7,127 +7,51 @@ use pericarp_protos::{
 };
 
 use crate::{
-    cgroup::CgroupError, devices::DeviceError, huge_pages::HugePagesError, runtime::RuntimeError, server,
-    stdio::StdioError,
+    container::ContainerError, pod::HugePagesError, resources::CgroupError, stdio::StdioError, ttrpc::status,
 };
 
-/// Why a task call failed. Every text names the container.
+/// Why a task call has failed. Every text names the container.
 #[derive(Debug, thiserror::Error)]
 pub enum TaskError {
-    /// No such container or process.
+    /// There is no such container.
     #[error("{0}: not found")]
     NotFound(String),
-    /// The process has ended, so it cannot be signalled.
-    #[error("{0}: process already finished: not found")]
-    Finished(String),
-    /// What was given is no id.
+    /// The container's id is malformed.
     #[error(transparent)]
     Id(#[from] InvalidId),
-    /// The id is in use.
+    /// The container's id is in use.
     #[error("{0}: already exists")]
     AlreadyExists(String),
-    /// The call does not fit the state.
-    #[error("{subject}: {problem}")]
-    State {
-        /// The container or process.
-        subject: String,
-        /// What is in the way.
-        problem: &'static str,
-    },
-    /// The request itself is wrong.
+    /// The pod has not been configured, so that it cannot have containers yet.
+    #[error("{0}: the pod has not been configured")]
+    NotConfigured(String),
+    /// The request is invalid.
     #[error("{subject}: {problem}")]
     Invalid {
         /// The container or process.
         subject: String,
-        /// What is wrong with it.
+        /// What is wrong with the request.
         problem: String,
     },
-    /// The controller could not, or would not, prepare the container.
+    /// The controller cannot prepare the container, or refuses to.
     #[error("container {id}: the controller cannot prepare it: {source}")]
     Prepare {
         /// The container.
         id: String,
-        /// What the controller answered.
+        /// The controller's error.
         source: ttrpc::Error,
     },
-    /// The machine cannot be made to fit new limits; the answer says why.
+    /// The machine cannot be resized for new limits.
     #[error("container {id}: the machine cannot be made to fit: {source}")]
-    Fit {
+    Resize {
         /// The container.
         id: String,
-        /// What the controller answered.
+        /// The controller's error.
         source: ttrpc::Error,
     },
-    /// The container's disks are of no use.
-    #[error("container {id}: {source}")]
-    Disks {
-        /// The container.
-        id: String,
-        /// What went wrong.
-        source: DeviceError,
-    },
-    /// The container cannot have its huge pages.
-    #[error("container {id}: {source}")]
-    HugePages {
-        /// The container.
-        id: String,
-        /// What went wrong.
-        source: HugePagesError,
-    },
-    /// The container could not be made.
-    #[error(
-        "container {id}: OCI runtime create failed: unable to start container process: error during container init: {source}"
-    )]
-    Create {
-        /// The container.
-        id: String,
-        /// What went wrong.
-        source: RuntimeError,
-    },
-    /// The container could not be started.
-    #[error("container {id}: OCI runtime start failed: {source}")]
-    Start {
-        /// The container.
-        id: String,
-        /// What went wrong.
-        source: std::io::Error,
-    },
-    /// A process could not be made in a running container.
-    #[error(
-        "container {id}: OCI runtime exec failed: exec failed: unable to start container process: {source}"
-    )]
-    Exec {
-        /// The container.
-        id: String,
-        /// What went wrong.
-        source: RuntimeError,
-    },
-    /// The streams could not be set up.
-    #[error("{subject}: {source}")]
-    Stdio {
-        /// The container or process.
-        subject: String,
-        /// What went wrong.
-        source: StdioError,
-    },
-    /// Something is wrong with the container's cgroup.
-    #[error("container {id}: {source}")]
-    Cgroup {
-        /// The container.
-        id: String,
-        /// What went wrong.
-        source: CgroupError,
-    },
-    /// A system call failed that should not.
-    #[error("{subject}: cannot {what}: {source}")]
-    System {
-        /// The container or process.
-        subject: String,
-        /// What was being done.
-        what: &'static str,
-        /// What went wrong.
-        source: std::io::Error,
-    },
+    /// Something could not be done to the container or process.
+    #[error(transparent)]
+    Container(#[from] ContainerError),
     /// Checkpoints are not supported.
     #[error("container {0}: checkpoints are not supported")]
     Checkpoint(String),
@@ -136,43 +60,54 @@ pub enum TaskError {
 impl TaskError {
     fn code(&self) -> Code {
         match self {
-            Self::NotFound(_) | Self::Finished(_) => Code::NOT_FOUND,
-            Self::AlreadyExists(_) | Self::Stdio { source: StdioError::Taken(_), .. } => Code::ALREADY_EXISTS,
-            Self::State { .. } => Code::FAILED_PRECONDITION,
-            Self::Id(_)
-            | Self::Invalid { .. }
-            | Self::Stdio { source: StdioError::Url(_), .. }
-            | Self::Cgroup {
-                source: CgroupError::Path(_) | CgroupError::Limits { .. } | CgroupError::Devices { .. },
-                ..
-            } => Code::INVALID_ARGUMENT,
+            Self::NotFound(_) => Code::NOT_FOUND,
+            Self::AlreadyExists(_) => Code::ALREADY_EXISTS,
+            Self::NotConfigured(_) => Code::FAILED_PRECONDITION,
+            Self::Id(_) | Self::Invalid { .. } => Code::INVALID_ARGUMENT,
             Self::Checkpoint(_) => Code::UNIMPLEMENTED,
             Self::Prepare { source: ttrpc::Error::RpcStatus(status), .. }
-            | Self::Fit { source: ttrpc::Error::RpcStatus(status), .. } => status.code(),
-            Self::Prepare { .. } | Self::Fit { .. } => Code::UNAVAILABLE,
-            Self::HugePages { source: HugePagesError::TooFew { .. }, .. } => Code::RESOURCE_EXHAUSTED,
-            Self::Create { .. }
-            | Self::Exec { .. }
-            | Self::Start { .. }
-            | Self::Stdio { .. }
-            | Self::Cgroup { .. }
-            | Self::Disks { .. }
-            | Self::HugePages { .. }
-            | Self::System { .. } => Code::UNKNOWN,
+            | Self::Resize { source: ttrpc::Error::RpcStatus(status), .. } => status.code(),
+            Self::Prepare { .. } | Self::Resize { .. } => Code::UNAVAILABLE,
+            Self::Container(error) => container_code(error),
         }
+    }
+}
+
+fn container_code(error: &ContainerError) -> Code {
+    match error {
+        ContainerError::NotFound(_) | ContainerError::Finished(_) => Code::NOT_FOUND,
+        ContainerError::AlreadyExists(_) | ContainerError::Stdio { source: StdioError::InUse(_), .. } => {
+            Code::ALREADY_EXISTS
+        }
+        ContainerError::State { .. } => Code::FAILED_PRECONDITION,
+        ContainerError::Signal { .. }
+        | ContainerError::Stdio { source: StdioError::Url(_), .. }
+        | ContainerError::Cgroup {
+            source: CgroupError::Path(_) | CgroupError::Limits { .. } | CgroupError::Devices { .. },
+            ..
+        } => Code::INVALID_ARGUMENT,
+        ContainerError::HugePages { source: HugePagesError::TooFew { .. }, .. } => Code::RESOURCE_EXHAUSTED,
+        ContainerError::Create { .. }
+        | ContainerError::Exec { .. }
+        | ContainerError::Start { .. }
+        | ContainerError::Stdio { .. }
+        | ContainerError::Cgroup { .. }
+        | ContainerError::Disks { .. }
+        | ContainerError::HugePages { .. }
+        | ContainerError::System { .. } => Code::UNKNOWN,
     }
 }
 
 impl From<TaskError> for ttrpc::Error {
     fn from(error: TaskError) -> Self {
-        // The status's own text, without ttrpc's wrapping of it.
+        // The text of the controller's status, without ttrpc's description of the status.
         let message = match &error {
             TaskError::Prepare { id, source: ttrpc::Error::RpcStatus(status) }
-            | TaskError::Fit { id, source: ttrpc::Error::RpcStatus(status) } => {
+            | TaskError::Resize { id, source: ttrpc::Error::RpcStatus(status) } => {
                 format!("container {id}: {}", status.message)
             }
             other => other.to_string(),
         };
-        server::status(error.code(), message)
+        status(error.code(), message)
     }
 }

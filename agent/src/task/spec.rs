@@ -1,51 +1,52 @@
-//! Reads OCI specs: as forgivingly as runc does, and no more so.
+//! Parses OCI specs. What runc tolerates in them is tolerated, and nothing else.
 
 use oci_spec::runtime::{Capability, LinuxResources, Process, Spec};
 use serde_json::{Value, from_slice, from_value};
 
-use crate::huge_pages::{self, HugePagesError};
+use crate::pod::{HugePagesError, huge_pages};
 
 /// Sets of capabilities in an OCI process.
 const CAPABILITY_SETS: [&str; 5] = ["bounding", "effective", "inheritable", "permitted", "ambient"];
 
-/// A spec that cannot be used.
+/// Why a spec cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum SpecError {
-    /// Not of the form that the OCI runtime spec gives it.
+    /// The JSON does not have the form that the OCI runtime spec demands.
     #[error(transparent)]
     Json(#[from] serde_json::Error),
-    /// `resources.unified` has a key that is no file of a cgroup.
+    /// `resources.unified` has a key that is not the name of a cgroup's file.
     #[error("unified resource {0:?} is not a cgroup file's name, such as memory.high")]
     Unified(String),
-    /// There are no such huge pages.
+    /// The guest does not have huge pages of this size.
     #[error(transparent)]
     HugePages(#[from] HugePagesError),
 }
 
-/// A container's spec.
+/// Parses a container's spec.
 pub fn container(json: &[u8]) -> Result<Spec, SpecError> {
     let mut spec: Value = from_slice(json)?;
     if let Some(process) = spec.get_mut("process") {
-        forget_unknown_capabilities(process);
+        remove_unknown_capabilities(process);
     }
     let mut spec: Spec = from_value(spec)?;
     if let Some(resources) = spec.linux_mut().as_mut().and_then(|linux| linux.resources_mut().as_mut()) {
-        check_unified(resources)?;
+        check_unified_keys(resources)?;
         huge_pages::check_sizes(resources)?;
     }
     Ok(spec)
 }
 
-/// Resources that a container is to have from now on.
+/// Parses the resources of an `Update` call.
 pub fn resources(json: &[u8]) -> Result<LinuxResources, SpecError> {
     let mut resources: LinuxResources = from_slice(json)?;
-    check_unified(&resources)?;
+    check_unified_keys(&resources)?;
     huge_pages::check_sizes(&mut resources)?;
     Ok(resources)
 }
 
-/// libcgroups takes a key as a path below the container's cgroup, and so would let it lead to another's.
-fn check_unified(resources: &LinuxResources) -> Result<(), SpecError> {
+/// Checks that the keys of `unified` are file names. libcgroups uses a key as a path below the container's cgroup, so
+/// that it could lead to another container's.
+fn check_unified_keys(resources: &LinuxResources) -> Result<(), SpecError> {
     let keys = resources.unified().iter().flat_map(|unified| unified.keys());
     match keys.into_iter().find(|key| key.contains('/') || !key.contains('.') || key.starts_with('.')) {
         Some(key) => Err(SpecError::Unified(key.clone())),
@@ -53,16 +54,15 @@ fn check_unified(resources: &LinuxResources) -> Result<(), SpecError> {
     }
 }
 
-/// The spec of one more process.
+/// Parses the spec of another process.
 pub fn process(json: &[u8]) -> Result<Process, SpecError> {
     let mut process: Value = from_slice(json)?;
-    forget_unknown_capabilities(&mut process);
+    remove_unknown_capabilities(&mut process);
     Ok(from_value(process)?)
 }
 
-/// Capabilities that do not exist cannot be had: runc warns of them and goes on
-/// (`libcontainer/capabilities`, `capSlice`).
-fn forget_unknown_capabilities(process: &mut Value) {
+/// Removes capabilities that do not exist, with a warning, as runc does (`libcontainer/capabilities`, `capSlice`).
+fn remove_unknown_capabilities(process: &mut Value) {
     for set in CAPABILITY_SETS {
         let Some(names) = process.pointer_mut(&format!("/capabilities/{set}")).and_then(Value::as_array_mut)
         else {

@@ -1,0 +1,63 @@
+//! What a container uses of the pod's devices, volumes and huge pages.
+
+use std::sync::Arc;
+
+use oci_spec::runtime::{LinuxResources, Spec};
+use pericarp_protos::{host::Disk, id::ContainerId};
+
+use super::ContainerError;
+use crate::pod::{
+    ContainerDisks, HugePageReservation, HugePages, HugePagesError, MountedVolumes, Volumes, huge_pages,
+};
+
+/// What a container uses of the pod until it is deleted.
+pub struct Attachments {
+    disks: ContainerDisks,
+    volumes: MountedVolumes,
+    huge_pages: HugePageReservation,
+}
+
+impl Attachments {
+    /// Reserves the huge pages of a new container, attaches its disks and mounts its volumes. Returns its spec, changed
+    /// to use them.
+    pub async fn attach(
+        id: &ContainerId,
+        volumes: &Arc<Volumes>,
+        huge_pages: &Arc<HugePages>,
+        mut spec: Spec,
+        disks: Vec<Disk>,
+    ) -> Result<(Self, Spec), ContainerError> {
+        let reservation = huge_pages.reservation(id.as_str());
+        reserve_huge_pages(&reservation, &mut spec)
+            .await
+            .map_err(|source| ContainerError::HugePages { id: id.to_string(), source })?;
+        let (disks, spec) = ContainerDisks::attach(spec, disks)
+            .await
+            .map_err(|source| ContainerError::Disks { id: id.to_string(), source })?;
+        let volumes = volumes.mount(&spec).await;
+        Ok((Self { disks, volumes, huge_pages: reservation }, spec))
+    }
+
+    /// Changes how many huge pages the container may use. Resources without limits of huge pages change nothing.
+    pub async fn update(&self, resources: &LinuxResources) -> Result<(), HugePagesError> {
+        self.huge_pages.set(resources).await
+    }
+
+    /// Unmounts the volumes that no other container uses, frees the huge pages, and detaches the disks.
+    pub async fn detach(self) {
+        self.volumes.release().await;
+        drop(self.huge_pages);
+        self.disks.detach().await;
+    }
+}
+
+/// Reserves the huge pages that a new container may use, and mounts the volumes of huge pages that its spec names.
+async fn reserve_huge_pages(
+    reservation: &HugePageReservation,
+    spec: &mut Spec,
+) -> Result<(), HugePagesError> {
+    if let Some(resources) = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref()) {
+        reservation.set(resources).await?;
+    }
+    huge_pages::mount_volumes(spec)
+}

@@ -1,0 +1,175 @@
+//! Creates processes: those of containers, and those that hold namespaces.
+//!
+//! libcontainer forks, which an asynchronous server must not do. So each process is created by a short-lived run of the
+//! agent's own binary (the helper). It reads one [`Request`] from a socket, calls libcontainer, and replies with a pid
+//! or an error. The new process is a child of the agent itself (`CLONE_PARENT`), so that the agent's [`Reaper`] sees
+//! its exit.
+
+mod cleanup;
+mod executor;
+pub mod helper;
+pub mod pause;
+mod protocol;
+mod reaper;
+pub mod user_namespace;
+mod working_directory;
+
+use std::{
+    io,
+    os::fd::{AsRawFd, OwnedFd},
+    process::{Command, Stdio},
+    sync::atomic::{AtomicU64, Ordering},
+    time::Duration,
+};
+
+use rustix::io::FdFlags;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::UnixStream,
+};
+
+pub use self::{
+    protocol::{Action, Request, START_SOCKET},
+    reaper::{Exit, Reaper},
+};
+use crate::{init::AGENT_PATH, stdio};
+
+/// The error of a helper, which is sent to the agent as a text.
+pub type BoxError = Box<dyn std::error::Error>;
+
+/// The first argument of a helper. The numbers of its descriptors and the name of its launch follow.
+pub const HELPER_ARGUMENT: &str = "container";
+
+/// The first argument of a PID namespace's first process.
+pub const PAUSE_ARGUMENT: &str = "pause";
+
+/// The first argument of a process that only keeps the namespaces in which it was started.
+pub const HOLD_ARGUMENT: &str = "hold";
+
+/// The argument of a helper whose process has no console.
+const NO_CONSOLE: &str = "-";
+
+/// How long a helper may take: longer than kubelet waits for any call. The limit turns a hanging file system into an
+/// error. A process in a container with a small share of a busy guest's CPU may need minutes.
+const TIME_LIMIT: Duration = Duration::from_secs(180);
+
+/// Why a process was not created.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// The helper could not be started, or its socket has failed.
+    #[error("cannot run the process that makes containers: {0}")]
+    Helper(#[from] io::Error),
+    /// The helper died.
+    #[error("the process that makes containers ended with status {0}")]
+    Died(u32),
+    /// The helper has hung. The text says where.
+    #[error("no container process after {limit} s; {0}", limit = TIME_LIMIT.as_secs())]
+    Timeout(String),
+    /// libcontainer has refused or failed. The text is its own.
+    #[error("{0}")]
+    Container(String),
+}
+
+/// The descriptors of a process to be created.
+pub struct Descriptors {
+    /// Its stdin, stdout and stderr; unused with a console.
+    pub stdio: [OwnedFd; 3],
+    /// A socket on which the helper sends the master of the console.
+    pub console: Option<OwnedFd>,
+}
+
+impl Descriptors {
+    /// The descriptors of a process that neither reads nor writes anything.
+    pub fn null() -> io::Result<Self> {
+        Ok(Self { stdio: [stdio::null()?, stdio::null()?, stdio::null()?], console: None })
+    }
+}
+
+/// Creates a process and returns its pid in the guest.
+///
+/// The caller must have subscribed to its exit ([`Reaper::subscribe`]), so that the exit is not missed.
+pub async fn launch(
+    reaper: &Reaper,
+    request: &Request,
+    descriptors: Descriptors,
+) -> Result<i32, LaunchError> {
+    static SERIAL: AtomicU64 = AtomicU64::new(0);
+    // The name includes this agent's pid, because tests run several agents on one machine.
+    let name = format!("launch-{}-{}", std::process::id(), SERIAL.fetch_add(1, Ordering::Relaxed));
+    let (agent_end, helper_end) = std::os::unix::net::UnixStream::pair()?;
+    let pid = spawn_helper(&name, &helper_end.into(), descriptors)?;
+    let mut exit = reaper.wait_for(pid);
+    let request = serde_json::to_vec(request).map_err(io::Error::from)?;
+    let mut answer = std::pin::pin!(tokio::time::timeout(TIME_LIMIT, exchange(agent_end, &request)));
+    let answer = tokio::select! {
+        biased;
+        answer = &mut answer => answer,
+        exit = &mut exit => match exit.map_or(u32::MAX, |exit| exit.status) {
+            // The helper has replied. Only its exit was noticed first.
+            0 => answer.await,
+            status => {
+                cleanup::kill_launch(&name);
+                return Err(LaunchError::Died(status));
+            }
+        },
+    };
+    match answer {
+        Ok(Ok(answer)) => answer.map_err(LaunchError::Container),
+        Ok(Err(error)) => {
+            cleanup::kill_launch(&name);
+            // The helper's end of the socket is closed before the helper is reaped. Its exit status says more than
+            // that. If the exit has been received above, the helper has exited with 0 and without a reply.
+            if error.kind() == io::ErrorKind::UnexpectedEof && !exit.is_terminated() {
+                return Err(LaunchError::Died(exit.await.map_or(u32::MAX, |exit| exit.status)));
+            }
+            Err(error.into())
+        }
+        Err(_) => {
+            let hanging = cleanup::kill_launch(&name);
+            tracing::error!(name, hanging, "no container process in time");
+            Err(LaunchError::Timeout(hanging))
+        }
+    }
+}
+
+fn spawn_helper(name: &str, channel: &OwnedFd, descriptors: Descriptors) -> io::Result<i32> {
+    let Descriptors { stdio: [stdin, stdout, stderr], console } = descriptors;
+    // The agent starts processes from one thread only, so no other process can inherit these descriptors before they
+    // are closed at the end of this function.
+    rustix::io::fcntl_setfd(channel, FdFlags::empty())?;
+    let console_argument = match &console {
+        Some(console) => {
+            rustix::io::fcntl_setfd(console, FdFlags::empty())?;
+            console.as_raw_fd().to_string()
+        }
+        None => NO_CONSOLE.to_owned(),
+    };
+    let program = if std::process::id() == 1 { AGENT_PATH } else { "/proc/self/exe" };
+    let child = Command::new(program)
+        .arg(HELPER_ARGUMENT)
+        .arg(channel.as_raw_fd().to_string())
+        .arg(console_argument)
+        .arg(name)
+        .env_clear()
+        .stdin(Stdio::from(stdin))
+        .stdout(Stdio::from(stdout))
+        .stderr(Stdio::from(stderr))
+        .spawn()?;
+    Ok(child.id().cast_signed())
+}
+
+/// Sends a request and reads the reply.
+async fn exchange(
+    channel: std::os::unix::net::UnixStream,
+    request: &[u8],
+) -> io::Result<Result<i32, String>> {
+    channel.set_nonblocking(true)?;
+    let mut channel = UnixStream::from_std(channel)?;
+    channel.write_all(&protocol::length(request.len())?).await?;
+    channel.write_all(request).await?;
+    let mut length = [0; protocol::LENGTH];
+    channel.read_exact(&mut length).await?;
+    let mut answer = vec![0; protocol::checked_length(length)?];
+    channel.read_exact(&mut answer).await?;
+    Ok(serde_json::from_slice(&answer)?)
+}
