@@ -210,7 +210,8 @@ async fn a_call_that_does_not_fit_the_state_is_refused_as_containerd_expects() {
 async fn a_signal_reaches_one_process_or_all() {
     let agent = Agent::start().await;
     // The first process goes on until its children have ended.
-    let script = "trap : TERM; sleep 1234 & sleep 1234 & until [ $(ps -o args | grep -c '^sleep 1234') = 2 ]; do :; done; \
+    let script = "trap : TERM; sleep 1234 & sleep 1234 & \
+        until [ $(ps -o args | grep -c '^sleep 1234') = 2 ]; do :; done; \
         echo ready; wait; wait; wait; exit 3";
     agent.add_container("c1", &["sh", "-c", script]);
     let mut output = agent.stream("c1-stdout").await;

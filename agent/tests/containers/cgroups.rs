@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 
 use crate::harness::{Agent, status};
 
-/// Runs a shell's commands in a container that may make device nodes, and might read the kernel's log; answers with its exit
-/// status.
+/// Runs a shell's commands in a container with the capabilities to create device nodes and to read the kernel's log.
+/// Returns its exit status.
 async fn run(agent: &Agent, id: &str, commands: &str, rules: &Value) -> u32 {
     let commands = &format!("exec 2> /said\n{commands}");
     agent.add_container(id, &["sh", "-c", commands]).change(|spec| {
@@ -31,7 +31,10 @@ async fn run(agent: &Agent, id: &str, commands: &str, rules: &Value) -> u32 {
 fn open(devices: &[&str], how: &str, may: bool) -> String {
     let tries = devices.iter().map(|device| {
         let not = if may { "" } else { "! " };
-        format!("busybox rm -f /dev/my; busybox mknod /dev/my {device} || exit 1; {not}true 2> /dev/null {how} /dev/my || exit 2;")
+        format!(
+            "busybox rm -f /dev/my; busybox mknod /dev/my {device} || exit 1; \
+             {not}true 2> /dev/null {how} /dev/my || exit 2;"
+        )
     });
     tries.collect()
 }

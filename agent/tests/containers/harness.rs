@@ -20,17 +20,17 @@ use pericarp_protos::{
         PrepareContainerResponse, ReadyRequest, ReadyResponse, ReleaseContainerRequest,
         ReleaseContainerResponse, create_boot, create_host,
     },
-    protobuf::{Message, MessageField, well_known_types::any::Any},
-    streaming::{StreamInit, StreamingClient},
-    transfer::{Data, WindowUpdate},
+    protobuf::{MessageField, well_known_types::any::Any},
     ttrpc::{
         self, Code,
-        r#async::{Client, ClientStream, Server, TtrpcContext, transport},
+        r#async::{Client, Server, TtrpcContext, transport},
         context,
     },
 };
 use serde_json::{Value, json};
 use tokio::sync::mpsc;
+
+use crate::client_stream::Stream;
 
 /// No call of a test takes longer.
 pub const LIMIT: Duration = Duration::from_secs(300);
@@ -213,10 +213,14 @@ impl Agent {
             "root": { "path": self.path().join("rootfs") },
             "mounts": [
                 { "destination": "/proc", "type": "proc", "source": "proc", "options": ["nosuid", "noexec", "nodev"] },
-                { "destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "strictatime", "mode=755", "size=65536k"] },
-                { "destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"] },
-                { "destination": "/dev/shm", "type": "bind", "source": "/run/pericarp/shm", "options": ["rbind", "rprivate", "rw"] },
-                { "destination": "/etc/resolv.conf", "type": "bind", "source": "/run/pericarp/etc/resolv.conf", "options": ["rbind", "rprivate", "ro"] },
+                { "destination": "/dev", "type": "tmpfs", "source": "tmpfs",
+                  "options": ["nosuid", "strictatime", "mode=755", "size=65536k"] },
+                { "destination": "/dev/pts", "type": "devpts", "source": "devpts",
+                  "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"] },
+                { "destination": "/dev/shm", "type": "bind", "source": "/run/pericarp/shm",
+                  "options": ["rbind", "rprivate", "rw"] },
+                { "destination": "/etc/resolv.conf", "type": "bind", "source": "/run/pericarp/etc/resolv.conf",
+                  "options": ["rbind", "rprivate", "ro"] },
             ],
             "linux": {
                 "cgroupsPath": format!("/pod-{}/{id}", self.process.id()),
@@ -326,17 +330,10 @@ impl Agent {
 
     /// Opens a stream as containerd does, over a connection of its own.
     pub async fn stream(&self, id: &str) -> Stream {
-        let address = format!("unix://{}", self.path().join("agent.sock").display());
-        let client = Client::connect(&address).await.unwrap();
-        let mut stream = StreamingClient::new(client.clone()).stream(context::with_timeout(0)).await.unwrap();
-        let mut init = StreamInit::new();
-        init.id = id.to_owned();
-        stream.send(&any("containerd.services.streaming.v1.StreamInit", &init)).await.unwrap();
-        tokio::time::timeout(LIMIT, stream.recv()).await.expect("an acknowledgement").unwrap();
-        Stream { stream, _client: client }
+        Stream::open(&self.path().join("agent.sock"), id).await
     }
 
-    /// What has been told of containers, up to the first event with this topic.
+    /// The task events up to the first one with this topic.
     pub async fn task_events(&self, last: &str) -> Vec<TaskEvent> {
         let mut stream = self.own.events(context(), &EventsRequest::new()).await.unwrap();
         let mut events = Vec::new();
@@ -404,75 +401,6 @@ pub fn process(command: &[&str]) -> Value {
         "apparmorProfile": "cri-containerd.apparmor.d",
         "oomScoreAdj": 1000,
     })
-}
-
-/// One stdio stream, as containerd's client uses it.
-pub struct Stream {
-    pub stream: ClientStream<Any, Any>,
-    _client: Client,
-}
-
-impl Stream {
-    pub async fn grant(&mut self, bytes: i32) {
-        let mut window = WindowUpdate::new();
-        window.update = bytes;
-        // After the end of the stream nobody takes it, which is no error of the client's.
-        let _ = self.stream.send(&any("containerd.types.transfer.WindowUpdate", &window)).await;
-    }
-
-    /// The next piece of output, or `None` at its end.
-    pub async fn read(&mut self) -> Option<Vec<u8>> {
-        match tokio::time::timeout(LIMIT, self.stream.recv()).await.expect("output or its end") {
-            Ok(any) => {
-                assert_eq!(any.type_url, "containerd.types.transfer.Data");
-                Some(Data::parse_from_bytes(&any.value).unwrap().data)
-            }
-            Err(ttrpc::Error::Eof | ttrpc::Error::RemoteClosed) => None,
-            Err(error) => panic!("{error}"),
-        }
-    }
-
-    /// Reads to the end with containerd's credit scheme.
-    pub async fn read_to_end(mut self) -> Vec<u8> {
-        const WINDOW: i32 = 65536;
-        let mut output = Vec::new();
-        let mut window = 0;
-        loop {
-            if window < WINDOW {
-                self.grant(WINDOW).await;
-                window += WINDOW;
-            }
-            if let Some(data) = self.read().await {
-                assert!(data.len() <= 32768, "a message of {} bytes", data.len());
-                window -= i32::try_from(data.len()).unwrap();
-                assert!(window >= 0, "more output than was granted");
-                output.extend(data);
-            } else {
-                let _ = self.stream.close_send().await;
-                return output;
-            }
-        }
-    }
-
-    /// Waits for credit as a writer does.
-    pub async fn credit(&mut self) -> usize {
-        let any = tokio::time::timeout(LIMIT, self.stream.recv()).await.expect("credit").unwrap();
-        assert_eq!(any.type_url, "containerd.types.transfer.WindowUpdate");
-        usize::try_from(WindowUpdate::parse_from_bytes(&any.value).unwrap().update).unwrap()
-    }
-
-    pub async fn write(&mut self, bytes: &[u8]) {
-        let mut data = Data::new();
-        data.data = bytes.to_vec();
-        self.stream.send(&any("containerd.types.transfer.Data", &data)).await.unwrap();
-    }
-}
-
-fn any(name: &str, message: &impl Message) -> Any {
-    let mut any = Any::new();
-    any.type_url = name.to_owned();
-    any.value = message.write_to_bytes().unwrap();
-    any
 }
 
 pub fn context() -> context::Context {

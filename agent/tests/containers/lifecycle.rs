@@ -142,8 +142,8 @@ async fn a_container_that_has_exited_is_not_taken_for_one_that_never_was() {
     agent.delete("c1", "").await.unwrap();
 }
 
-/// Makes a call of the Task API on a connection of its own. ttrpc's own client sends no request whose time is over, and keeps
-/// its connection as long as an answer is missing.
+/// Makes a call of the Task API on a connection of its own. ttrpc's client does not send a request whose time is over,
+/// and keeps its connection until it has the response.
 async fn call_by_hand(agent: &Agent, method: &str, timeout_nano: i64, message: &impl Message) -> UnixStream {
     let request = ttrpc::Request {
         service: "containerd.task.v3.Task".into(),

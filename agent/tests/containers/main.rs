@@ -7,6 +7,7 @@
 
 mod calls;
 mod cgroups;
+mod client_stream;
 mod execs;
 mod harness;
 mod lifecycle;
