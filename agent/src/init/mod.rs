@@ -8,7 +8,7 @@ mod mounts;
 
 use std::io;
 
-use nix::sys::resource::{Resource, setrlimit};
+use rustix::process::{Resource, Rlimit, setrlimit};
 
 pub use self::{loopback::bring_loopback_up, mounts::mount_share};
 
@@ -37,7 +37,8 @@ pub fn prepare() -> Result<(), BootError> {
     mounts::move_to_new_root()?;
     mounts::mount_file_systems()?;
     bring_loopback_up().map_err(BootError::new("bring the loopback interface up"))?;
-    setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTOR_LIMIT, DESCRIPTOR_LIMIT)
+    let limit = Rlimit { current: Some(DESCRIPTOR_LIMIT), maximum: Some(DESCRIPTOR_LIMIT) };
+    setrlimit(Resource::Nofile, limit)
         .map_err(|errno| BootError::new("raise the limit of open files")(errno.into()))?;
     limits::raise()?;
     std::fs::write("/proc/self/oom_score_adj", "-1000")

@@ -1,13 +1,14 @@
 //! The guest's mounts.
 
 use std::{
+    ffi::CStr,
     fs, io,
     os::unix::fs::symlink,
     path::{Path, PathBuf},
 };
 
-use nix::mount::{MsFlags, mount};
 use pericarp_protos::guest::{CGROUP_PARENT, SHARE_DIR, SHARE_TAG};
+use rustix::mount::{MountFlags, mount, mount_bind, mount_move, mount_remount};
 
 use super::{AGENT_PATH, BootError};
 use crate::resources;
@@ -23,7 +24,7 @@ const NEW_ROOT: &str = "/newroot";
 pub fn move_to_new_root() -> Result<(), BootError> {
     let step = |what: &str| BootError::new(format!("move to the new root: {what}"));
     fs::create_dir(NEW_ROOT).map_err(step("create it"))?;
-    mount_at("tmpfs", NEW_ROOT, "tmpfs", MsFlags::empty(), Some("mode=0755"))?;
+    mount_at("tmpfs", NEW_ROOT, "tmpfs", MountFlags::empty(), Some(c"mode=0755"))?;
     let binary = PathBuf::from(format!("{NEW_ROOT}{AGENT_PATH}"));
     fs::write(&binary, "").map_err(step("create the agent's mount point"))?;
     bind("/init", &binary).map_err(step("mount the agent"))?;
@@ -31,30 +32,28 @@ pub fn move_to_new_root() -> Result<(), BootError> {
         fs::create_dir(Path::new(NEW_ROOT).join(directory)).map_err(step(directory))?;
     }
     std::env::set_current_dir(NEW_ROOT).map_err(step("enter it"))?;
-    mount(Some("."), "/", None::<&str>, MsFlags::MS_MOVE, None::<&str>)
-        .map_err(|errno| step("move it")(errno.into()))?;
-    nix::unistd::chroot(".").map_err(|errno| step("chroot")(errno.into()))?;
+    mount_move(".", "/").map_err(|errno| step("move it")(errno.into()))?;
+    rustix::process::chroot(".").map_err(|errno| step("chroot")(errno.into()))?;
     std::env::set_current_dir("/").map_err(step("enter it"))
 }
 
 fn bind(source: &str, target: &Path) -> io::Result<()> {
-    mount(Some(source), target, None::<&str>, MsFlags::MS_BIND, None::<&str>)?;
-    let read_only = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-    mount(None::<&str>, target, None::<&str>, read_only, None::<&str>)?;
+    mount_bind(source, target)?;
+    mount_remount(target, MountFlags::BIND | MountFlags::RDONLY, "")?;
     Ok(())
 }
 
 /// Mounts the kernel's file systems.
 pub fn mount_file_systems() -> Result<(), BootError> {
-    let kernel_only = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    let devices = MsFlags::MS_NOSUID | MsFlags::MS_NOEXEC;
+    let kernel_only = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    let devices = MountFlags::NOSUID | MountFlags::NOEXEC;
     mount_at("proc", "/proc", "proc", kernel_only, None)?;
     mount_at("sysfs", "/sys", "sysfs", kernel_only, None)?;
-    mount_at("devtmpfs", "/dev", "devtmpfs", devices, Some("mode=0755"))?;
+    mount_at("devtmpfs", "/dev", "devtmpfs", devices, Some(c"mode=0755"))?;
     for directory in ["/dev/pts", "/dev/mqueue", "/dev/shm"] {
         fs::create_dir(directory).map_err(BootError::new(format!("create {directory}")))?;
     }
-    mount_at("devpts", "/dev/pts", "devpts", devices, Some("ptmxmode=0666,mode=0620,gid=5"))?;
+    mount_at("devpts", "/dev/pts", "devpts", devices, Some(c"ptmxmode=0666,mode=0620,gid=5"))?;
     mount_at("mqueue", "/dev/mqueue", "mqueue", kernel_only, None)?;
     for (target, link) in [
         ("/proc/self/fd", "/dev/fd"),
@@ -64,23 +63,23 @@ pub fn mount_file_systems() -> Result<(), BootError> {
     ] {
         symlink(target, link).map_err(BootError::new(format!("create {link}")))?;
     }
-    mount_at("cgroup2", resources::ROOT, "cgroup2", kernel_only, Some("nsdelegate,memory_recursiveprot"))?;
+    mount_at("cgroup2", resources::ROOT, "cgroup2", kernel_only, Some(c"nsdelegate,memory_recursiveprot"))?;
     resources::delegate(CGROUP_PARENT).map_err(BootError::new("set cgroups up"))
 }
 
 /// Mounts the pod's share. This waits for the device's first answer, so it must not delay the pod's start.
 pub fn mount_share() -> Result<(), BootError> {
     fs::create_dir_all(SHARE_DIR).map_err(BootError::new(format!("create {SHARE_DIR}")))?;
-    mount_at(SHARE_TAG, SHARE_DIR, "virtiofs", MsFlags::empty(), None)
+    mount_at(SHARE_TAG, SHARE_DIR, "virtiofs", MountFlags::empty(), None)
 }
 
 fn mount_at(
     source: &str,
     target: &str,
     kind: &str,
-    flags: MsFlags,
-    options: Option<&str>,
+    flags: MountFlags,
+    options: Option<&CStr>,
 ) -> Result<(), BootError> {
-    mount(Some(source), target, Some(kind), flags, options)
+    mount(source, target, kind, flags, options)
         .map_err(|errno| BootError::new(format!("mount {kind} on {target}"))(errno.into()))
 }

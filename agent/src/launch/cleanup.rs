@@ -7,10 +7,7 @@
 
 use std::{fs, path::Path};
 
-use nix::{
-    sys::signal::{Signal, kill},
-    unistd::Pid,
-};
+use rustix::process::{Pid, Signal, kill_process};
 
 use super::HELPER_ARGUMENT;
 
@@ -21,13 +18,13 @@ const DESCRIBED_MAX: usize = 4;
 pub fn kill_launch(name: &str) -> String {
     let mut descriptions = Vec::new();
     for pid in fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let number = pid.file_name().to_str().and_then(|pid| pid.parse().ok());
+        let number = pid.file_name().to_str().and_then(|pid| Pid::from_raw(pid.parse().ok()?));
         let Some(number) = number.filter(|_| has_name(&command_line(&pid.path()), name)) else { continue };
         if descriptions.len() < DESCRIBED_MAX {
             descriptions.push(describe(&pid.path()));
         }
         // This fails if the process has ended in the meantime.
-        let _ = kill(Pid::from_raw(number), Signal::SIGKILL);
+        let _ = kill_process(number, Signal::KILL);
     }
     if descriptions.is_empty() { "none of its processes is left".to_owned() } else { descriptions.join("; ") }
 }

@@ -25,16 +25,14 @@ use libcontainer::{
     user_ns::UserNamespaceConfig,
     validator::Validator,
 };
-use nix::{
-    sched::{CloneFlags, unshare},
-    sys::{
-        resource::{Resource, getrlimit, setrlimit},
-        stat::SFlag,
-    },
-};
+use nix::sched::{CloneFlags, unshare};
 use oci_spec::runtime::Spec;
 use pericarp_protos::agent::ConfigureRequest;
 use protobuf::Message as _;
+use rustix::{
+    fs::FileType,
+    process::{DumpableBehavior, Resource, Rlimit, getrlimit, set_dumpable_behavior, setrlimit},
+};
 
 use super::{
     Action, BoxError, NO_CONSOLE, Request,
@@ -180,8 +178,10 @@ impl Arguments<'_> {
     fn run(self, mut spec: Spec, console: Option<OwnedFd>) -> Result<i32, BoxError> {
         remove_host_settings(&mut spec);
         let process = spec.process().as_ref().ok_or("the spec has no process")?;
-        let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
-        setrlimit(Resource::RLIMIT_NOFILE, DESCRIPTOR_SOFT_LIMIT.min(hard), hard)?;
+        // A missing maximum stands for no limit.
+        let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+        let current = maximum.map_or(DESCRIPTOR_SOFT_LIMIT, |maximum| DESCRIPTOR_SOFT_LIMIT.min(maximum));
+        setrlimit(Resource::Nofile, Rlimit { current: Some(current), maximum })?;
         // The agent's own protection from the OOM killer must not be inherited.
         let badness = process.oom_score_adj().unwrap_or(0);
         fs::write("/proc/self/oom_score_adj", badness.to_string())?;
@@ -189,7 +189,7 @@ impl Arguments<'_> {
             change_owner_of_pipes(uid)?;
         }
         // The processes of a container that this process enters must not be able to trace it.
-        nix::sys::prctl::set_dumpable(false)?;
+        set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
         let cgroup = spec.linux().as_ref().and_then(|linux| linux.cgroups_path().clone());
         let rootfs: PathBuf = spec.root().as_ref().ok_or("the spec has no root")?.path().clone();
         let arguments = ContainerArgs {
@@ -245,8 +245,7 @@ fn change_owner_of_pipes(uid: u32) -> io::Result<()> {
     for stream in
         [rustix::io::dup(io::stdin())?, rustix::io::dup(io::stdout())?, rustix::io::dup(io::stderr())?]
     {
-        let kind = SFlag::from_bits_truncate(rustix::fs::fstat(&stream)?.st_mode) & SFlag::S_IFMT;
-        if kind == SFlag::S_IFIFO {
+        if FileType::from_raw_mode(rustix::fs::fstat(&stream)?.st_mode) == FileType::Fifo {
             fchown(&stream, Some(uid), None)?;
         }
     }

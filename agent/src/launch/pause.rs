@@ -10,13 +10,12 @@ use std::{
 };
 
 use nix::{
-    mount::{MntFlags, MsFlags, mount, umount2},
     sched::{CloneFlags, unshare},
     sys::signal::{SigSet, Signal},
-    unistd::pivot_root,
 };
 use rustix::{
-    process::{DumpableBehavior, WaitOptions, set_dumpable_behavior, wait},
+    mount::{MountFlags, MountPropagationFlags, UnmountFlags, mount, mount_change, unmount},
+    process::{DumpableBehavior, WaitOptions, chdir, pivot_root, set_dumpable_behavior, wait},
     thread::{
         CapabilitySet, CapabilitySets, clear_ambient_capability_set, remove_capability_from_bounding_set,
         set_capabilities, set_no_new_privs,
@@ -63,7 +62,7 @@ pub fn hold_command() -> Command {
 /// orphans until it is killed.
 pub fn main() -> ExitCode {
     // The name is only what `ps` shows in the pod, so a failure does not matter.
-    let _ = nix::sys::prctl::set_name(c"pause");
+    let _ = rustix::thread::set_name(c"pause");
     let confined = confine();
     let mut stdout = io::stdout().lock();
     let reported = match &confined {
@@ -106,15 +105,14 @@ fn confine() -> Result<(), String> {
 /// Enters an empty root. Containers can reach the root of this process by `/proc/1/root`.
 fn enter_empty_root() -> io::Result<()> {
     unshare(CloneFlags::CLONE_NEWNS)?;
-    let none = None::<&str>;
-    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)?;
-    let flags = MsFlags::MS_RDONLY | MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
-    mount(Some("none"), "/run", Some("tmpfs"), flags, Some("size=4k,nr_inodes=2,mode=555"))?;
-    nix::unistd::chdir("/run")?;
+    mount_change("/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)?;
+    let flags = MountFlags::RDONLY | MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    mount("none", "/run", "tmpfs", flags, c"size=4k,nr_inodes=2,mode=555")?;
+    chdir("/run")?;
     // `pivot_root` has mounted the old root over the new one, from which it is unmounted.
     pivot_root(".", ".")?;
-    umount2(".", MntFlags::MNT_DETACH)?;
-    Ok(nix::unistd::chdir("/")?)
+    unmount(".", UnmountFlags::DETACH)?;
+    Ok(chdir("/")?)
 }
 
 fn drop_capabilities() -> io::Result<()> {

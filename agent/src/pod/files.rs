@@ -1,12 +1,12 @@
 //! The pod's files: `hostname`, `hosts`, `resolv.conf` and shared memory.
 
-use std::{fmt::Write, fs, io, os::unix::fs::chown, path::Path};
+use std::{ffi::CString, fmt::Write, fs, io, os::unix::fs::chown, path::Path};
 
-use nix::mount::MsFlags;
 use pericarp_protos::{
     agent::{ConfigureRequest, Dns, Interface},
     guest::SHM_DIR,
 };
+use rustix::mount::{MountFlags, mount};
 
 use super::{configuration::PodError, network};
 
@@ -73,11 +73,12 @@ pub fn mount_shared_memory(request: &ConfigureRequest) -> io::Result<()> {
     // containerd mounts its own with the same flags (`podsandbox.Controller.setupSandboxFiles`). A bind mount in a
     // container drops them, except in a user namespace.
     let flags = if request.user_namespace.is_some() {
-        MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC
+        MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC
     } else {
-        MsFlags::empty()
+        MountFlags::empty()
     };
-    nix::mount::mount(Some("shm"), SHM_DIR, Some("tmpfs"), flags, Some(options.as_str()))?;
+    let options = CString::new(options)?;
+    mount("shm", SHM_DIR, "tmpfs", flags, options.as_c_str())?;
     Ok(())
 }
 

@@ -4,14 +4,15 @@
 
 use std::{
     collections::HashMap,
+    ffi::CString,
     fs, io,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use nix::mount::{MsFlags, mount};
 use oci_spec::runtime::{LinuxResources, Mount, Spec};
 use pericarp_protos::guest::CGROUP_PARENT;
+use rustix::mount::{MountFlags, mount};
 
 use crate::resources;
 
@@ -196,14 +197,15 @@ fn replace_by_bind_mount(entry: &mut Mount, source: PathBuf, options: Vec<String
 /// Mounts a volume if it is not mounted yet. It stays mounted, with its files, until the pod ends.
 fn mount_once(mount_point: &Path, data: &str) -> io::Result<()> {
     static MOUNTING: Mutex<()> = Mutex::new(());
+    let data = CString::new(data)?;
     let _mounting = lock(&MOUNTING);
     fs::create_dir_all(VOLUMES_DIR)?;
     match fs::create_dir(mount_point) {
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(()),
         made => made?,
     }
-    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV;
-    mount(Some("none"), mount_point, Some("hugetlbfs"), flags, Some(data)).map_err(|errno| {
+    let flags = MountFlags::NOSUID | MountFlags::NODEV;
+    mount("none", mount_point, "hugetlbfs", flags, data.as_c_str()).map_err(|errno| {
         let _ = fs::remove_dir(mount_point);
         errno.into()
     })

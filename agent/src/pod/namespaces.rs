@@ -13,7 +13,6 @@ use std::{
 };
 
 use nix::{
-    mount::MsFlags,
     sched::{CloneFlags, setns, unshare},
     unistd::{Uid, setfsuid},
 };
@@ -95,5 +94,5 @@ pub fn bind_mount(namespace: &Path, path: &Path) -> io::Result<()> {
         fs::create_dir_all(directory)?;
     }
     fs::write(path, "")?;
-    Ok(nix::mount::mount(Some(namespace), path, None::<&str>, MsFlags::MS_BIND, None::<&str>)?)
+    Ok(rustix::mount::mount_bind(namespace, path)?)
 }

@@ -11,10 +11,12 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use nix::mount::{MntFlags, umount2};
 use oci_spec::runtime::Spec;
 use pericarp_protos::guest::{SHARE_DIR, VOLUMES};
-use rustix::fs::{Mode, OFlags};
+use rustix::{
+    fs::{Mode, OFlags},
+    mount::{UnmountFlags, unmount},
+};
 
 /// How many containers use each volume.
 #[derive(Debug, Default)]
@@ -54,8 +56,8 @@ impl Volumes {
             let mount = path.clone();
             // On another thread, because the kernel waits for the host's answer. This fails for a volume that is a
             // single file, and for one that could not be mounted.
-            let unmount = move || umount2(&mount, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
-            let _ = tokio::task::spawn_blocking(unmount).await;
+            let unmounted = move || unmount(&mount, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
+            let _ = tokio::task::spawn_blocking(unmounted).await;
         }
         drop(count);
         let mut counts = self.counts();

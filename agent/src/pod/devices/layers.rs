@@ -5,12 +5,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use nix::mount::{MsFlags, mount};
 use rustix::{
     fs::CWD,
     mount::{
-        FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, fsconfig_create, fsconfig_set_string,
-        fsmount, fsopen, move_mount,
+        FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, fsconfig_create,
+        fsconfig_set_string, fsmount, fsopen, mount, move_mount,
     },
 };
 
@@ -68,8 +67,8 @@ fn make_directory(path: PathBuf) -> Result<PathBuf, DeviceError> {
 
 fn mount_layer(layer: &Path, target: &Path) -> Result<(), DeviceError> {
     // Device nodes of an image are ignored; the runtime creates those that a container needs.
-    let flags = MsFlags::MS_RDONLY | MsFlags::MS_NODEV;
-    mount(Some(layer), target, Some(LAYER_FS), flags, None::<&str>)
+    let flags = MountFlags::RDONLY | MountFlags::NODEV;
+    mount(layer, target, LAYER_FS, flags, None)
         .map_err(|errno| DeviceError::Image { layer: layer.to_owned(), source: errno.into() })
 }
 

@@ -16,12 +16,12 @@ use std::{
     },
 };
 
-use nix::mount::{MntFlags, umount2};
 use oci_spec::runtime::Spec;
 use pericarp_protos::{
     agent::{ResizeRequest, ResizeResponse},
     host::{Disk, Layers, disk::Use},
 };
+use rustix::mount::{UnmountFlags, unmount};
 
 use self::{layers::WritableLayer, slot::BlockDevice};
 
@@ -124,10 +124,10 @@ impl UndoStep {
         let result = match &self {
             Self::Unbind(slot) => slot::unbind(*slot).map_err(io::Error::other),
             Self::DeletePartition(disk, number) => partitions::delete(disk, *number),
-            Self::Unmount(target) => umount2(target, MntFlags::UMOUNT_NOFOLLOW)
+            Self::Unmount(target) => unmount(target, UnmountFlags::NOFOLLOW)
                 .or_else(|error| {
                     tracing::warn!(target = %target.display(), %error, "still in use; unmounting it lazily");
-                    umount2(target, MntFlags::MNT_DETACH)
+                    unmount(target, UnmountFlags::DETACH)
                 })
                 .map_err(io::Error::from),
             Self::RemoveDirectory(directory) => remove_directories(directory),
