@@ -56,7 +56,7 @@ pub enum ProcessState {
 
 /// One process of a container.
 pub struct Process {
-    /// "container <id>" or "container <id>: exec <id>", for error messages.
+    /// `container <id>` or `container <id>: exec <id>`, for error messages.
     pub subject: String,
     /// Empty for a container's first process.
     pub exec_id: String,

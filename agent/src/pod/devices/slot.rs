@@ -1,4 +1,4 @@
-//! The machine's slots: platform devices "virtio-mmio.<n>" that are empty until the machine has put a device there and
+//! The machine's slots: platform devices `virtio-mmio.<n>` that are empty until the machine has put a device there and
 //! the driver has probed the slot again.
 
 use std::{
