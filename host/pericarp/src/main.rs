@@ -18,7 +18,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use clap::{Args, Parser, Subcommand};
 use pericarp_controller::config::Config;
-use pericarp_vmm::{ExitReason, Forward, Inherited, MachineConfig};
+use pericarp_vmm::{ExitReason, Forward, InheritedSockets, MachineConfig};
 
 /// One KVM microVM around every Kubernetes pod.
 #[derive(Parser)]
@@ -172,7 +172,7 @@ fn vmm(
     let text = fs::read_to_string(config).with_context(|| format!("cannot read {}", config.display()))?;
     let config: MachineConfig = serde_json::from_str(&text)
         .with_context(|| format!("{} is not a machine's description", config.display()))?;
-    let inherited = Inherited { control: control.listener()?, forward: forward.forward()? };
+    let inherited = InheritedSockets { control: control.listener()?, forward: forward.forward()? };
     let reason = pericarp_vmm::run(&config, inherited, process_start_ns)?;
     match reason {
         ExitReason::GuestReset | ExitReason::Shutdown => {

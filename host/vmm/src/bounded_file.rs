@@ -1,11 +1,13 @@
-//! A file for what a guest can make grow.
+//! A file whose size is limited, for output that a guest can cause.
 
 use std::{
     fs::File,
     io::{self, Read as _, Seek as _, SeekFrom, Write},
 };
 
-/// A file that never grows beyond its limit: when it is full, its older half is dropped.
+use crate::memory::to_usize;
+
+/// A file that never grows beyond its limit. When it is full, its older half is dropped.
 pub struct BoundedFile {
     file: File,
     limit: u64,
@@ -13,7 +15,7 @@ pub struct BoundedFile {
 }
 
 impl BoundedFile {
-    /// Goes on at the end of a file that can be read and written. `limit` is in bytes.
+    /// Writes at the end of a file, which must be open for reading and writing. `limit` is in bytes.
     pub fn new(mut file: File, limit: u64) -> io::Result<BoundedFile> {
         let size = file.seek(SeekFrom::End(0))?;
         Ok(BoundedFile { file, limit: limit.max(2), size })
@@ -27,7 +29,7 @@ impl BoundedFile {
         self.file.set_len(0)?;
         self.file.seek(SeekFrom::Start(0))?;
         let written = self.file.write_all(&newest);
-        // On a disk that is full, only a part of it may be there.
+        // On a disk that is full, only a part of it may have been written.
         self.size = self.file.stream_position()?;
         written
     }
@@ -35,8 +37,8 @@ impl BoundedFile {
 
 impl Write for BoundedFile {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        // No more at once than what is free after the older half is gone.
-        let most = usize::try_from(self.limit / 2).unwrap_or(usize::MAX);
+        // Not more than what is free once the older half has been dropped.
+        let most = to_usize(self.limit / 2);
         let bytes = &bytes[..bytes.len().min(most)];
         if self.size + bytes.len() as u64 > self.limit {
             self.drop_older_half()?;

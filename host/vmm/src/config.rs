@@ -1,46 +1,45 @@
-//! What a machine is made of: the file that `pericarp vmm --config` reads.
+//! The configuration of a machine: the file that `pericarp vmm --config` reads.
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-/// Everything that is needed to start one machine. Written by the controller as
-/// `<run>/<sandbox id>/machine.json`; complete in itself, so that a machine can be started again by
-/// hand from its file.
+/// Everything that is needed to start one machine. The controller writes it to `<run>/<sandbox id>/machine.json`. It is
+/// complete, so that a machine can be started again by hand from its file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MachineConfig {
-    /// The sandbox id, for messages only.
+    /// The sandbox id. It is used in messages only.
     pub id: String,
-    /// ELF `vmlinux`.
+    /// The guest's kernel: an uncompressed ELF `vmlinux`.
     pub kernel: PathBuf,
-    /// Initial ramfs (cpio) that holds the agent as `/init`.
+    /// The initial ramfs (cpio), which contains the agent as `/init`.
     pub initramfs: PathBuf,
-    /// Appended to the kernel command line that the machine makes itself.
+    /// Parameters that are appended to the kernel command line of every machine.
     #[serde(default)]
     pub cmdline: String,
     /// Number of virtual CPUs, at least 1.
     pub vcpus: u8,
-    /// Virtual CPUs that the machine can be given while it runs, those of its start included. 0: no more.
+    /// Most virtual CPUs that the machine can have while it runs, including those of its start. 0: no more than those.
     #[serde(default, skip_serializing_if = "is_default")]
     pub vcpus_max: u8,
-    /// Guest memory in MiB.
+    /// Memory that the guest is started with, in MiB.
     pub memory_mib: u32,
-    /// Memory in MiB that the machine can be given while it runs, that of its start included. 0: no more.
+    /// Most memory in MiB that the machine can have while it runs, including that of its start. 0: no more than that.
     #[serde(default, skip_serializing_if = "is_default")]
     pub memory_max_mib: u32,
-    /// Places for disks that come while the machine runs, at most [`MachineConfig::DISK_SLOTS_MAX`]; and
-    /// no more than there are interrupt lines left beside the other devices.
+    /// Slots for disks that are inserted while the machine runs, at most [`MachineConfig::DISK_SLOTS_MAX`]. The machine
+    /// has fewer if its other devices leave fewer interrupts.
     #[serde(default = "disk_slots")]
     pub disk_slots: u8,
-    /// Whether the guest may have virtual machines of its own, where the host has nested virtualization.
+    /// Whether the guest may run virtual machines itself, on a host that supports nested virtualization.
     #[serde(default, skip_serializing_if = "is_default")]
     pub nested_virtualization: bool,
-    /// Where the guest's kernel messages go.
+    /// The log of the guest's kernel messages.
     pub console: ConsoleConfig,
     /// The guest's vsock device.
     pub vsock: VsockConfig,
-    /// The directory that the guest sees through virtio-fs, if any.
+    /// The directory that the guest sees through virtio-fs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub share: Option<ShareConfig>,
     /// The guest's network devices, in the order in which it finds them.
@@ -49,9 +48,9 @@ pub struct MachineConfig {
 }
 
 impl MachineConfig {
-    /// What a machine has unless its configuration says otherwise.
+    /// Number of slots for disks unless the configuration says otherwise.
     pub const DISK_SLOTS: u8 = 8;
-    /// More would leave no interrupt lines for networks.
+    /// Most slots for disks. More would leave no interrupts for networks.
     pub const DISK_SLOTS_MAX: u8 = 15;
 
     /// Most virtual CPUs that the machine can have.
@@ -63,6 +62,16 @@ impl MachineConfig {
     pub fn memory_max_mib(&self) -> u32 {
         self.memory_max_mib.max(self.memory_mib)
     }
+
+    /// The memory that the machine starts with, in bytes.
+    pub(crate) fn boot_memory_bytes(&self) -> u64 {
+        u64::from(self.memory_mib) << 20
+    }
+
+    /// Most memory that the machine can have, in bytes.
+    pub(crate) fn memory_max_bytes(&self) -> u64 {
+        u64::from(self.memory_max_mib()) << 20
+    }
 }
 
 fn disk_slots() -> u8 {
@@ -73,11 +82,11 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
 }
 
-/// A virtio-net device on a tap that exists already.
+/// A virtio-net device on a tap, which must exist before the machine starts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetConfig {
-    /// The network namespace that the tap is in, for example `/run/netns/cni-1234`.
+    /// The network namespace in which the tap is, for example `/run/netns/cni-1234`.
     pub netns: PathBuf,
     /// The tap's name.
     pub tap: String,
@@ -85,17 +94,15 @@ pub struct NetConfig {
     pub mac: [u8; 6],
     /// The guest's MTU in bytes.
     pub mtu: u16,
-    /// Receive and transmit queues of the guest's, of which each pair has a thread of its own: 1 to
-    /// [`NetConfig::QUEUE_PAIRS_MAX`]. With more than one the tap must have been made with several
-    /// queues (`IFF_MULTI_QUEUE`), and with one it must not.
+    /// Pairs of a receive and a transmit queue, each with a thread of its own: 1 to [`NetConfig::QUEUE_PAIRS_MAX`]. For
+    /// more than one, the tap must have been made with several queues (`IFF_MULTI_QUEUE`); for one, it must not.
     #[serde(default = "one_queue_pair")]
     pub queue_pairs: u16,
 }
 
 impl NetConfig {
-    /// Each pair costs a thread on the host and some 400 KiB of the guest's memory in receive buffers.
-    /// All interrupts of a device arrive at one vCPU (virtio-mmio has one line), so that what more
-    /// pairs would bring gets less and less.
+    /// Most pairs of queues. Each costs a thread on the host and some 400 KiB of the guest's memory in receive buffers.
+    /// All interrupts of a device arrive at one vCPU (virtio-mmio has one line), so that more pairs would gain little.
     pub const QUEUE_PAIRS_MAX: u16 = 4;
 }
 
@@ -103,17 +110,17 @@ fn one_queue_pair() -> u16 {
     1
 }
 
-/// The console log: what the guest's kernel prints, bounded.
+/// The console log: what the guest's kernel prints, limited in size.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ConsoleConfig {
-    /// The log file; made with mode 0600.
+    /// The log file, which is made with mode 0600.
     pub path: PathBuf,
-    /// The file never grows beyond this many bytes; the newest output is kept.
+    /// Bytes beyond which the file never grows. The newest output is kept.
     pub limit_bytes: u64,
 }
 
-/// virtio-vsock in its hybrid form: a unix socket stands for the guest.
+/// virtio-vsock with a unix socket for the guest, as in Firecracker.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VsockConfig {
@@ -122,8 +129,8 @@ pub struct VsockConfig {
     pub path: PathBuf,
     /// Host ports that the guest may connect to; all others are refused.
     pub host_ports: Vec<u32>,
-    /// The guest's port that takes connections to the pod's localhost, if it has one and the machine is handed a
-    /// listener for them.
+    /// The guest's port that takes connections to the pod's localhost. Without it, or without a listener that the
+    /// machine inherits, there are no such connections.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub forward_port: Option<u32>,
 }
@@ -134,7 +141,7 @@ pub struct VsockConfig {
 pub struct ShareConfig {
     /// The tag that the guest mounts.
     pub tag: String,
-    /// Root of the shared tree; mounts that appear below it later are seen by the guest.
+    /// The directory that is shared. The guest also sees what is mounted below it later.
     pub directory: PathBuf,
 }
 

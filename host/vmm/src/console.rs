@@ -1,4 +1,4 @@
-//! The console: an 8250 serial line whose output goes to a bounded log. Input there is none.
+//! The console: an 8250 serial line whose output goes to a log of limited size. There is no input.
 
 use std::{fs::OpenOptions, io, os::unix::fs::OpenOptionsExt as _};
 
@@ -13,8 +13,8 @@ pub struct Console {
 }
 
 impl Console {
-    /// Opens (and empties) the log. `irqfd` is the line's interrupt: the kernel's own messages are
-    /// written with polling, but what a program writes to `/dev/console` waits for it.
+    /// Opens the log and empties it. `irqfd` is the line's interrupt: the kernel writes its own messages by polling,
+    /// but what a program writes to `/dev/console` waits for the interrupt.
     pub fn open(config: &ConsoleConfig, irqfd: EventFd) -> io::Result<Console> {
         let file = OpenOptions::new()
             .create(true)
@@ -27,13 +27,13 @@ impl Console {
         Ok(Console { line: Serial::new(Interrupt(irqfd), log) })
     }
 
-    /// The guest reads a register of the line.
+    /// Handles the guest's read of a register of the line.
     pub fn read(&mut self, register: u8) -> u8 {
         self.line.read(register)
     }
 
-    /// The guest writes a register of the line. A log that cannot be written (a full disk) must not
-    /// stop the guest, so the output is lost then.
+    /// Handles the guest's write to a register of the line. If the log cannot be written (on a full disk, for example),
+    /// the output is lost: that must not stop the guest.
     pub fn write(&mut self, register: u8, value: u8) {
         if let Err(error) = self.line.write(register, value) {
             tracing::debug!(?error, "console output lost");

@@ -1,11 +1,11 @@
-//! Disks that come and go while the machine runs: which slots they have.
+//! Disks that are inserted and removed while the machine runs, and their slots.
 
 use std::{
     collections::{BTreeMap, btree_map::Entry},
     io,
     ops::Range,
     path::PathBuf,
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Condvar, Mutex, MutexGuard},
     time::Duration,
 };
 
@@ -13,14 +13,15 @@ use thiserror::Error;
 
 use crate::{
     bus::Bus,
+    lock::unpoisoned,
     virtio::{
         Counter, Device as _,
         blk::{Blk, DiskError, Extent},
-        slot::SlotError,
+        device_slot::SlotError,
     },
 };
 
-/// A disk cannot be put into the machine.
+/// A disk cannot be inserted.
 #[derive(Debug, Error)]
 pub enum InsertError {
     #[error("all {0} slots for disks are taken; remove a disk, or give the machine more slots (disk_slots)")]
@@ -37,44 +38,45 @@ pub type NamedCounters = (String, Vec<(&'static str, Counter)>);
 /// The disks of a machine.
 pub struct Disks {
     bus: Arc<Bus>,
-    /// The slots that they may have.
+    /// The numbers of the slots for disks.
     slots: Range<u32>,
-    taken: Arc<Taken>,
+    occupied: Arc<OccupiedSlots>,
 }
 
 /// The slots that are not free.
 #[derive(Default)]
-struct Taken {
-    places: Mutex<BTreeMap<u32, Place>>,
-    /// A disk has gone.
-    changed: Condvar,
+struct OccupiedSlots {
+    by_slot: Mutex<BTreeMap<u32, SlotState>>,
+    /// Notified when a disk has been removed.
+    removed: Condvar,
 }
 
-/// What came of taking a disk out.
+/// The outcome of removing a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Removal {
-    /// Its files are closed.
+    /// The disk's files are closed.
     Closed,
-    /// There is none in that slot.
+    /// There is no disk in the slot.
     NoDisk,
-    /// They are not closed yet. The slot stays taken until they are.
+    /// The disk's files are not closed yet. The slot is not free until they are.
     StillOpen,
 }
 
-/// A slot that is not free.
-enum Place {
-    /// Its disk comes or goes at this moment.
+/// The state of a slot that is not free.
+enum SlotState {
+    /// A disk is being inserted or removed.
     Changing,
+    /// There is a disk, with these counters.
     Disk(NamedCounters),
 }
 
 impl Disks {
-    /// None yet.
+    /// A machine without disks, which may be inserted into `slots` of the bus.
     pub fn new(bus: Arc<Bus>, slots: Range<u32>) -> Disks {
-        Disks { bus, slots, taken: Arc::default() }
+        Disks { bus, slots, occupied: Arc::default() }
     }
 
-    /// Puts a disk into a free slot; answers with the slot and where on the disk the segments are.
+    /// Inserts a disk into a free slot. Returns the slot's number and where on the disk the segments are.
     pub fn insert(
         &self,
         paths: &[PathBuf],
@@ -82,26 +84,27 @@ impl Disks {
         serial: &str,
     ) -> Result<(u32, Vec<Extent>), InsertError> {
         let slot = self.reserve().ok_or(InsertError::NoSlot(self.slots.len()))?;
-        match self.fill(slot, paths, read_only, serial) {
+        match self.insert_into(slot, paths, read_only, serial) {
             Ok((extents, counters)) => {
-                self.taken().insert(slot, Place::Disk(counters));
+                self.occupied_slots().insert(slot, SlotState::Disk(counters));
                 Ok((slot, extents))
             }
             Err(error) => {
-                self.taken().remove(&slot);
+                self.occupied_slots().remove(&slot);
                 Err(error)
             }
         }
     }
 
+    /// Finds a free slot, which is no longer free afterwards.
     fn reserve(&self) -> Option<u32> {
-        let mut taken = self.taken();
-        let slot = self.slots.clone().find(|slot| !taken.contains_key(slot))?;
-        taken.insert(slot, Place::Changing);
+        let mut occupied = self.occupied_slots();
+        let slot = self.slots.clone().find(|slot| !occupied.contains_key(slot))?;
+        occupied.insert(slot, SlotState::Changing);
         Some(slot)
     }
 
-    fn fill(
+    fn insert_into(
         &self,
         slot: u32,
         paths: &[PathBuf],
@@ -111,58 +114,58 @@ impl Disks {
         let disk = Blk::new(slot, paths, read_only, serial)?;
         let extents = disk.extents();
         let counters = (disk.name().to_owned(), disk.counters());
-        if let Some(mut place) = self.bus.slot(slot) {
-            place.insert(Box::new(disk))?;
-        }
+        self.bus.slot(slot).insert(Box::new(disk))?;
         Ok((extents, counters))
     }
 
-    /// Takes a disk out of its slot, whether or not the guest has let go of it, and waits at most `limit` for its files
-    /// to be closed. A request that the host's storage does not finish delays that, and nothing else of the machine's.
+    /// Takes a disk out of its slot, whether or not the guest still uses it, and waits at most `limit` for its files to
+    /// be closed. A request that the host's storage does not finish delays that, but nothing else in the machine.
     pub fn remove(&self, slot: u32, limit: Duration) -> Removal {
-        let mut places = self.taken();
-        match places.entry(slot) {
+        let mut occupied = self.occupied_slots();
+        match occupied.entry(slot) {
             Entry::Vacant(_) => return Removal::NoDisk,
-            Entry::Occupied(mut place) => {
-                if let Place::Disk(counters) = place.insert(Place::Changing)
+            Entry::Occupied(mut entry) => {
+                if let SlotState::Disk(counters) = entry.insert(SlotState::Changing)
                     && let Err(error) = self.start_removal(slot)
                 {
                     tracing::error!(slot, %error, "cannot start a thread that closes a disk");
-                    place.insert(Place::Disk(counters));
+                    entry.insert(SlotState::Disk(counters));
                     return Removal::StillOpen;
                 }
             }
         }
-        let changing = |places: &mut BTreeMap<_, _>| matches!(places.get(&slot), Some(Place::Changing));
-        let waited = self.taken.changed.wait_timeout_while(places, limit, changing);
-        let (places, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        // One that was put in meanwhile is open as well.
-        if places.contains_key(&slot) { Removal::StillOpen } else { Removal::Closed }
+        let is_changing =
+            |occupied: &mut BTreeMap<_, _>| matches!(occupied.get(&slot), Some(SlotState::Changing));
+        let waited = self.occupied.removed.wait_timeout_while(occupied, limit, is_changing);
+        let (occupied, _) = unpoisoned(waited);
+        // Another disk that was inserted meanwhile is open as well.
+        if occupied.contains_key(&slot) { Removal::StillOpen } else { Removal::Closed }
     }
 
     fn start_removal(&self, slot: u32) -> io::Result<()> {
-        let (bus, taken) = (self.bus.clone(), self.taken.clone());
+        let (bus, occupied) = (self.bus.clone(), self.occupied.clone());
         let remove = move || {
-            // Closes the disk's files when it is dropped, here.
-            drop(bus.slot(slot).and_then(|mut slot| slot.remove()));
-            taken.places.lock().unwrap_or_else(PoisonError::into_inner).remove(&slot);
-            taken.changed.notify_all();
+            let disk = bus.slot(slot).remove();
+            // Closes the disk's files.
+            drop(disk);
+            unpoisoned(occupied.by_slot.lock()).remove(&slot);
+            occupied.removed.notify_all();
         };
         std::thread::Builder::new().name(format!("close{slot}")).spawn(remove).map(drop)
     }
 
-    /// Those of every disk. Reading them waits for no device.
+    /// The counters of all disks. Reading them waits for no device.
     pub fn counters(&self) -> Vec<NamedCounters> {
-        let taken = self.taken();
-        let disks = taken.values().filter_map(|place| match place {
-            Place::Disk(counters) => Some(counters.clone()),
-            Place::Changing => None,
+        let occupied = self.occupied_slots();
+        let disks = occupied.values().filter_map(|state| match state {
+            SlotState::Disk(counters) => Some(counters.clone()),
+            SlotState::Changing => None,
         });
         disks.collect()
     }
 
-    fn taken(&self) -> MutexGuard<'_, BTreeMap<u32, Place>> {
-        self.taken.places.lock().unwrap_or_else(PoisonError::into_inner)
+    fn occupied_slots(&self) -> MutexGuard<'_, BTreeMap<u32, SlotState>> {
+        unpoisoned(self.occupied.by_slot.lock())
     }
 }
 
@@ -174,35 +177,35 @@ mod tests {
 
     use super::*;
     use crate::{
-        bus::Exits,
+        bus::VmExitCounters,
         config::ConsoleConfig,
         console::Console,
         virtio::{
-            page::{self, Page},
-            slot::{Lines, Slot, Wires},
+            device_slot::{DeviceEventRegistrar, DeviceEvents, DeviceSlot},
+            register_page::{self, RegisterPage},
             testing::guest_memory,
         },
     };
 
-    struct Unconnected;
+    struct NoRegistrar;
 
-    impl Wires for Unconnected {
-        fn connect(&self, _: u32, _: &Lines<'_>) -> Result<(), SlotError> {
+    impl DeviceEventRegistrar for NoRegistrar {
+        fn register(&self, _: u32, _: &DeviceEvents<'_>) -> Result<(), SlotError> {
             Ok(())
         }
 
-        fn disconnect(&self, _: u32, _: &Lines<'_>) {}
+        fn unregister(&self, _: u32, _: &DeviceEvents<'_>) {}
     }
 
     /// A machine with one slot.
     fn bus(directory: &Path) -> Arc<Bus> {
         let config = ConsoleConfig { path: directory.join("console"), limit_bytes: 100 };
-        let page = Page::new(page::allocate(1).unwrap(), 0);
-        let slot = Slot::new(0, page, guest_memory(), Arc::new(Unconnected));
+        let page = RegisterPage::new(register_page::allocate(1).unwrap(), 0);
+        let slot = DeviceSlot::new(0, page, guest_memory(), Arc::new(NoRegistrar));
         Arc::new(Bus {
             slots: vec![Mutex::new(slot)],
             console: Mutex::new(Console::open(&config, EventFd::new(0).unwrap()).unwrap()),
-            exits: Exits::default(),
+            exits: VmExitCounters::default(),
         })
     }
 
@@ -220,8 +223,8 @@ mod tests {
         let bus = bus(directory.path());
         let disks = Disks::new(bus.clone(), 0..1);
         let (slot, _) = disks.insert(std::slice::from_ref(&file), true, "d").unwrap();
-        // What keeps its device busy: the guest, or a request that takes long.
-        let busy = bus.slot(slot).unwrap();
+        // As when the guest, or a request that takes long, keeps the device busy.
+        let busy = bus.slot(slot);
         for _ in 0..2 {
             assert_eq!(disks.remove(slot, SHORT), Removal::StillOpen);
             assert!(is_open(&file));
@@ -229,7 +232,7 @@ mod tests {
             assert!(matches!(error, InsertError::NoSlot(1)), "{error}");
         }
         drop(busy);
-        // The first answer may come from the removal that has been at work all the time.
+        // The first removal may have closed it by now.
         assert_ne!(disks.remove(slot, Duration::MAX), Removal::StillOpen);
         assert!(!is_open(&file));
         assert_eq!(disks.remove(slot, SHORT), Removal::NoDisk);

@@ -1,5 +1,5 @@
-//! The machine's own log. It lies in the host's memory, and a guest can cause some of its lines: its size, its lines'
-//! length and their rate have limits.
+//! The machine's own log. It is on a tmpfs, in the host's memory, and a guest can cause some of its lines. So its size,
+//! the length of its lines and their rate are limited.
 
 use std::{
     fs::File,
@@ -12,22 +12,25 @@ use crate::{LAST_WORDS, bounded_file::BoundedFile};
 
 /// Bytes that the file never exceeds.
 const SIZE_MAX: u64 = 256 << 10;
-/// Bytes of one line; what is beyond is cut off.
+/// Most bytes of one line. The rest is cut off.
 const LINE_MAX: usize = 1024;
-/// Lines in each [`PERIOD`]. The others are counted.
+/// Most lines in each [`PERIOD`]. The others are dropped and counted.
 const LINES_MAX: u32 = 50;
 const PERIOD: Duration = Duration::from_secs(1);
 
-/// Takes a line with each write.
+/// Writes the machine's log. Each write must be one line.
 pub struct Log {
     file: Box<dyn Write + Send>,
-    period: Instant,
+    period_start: Instant,
+    /// Lines written in this period.
     lines: u32,
+    /// Lines dropped since the last one that was written.
     dropped: u64,
 }
 
 impl Log {
-    /// Goes to standard error. Only a file is bounded in size: a terminal or a pipe keeps nothing.
+    /// A log that goes to standard error. Its size is limited only if that is a file: a terminal or a pipe keeps
+    /// nothing.
     pub fn to_stderr() -> io::Result<Log> {
         let file = File::from(io::stderr().as_fd().try_clone_to_owned()?);
         if file.metadata()?.is_file() {
@@ -38,16 +41,16 @@ impl Log {
     }
 
     fn new(file: impl Write + Send + 'static) -> Log {
-        Log { file: Box::new(file), period: Instant::now(), lines: 0, dropped: 0 }
+        Log { file: Box::new(file), period_start: Instant::now(), lines: 0, dropped: 0 }
     }
 
-    fn take(&mut self, line: &[u8], now: Instant) -> io::Result<()> {
-        if now.saturating_duration_since(self.period) >= PERIOD {
-            (self.period, self.lines) = (now, 0);
+    fn write_line(&mut self, line: &[u8], now: Instant) -> io::Result<()> {
+        if now.saturating_duration_since(self.period_start) >= PERIOD {
+            (self.period_start, self.lines) = (now, 0);
         }
-        // Said once, and looked for by whoever wants to know why the machine has ended.
-        let last = line.windows(LAST_WORDS.len()).any(|words| words == LAST_WORDS.as_bytes());
-        if self.lines >= LINES_MAX && !last {
+        // This line comes once, and the controller looks for it to know how the machine has ended.
+        let is_last = line.windows(LAST_WORDS.len()).any(|words| words == LAST_WORDS.as_bytes());
+        if self.lines >= LINES_MAX && !is_last {
             self.dropped += 1;
             return Ok(());
         }
@@ -65,7 +68,7 @@ impl Log {
 
 impl Write for Log {
     fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        self.take(line, Instant::now())?;
+        self.write_line(line, Instant::now())?;
         Ok(line.len())
     }
 
@@ -92,7 +95,7 @@ mod tests {
         let (mut log, file) = log();
         let mut now = Instant::now();
         for number in 0..3000 {
-            log.take(format!("{number} {}\n", "x".repeat(2000)).as_bytes(), now).unwrap();
+            log.write_line(format!("{number} {}\n", "x".repeat(2000)).as_bytes(), now).unwrap();
             now += PERIOD / LINES_MAX;
             assert!(fs::metadata(file.path()).unwrap().len() <= SIZE_MAX);
         }
@@ -104,13 +107,13 @@ mod tests {
     #[test]
     fn lines_that_come_too_fast_are_counted_and_the_last_words_are_not_among_them() {
         let (mut log, file) = log();
-        let now = log.period;
+        let now = log.period_start;
         for _ in 0..1000 {
-            log.take(b"again\n", now).unwrap();
+            log.write_line(b"again\n", now).unwrap();
         }
         assert_eq!(fs::read_to_string(file.path()).unwrap().lines().count(), 50);
-        log.take(format!("{LAST_WORDS}\n").as_bytes(), now).unwrap();
-        log.take(b"later\n", now + PERIOD).unwrap();
+        log.write_line(format!("{LAST_WORDS}\n").as_bytes(), now).unwrap();
+        log.write_line(b"later\n", now + PERIOD).unwrap();
         let text = fs::read_to_string(file.path()).unwrap();
         let end: Vec<_> = text.lines().skip(50).collect();
         assert!(end[0].starts_with("950 lines left out"), "{end:?}");

@@ -1,4 +1,4 @@
-//! Puts a machine together, starts it and waits for its end.
+//! Builds a machine from its configuration, starts it and waits for its end.
 
 use std::{
     fmt::Write as _,
@@ -11,7 +11,7 @@ use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VmFd};
 use pericarp_protos::{ttrpc, vmm_blocking::BootTimes};
 use thiserror::Error;
-use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryRegion as _};
+use vm_memory::{GuestMemory as _, GuestMemoryRegion as _};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
@@ -21,43 +21,43 @@ use crate::{
         layout::{self, DEVICE_SIZE, DEVICES, DEVICES_MAX, FIRST_IRQ, SERIAL_IRQ},
         registers::{self, RegisterError},
     },
-    bus::{Bus, Exits},
+    bus::{Bus, VmExitCounters},
     config::MachineConfig,
     console::Console,
-    control::Control,
+    control_service::ControlService,
     disks::{Disks, NamedCounters},
-    extra_memory::ExtraMemory,
     memory::{self, GuestMemory, MemoryError},
-    vcpu::{self, Vcpus},
+    memory_hotplug::{HotplugRegion, MemoryHotplug},
+    slot_plan::SlotPlan,
+    vcpu::{VcpuFactory, Vcpus},
     virtio::{
         Device,
+        device_slot::{DeviceEventRegistrar, DeviceSlot, SlotError},
         fs::{Fs, FsError},
-        mem,
         net::{Net, NetError},
-        page::{self, Page},
+        register_page::{self, RegisterPage},
         rng::Rng,
-        slot::{Slot, SlotError, Wires},
         vsock::{Forward, Vsock, VsockError},
     },
 };
 
-/// Smallest guest that the kernel and the agent start in.
+/// Memory in MiB of the smallest guest in which the kernel and the agent start.
 const MEMORY_MIB_MIN: u32 = 64;
 
 /// Why a machine ended.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum ExitReason {
-    /// The guest reset itself: it was shut down from inside, or its kernel panicked (the console log
-    /// tells which).
+    /// The guest has reset itself: it was shut down from inside, or its kernel has panicked. The console log tells
+    /// which.
     #[error("the guest shut itself down")]
     GuestReset,
-    /// The guest destroyed its own processor state so far that no handler could run.
+    /// A vCPU could run none of the guest's exception handlers. Contains its registers.
     #[error("the guest's processor has stopped on a triple fault ({0})")]
     TripleFault(String),
     /// `Machine.Shutdown` was called.
     #[error("the machine was asked to end")]
     Shutdown,
-    /// KVM could not run the guest any further.
+    /// KVM could not run the guest any further. Contains the reason.
     #[error("KVM cannot run the guest any further: {0}")]
     Kvm(String),
 }
@@ -111,53 +111,56 @@ pub enum Error {
     Control(#[source] ttrpc::Error),
 }
 
-/// What whoever starts a machine has opened for it.
+/// The sockets that whoever starts a machine has opened for it.
 #[derive(Debug)]
-pub struct Inherited {
+pub struct InheritedSockets {
     /// A listening socket on which [`Machine`](pericarp_protos::vmm_blocking::Machine) is served once the vCPUs run.
     pub control: UnixListener,
-    /// Connections to the pod's localhost, if they can be had.
+    /// The listener for connections to the pod's localhost, if port-forward is possible.
     pub forward: Option<Forward>,
 }
 
 /// Starts a machine and waits for its end.
 ///
-/// `process_start_ns` (`CLOCK_MONOTONIC`) is when the process began.
+/// `process_start_ns` is when the process began, in nanoseconds on `CLOCK_MONOTONIC`.
 ///
-/// The process should exit soon after this returns: vCPU threads may still be running.
-pub fn run(config: &MachineConfig, inherited: Inherited, process_start_ns: u64) -> Result<ExitReason, Error> {
+/// From now on, a panic on any thread aborts the process. The process should exit soon after this returns: vCPU threads
+/// may still be running.
+pub fn run(
+    config: &MachineConfig,
+    inherited: InheritedSockets,
+    process_start_ns: u64,
+) -> Result<ExitReason, Error> {
     abort_on_panic();
     let kvm = Kvm::new().map_err(Error::OpenKvm)?;
     check_size(config, &kvm)?;
+    let hotplug_region = HotplugRegion::new(config);
+    let slot_plan = SlotPlan::new(config, hotplug_region.is_some())?;
     let vm = Arc::new(kvm.create_vm().map_err(refused("create a virtual machine"))?);
     arch::set_up_vm(&vm).map_err(refused("give the machine interrupt controllers"))?;
-    let boot_bytes = u64::from(config.memory_mib) << 20;
+    let boot_bytes = config.boot_memory_bytes();
     let boot_memory = memory::allocate(&layout::memory_ranges(boot_bytes))?;
-    let extra = extra_memory(config);
-    let memory = match extra {
-        Some((_, range)) => memory::extend(&boot_memory, range)?,
+    let memory = match hotplug_region {
+        Some(HotplugRegion { start, size, .. }) => memory::extend(&boot_memory, (start, size))?,
         None => boot_memory.clone(),
     };
     register_memory(&vm, &memory)?;
-    let maker = vcpu::Maker::new(&kvm, vm.clone(), config.vcpus_max(), config.nested_virtualization)?;
-    let vcpus = (0..config.vcpus).map(|id| maker.make(id)).collect::<Result<Vec<_>, _>>()?;
-    let devices = make_devices(config, inherited.forward)?;
-    let fixed = u32::try_from(devices.len()).unwrap_or(u32::MAX);
-    let counters = counters(&devices);
-    let bus = Arc::new(make_bus(config, &vm, &memory, devices)?);
+    let factory = VcpuFactory::new(&kvm, vm.clone(), config.vcpus_max(), config.nested_virtualization)?;
+    let vcpus = (0..config.vcpus).map(|id| factory.create(id)).collect::<Result<Vec<_>, _>>()?;
+    let devices = make_boot_devices(config, inherited.forward)?;
+    let device_counters = device_counters(&devices);
+    let bus = Arc::new(make_bus(config, &slot_plan, &vm, &memory, devices)?);
     let kvm_ready_ns = monotonic_ns();
 
-    let slots = u32::try_from(bus.slots.len()).unwrap_or(u32::MAX);
-    let cmdline = cmdline(config, slots);
+    let cmdline = cmdline(config, &slot_plan);
     let entry = boot::load(&boot_memory, &config.kernel, &config.initramfs, &cmdline, config.vcpus_max())?;
-    if let Some(first) = vcpus.first() {
-        registers::enter_kernel(first, entry)?;
-    }
+    let Some(boot_vcpu) = vcpus.first() else { unreachable!("check_size refuses a machine without vCPUs") };
+    registers::enter_kernel(boot_vcpu, entry)?;
     let kernel_loaded_ns = monotonic_ns();
 
-    let (ended, end) = mpsc::channel();
+    let (exit_reasons, received_reasons) = mpsc::channel();
     let vcpus_started_ns = monotonic_ns();
-    let mut running = Vcpus { maker, bus: bus.clone(), ended: ended.clone(), count: 0 };
+    let mut running = Vcpus { factory, bus: bus.clone(), exit_reasons: exit_reasons.clone(), count: 0 };
     for vcpu in vcpus {
         running.run(vcpu)?;
     }
@@ -174,33 +177,32 @@ pub fn run(config: &MachineConfig, inherited: Inherited, process_start_ns: u64) 
         vcpus_ms = elapsed_ms(kernel_loaded_ns, vcpus_started_ns),
         "the vCPUs run"
     );
-    let server = Control {
+    let service = ControlService {
         boot,
         vcpu_count: AtomicU8::new(running.count),
         vcpus: Mutex::new(running),
         memory,
-        counters: [counters, vec![exits(&bus)]].concat(),
-        // The one that memory is plugged through has the first slot behind those that stay.
-        extra_memory: match extra {
-            Some((limit, range)) => ExtraMemory::new(boot_bytes, limit, range, bus.clone(), fixed),
-            None => ExtraMemory::none(boot_bytes),
+        counters: [device_counters, vec![vm_exit_counters(&bus)]].concat(),
+        memory_hotplug: match hotplug_region.as_ref().zip(slot_plan.memory_hotplug) {
+            Some((region, slot)) => MemoryHotplug::new(boot_bytes, region, bus.clone(), slot),
+            None => MemoryHotplug::disabled(boot_bytes),
         },
-        disks: Disks::new(bus, fixed + u32::from(extra.is_some())..slots),
-        ended,
+        disks: Disks::new(bus, slot_plan.disks),
+        exit_reasons,
     };
-    let _server = server.serve(inherited.control).map_err(Error::Control)?;
-    // The channel cannot close before its first message: the control server holds a sender.
-    let reason = end.recv().unwrap_or(ExitReason::Shutdown);
-    // The name goes with the machine; the sockets behind it close with the process.
+    let _server = service.serve(inherited.control).map_err(Error::Control)?;
+    let Ok(reason) = received_reasons.recv() else { unreachable!("the control service holds a sender") };
+    // Connections to the socket end with the process; its name would stay.
     let _ = std::fs::remove_file(&config.vsock.path);
     Ok(reason)
 }
 
+/// The error for KVM's refusal to do something, which completes "KVM refuses to".
 pub(crate) fn refused(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Error {
     move |source| Error::Kvm { what, source }
 }
 
-/// A thread that panics must not leave half a machine running.
+/// Makes a panic on any thread end the process: it must not leave half a machine running.
 fn abort_on_panic() {
     let report = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
@@ -209,8 +211,9 @@ fn abort_on_panic() {
     }));
 }
 
+/// Checks the sizes that the configuration asks for against what this host and the crate can do.
 fn check_size(config: &MachineConfig, kvm: &Kvm) -> Result<(), Error> {
-    // APIC ids have eight bits, of which one is the IOAPIC's and one means all.
+    // APIC ids have eight bits. One id is the IOAPIC's, and one addresses all APICs.
     let max = kvm.get_max_vcpus().min(254);
     if config.vcpus == 0 || usize::from(config.vcpus_max()) > max {
         return Err(Error::Vcpus { vcpus: config.vcpus_max(), max });
@@ -225,17 +228,22 @@ fn check_size(config: &MachineConfig, kvm: &Kvm) -> Result<(), Error> {
     Ok(())
 }
 
-/// Slot of KVM's for the devices' pages; the guest's memory has the first ones: below the gap, above it, and what
-/// is plugged.
-const DEVICES_SLOT: u32 = 3;
+/// KVM's first memory slot for the devices' register pages. The slots before it are the guest's memory's: below the
+/// device gap, above it, and the region in which memory is plugged.
+const REGISTER_PAGES_MEMORY_SLOT: u32 = 3;
 
 /// Gives `vm` its memory, which must stay mapped for as long as a vCPU runs.
 pub(crate) fn register_memory(vm: &VmFd, memory: &GuestMemory) -> Result<(), Error> {
     register_regions(vm, memory, 0, 0)
 }
 
-fn register_regions(vm: &VmFd, memory: &GuestMemory, first_slot: u32, flags: u32) -> Result<(), Error> {
-    for (slot, region) in (first_slot..).zip(memory.iter()) {
+fn register_regions(
+    vm: &VmFd,
+    memory: &GuestMemory,
+    first_memory_slot: u32,
+    flags: u32,
+) -> Result<(), Error> {
+    for (slot, region) in (first_memory_slot..).zip(memory.iter()) {
         let region = kvm_userspace_memory_region {
             slot,
             flags,
@@ -249,24 +257,15 @@ fn register_regions(vm: &VmFd, memory: &GuestMemory, first_slot: u32, flags: u32
     Ok(())
 }
 
-/// How many bytes can be plugged while the machine runs, and where; `None` if none can.
-fn extra_memory(config: &MachineConfig) -> Option<(u64, (GuestAddress, usize))> {
-    let boot = u64::from(config.memory_mib) << 20;
-    let limit = (u64::from(config.memory_max_mib()) << 20) - boot;
-    let limit = limit - limit % mem::BLOCK_SIZE;
-    (limit > 0).then(|| (limit, layout::extra_range(boot, limit)))
-}
-
 /// The devices that the machine starts with, in the order of their slots.
-fn make_devices(config: &MachineConfig, forward: Option<Forward>) -> Result<Vec<Box<dyn Device>>, Error> {
+fn make_boot_devices(
+    config: &MachineConfig,
+    forward: Option<Forward>,
+) -> Result<Vec<Box<dyn Device>>, Error> {
     let mut devices: Vec<Box<dyn Device>> =
         vec![Box::new(Vsock::new(&config.vsock, forward)?), Box::new(Rng::default())];
     if let Some(share) = &config.share {
         devices.push(Box::new(Fs::new(share)?));
-    }
-    let count = devices.len() + config.nets.len() + usize::from(extra_memory(config).is_some());
-    if count > DEVICES_MAX {
-        return Err(Error::TooManyDevices { count });
     }
     for (index, net) in config.nets.iter().enumerate() {
         devices.push(Box::new(Net::new(index, net)?));
@@ -274,26 +273,26 @@ fn make_devices(config: &MachineConfig, forward: Option<Forward>) -> Result<Vec<
     Ok(devices)
 }
 
-/// Connects the console and the devices to the machine, with empty slots behind them as far as there are
-/// interrupts.
+/// Connects the console and the devices to the machine. The slots without a device stay empty for now.
 fn make_bus(
     config: &MachineConfig,
+    slot_plan: &SlotPlan,
     vm: &Arc<VmFd>,
     memory: &GuestMemory,
     devices: Vec<Box<dyn Device>>,
 ) -> Result<Bus, Error> {
     let console = Console::open(&config.console, interrupt_line(vm, SERIAL_IRQ)?)
         .map_err(|source| Error::Console { path: config.console.path.clone(), source })?;
-    let empty = usize::from(config.disk_slots) + usize::from(extra_memory(config).is_some());
-    let count = (devices.len() + empty).min(DEVICES_MAX);
-    // As long as there is a slot, its page is mapped.
-    let pages = page::allocate(count)?;
-    register_regions(vm, &pages, DEVICES_SLOT, KVM_MEM_READONLY)?;
-    let mut slots: Vec<Slot> = (0..)
-        .take(count)
+    assert_eq!(devices.len(), slot_plan.boot_devices.len(), "the slot plan counts other devices");
+    // Each slot keeps the mapping of its page.
+    let pages = register_page::allocate(slot_plan.all().len())?;
+    register_regions(vm, &pages, REGISTER_PAGES_MEMORY_SLOT, KVM_MEM_READONLY)?;
+    let mut slots: Vec<DeviceSlot> = slot_plan
+        .all()
         .map(|index| {
-            let wires: Arc<dyn Wires> = vm.clone();
-            Slot::new(index, Page::new(pages.clone(), index), memory.clone(), wires)
+            let registrar: Arc<dyn DeviceEventRegistrar> = vm.clone();
+            let page = RegisterPage::new(pages.clone(), index);
+            DeviceSlot::new(index, page, memory.clone(), registrar)
         })
         .collect();
     for (slot, device) in slots.iter_mut().zip(devices) {
@@ -302,11 +301,11 @@ fn make_bus(
     Ok(Bus {
         slots: slots.into_iter().map(Mutex::new).collect(),
         console: Mutex::new(console),
-        exits: Exits::default(),
+        exits: VmExitCounters::default(),
     })
 }
 
-/// An eventfd that raises an interrupt of the guest's.
+/// Makes an eventfd that raises an interrupt of the guest.
 fn interrupt_line(vm: &VmFd, irq: u32) -> Result<EventFd, Error> {
     let irqfd = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)
         .map_err(|source| Error::Io { what: "eventfds", source })?;
@@ -314,37 +313,36 @@ fn interrupt_line(vm: &VmFd, irq: u32) -> Result<EventFd, Error> {
     Ok(irqfd)
 }
 
-fn counters(devices: &[Box<dyn Device>]) -> Vec<NamedCounters> {
+fn device_counters(devices: &[Box<dyn Device>]) -> Vec<NamedCounters> {
     devices.iter().map(|device| (device.name().to_owned(), device.counters())).collect()
 }
 
-fn exits(bus: &Bus) -> NamedCounters {
+fn vm_exit_counters(bus: &Bus) -> NamedCounters {
     ("vcpus".to_owned(), vec![("mmio_exits", bus.exits.mmio.clone()), ("port_exits", bus.exits.port.clone())])
 }
 
-/// The kernel's command line: what every guest is started with, the devices' slots, and what the
-/// configuration adds.
-fn cmdline(config: &MachineConfig, slots: u32) -> String {
-    // quiet, 8250.nr_uarts=1: each character and each probed port is a trip out of the guest.
-    // reboot=k: reset through the keyboard controller, which the bus understands.
+/// The kernel's command line: the parameters of every guest, the devices' slots, and what the configuration adds.
+fn cmdline(config: &MachineConfig, slot_plan: &SlotPlan) -> String {
+    // quiet, 8250.nr_uarts=1: each character and each probed port costs an exit from the guest.
+    // reboot=k: the guest resets itself through the keyboard controller, which the bus understands.
     // panic=-1: a guest that panics ends at once, and its pod with it.
     // no_timer_check, tsc=reliable: there is no timer chip to check against; the TSC is KVM's.
     // rcupdate.rcu_expedited=1: nothing in a small guest gains from lazy grace periods.
-    // dummy.numdummies=0: a pod's first interface should not be a dummy that nobody asked for.
-    // random.trust_cpu: the processor's generator and virtio-rng seed it.
+    // dummy.numdummies=0: a pod's first interface should not be a dummy.
+    // random.trust_cpu: the guest's random numbers are seeded by the processor's generator and virtio-rng.
     let mut line = String::from(
         "console=ttyS0 8250.nr_uarts=1 quiet reboot=k panic=-1 no_timer_check tsc=reliable \
          rcupdate.rcu_expedited=1 dummy.numdummies=0 random.trust_cpu=on",
     );
     if config.vcpus_max() > config.vcpus {
-        // The others are there for the guest to start when the machine grows.
+        // The MP table lists all vCPUs. The guest starts the others when the machine grows.
         let _ = write!(line, " maxcpus={}", config.vcpus);
     }
-    if extra_memory(config).is_some() {
-        // What is plugged is used at once, and for nothing that could not be moved away again.
+    if slot_plan.memory_hotplug.is_some() {
+        // The guest uses plugged memory at once, and only for what it can move away again.
         line.push_str(" memhp_default_state=online_movable");
     }
-    for slot in 0..slots {
+    for slot in slot_plan.all() {
         let (address, irq) = (DEVICES + u64::from(slot) * DEVICE_SIZE, FIRST_IRQ + slot);
         // Writing to a string cannot fail.
         let _ = write!(line, " virtio_mmio.device=4K@{address:#x}:{irq}");

@@ -1,4 +1,4 @@
-//! Guest memory: anonymous, not reserved, and touched only as the guest touches it.
+//! Guest memory: anonymous mappings without a reservation, which cost the host only what the guest touches.
 
 use std::sync::Arc;
 
@@ -10,14 +10,13 @@ use vm_memory::{
     mmap::MmapRegionBuilder,
 };
 
-/// Guest memory as every device sees it. The bitmap type is the one that virtiofsd insists on; no
-/// bitmap is ever put into it.
+/// Guest memory as every device sees it. virtiofsd insists on the bitmap type; there is never a bitmap in it.
 pub type GuestMemory = GuestMemoryMmap<BitmapMmapRegion>;
 
 /// Size of a page of guest memory in bytes.
 const PAGE: usize = 4096;
 
-/// Making guest memory failed.
+/// Guest memory cannot be mapped.
 #[derive(Debug, Error)]
 pub enum MemoryError {
     #[error("cannot map {mib} MiB of guest memory; ask for less, or free memory on the host")]
@@ -39,13 +38,13 @@ pub fn allocate(ranges: &[(GuestAddress, usize)]) -> Result<GuestMemory, MemoryE
     GuestMemory::from_regions(regions).map_err(|_| MemoryError::Layout { mib })
 }
 
-/// Guest memory with one more range behind it.
+/// Maps one more range of guest memory, and returns all of it.
 pub fn extend(memory: &GuestMemory, range: (GuestAddress, usize)) -> Result<GuestMemory, MemoryError> {
     let mib = (total_bytes(memory) >> 20) + (range.1 as u64 >> 20);
     memory.insert_region(Arc::new(map(range, mib)?)).map_err(|_| MemoryError::Layout { mib })
 }
 
-/// `mib` is how much is mapped in all, for messages.
+/// Maps one range of guest memory. `mib` is how much is mapped in all, for messages.
 fn map(
     (start, size): (GuestAddress, usize),
     mib: u64,
@@ -71,10 +70,10 @@ pub fn resident_bytes(memory: &GuestMemory) -> u64 {
 }
 
 fn resident_pages(region: &GuestRegionMmap<BitmapMmapRegion>) -> u64 {
-    /// Pages looked at per call, so that the answer's buffer stays small for any size of guest.
+    /// Pages per call, so that the buffer stays small for a guest of any size.
     const WINDOW: usize = 16 * 1024;
     let mut residency = vec![0u8; WINDOW];
-    let size = usize::try_from(region.len()).unwrap_or(usize::MAX);
+    let size = to_usize(region.len());
     (0..size)
         .step_by(WINDOW * PAGE)
         .map(|offset| {
@@ -89,6 +88,14 @@ fn resident_pages(region: &GuestRegionMmap<BitmapMmapRegion>) -> u64 {
             residency[..length.div_ceil(PAGE)].iter().filter(|page| **page & 1 != 0).count() as u64
         })
         .sum()
+}
+
+/// A number of bytes as a size in this process's address space.
+pub const fn to_usize(bytes: u64) -> usize {
+    const { assert!(usize::BITS == u64::BITS, "machines run on 64-bit hosts only") };
+    #[expect(clippy::cast_possible_truncation, reason = "both have 64 bits")]
+    let bytes = bytes as usize;
+    bytes
 }
 
 /// Total bytes of guest memory.

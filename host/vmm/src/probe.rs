@@ -1,7 +1,7 @@
-//! Whether this host's KVM can run a guest: found out by running one.
+//! Finds out whether this host's KVM can run a guest, by running one.
 //!
-//! A `/dev/kvm` that opens tells little. There are KVMs without a processor's support for it: they emulate a
-//! kernel instruction by instruction, slowly, until one comes that they do not know.
+//! That `/dev/kvm` can be opened tells little. There are KVMs without a processor's support for virtualization: they
+//! emulate a kernel instruction by instruction, slowly, until one comes that they do not know.
 
 use std::{
     io,
@@ -30,22 +30,22 @@ use crate::{
 };
 
 const DEVICE: &str = "/dev/kvm";
-/// The one version of KVM's interface there is (Linux `Documentation/virt/kvm/api.rst`, 4.1).
+/// The only version of KVM's interface (Linux `Documentation/virt/kvm/api.rst`, 4.1).
 const API_VERSION: i32 = 12;
-/// How long the guest may take. It needs some milliseconds, most of them its timer's.
+/// How long the guest may take. It needs some milliseconds, most of which it waits for its timer.
 const LIMIT: Duration = Duration::from_secs(1);
 
-/// How far a guest came; the numbers are what it tells.
+/// How far the test guest has come. It reports the numbers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Progress {
-    /// Nothing has been heard of it.
+    /// It has reported nothing.
     Nothing = 0,
     /// It runs 64-bit code in the upper half of the address space.
     Started = 1,
     /// It runs at a processor's speed.
     Computed = 2,
-    /// It was woken from its halt by an interrupt. That was all.
+    /// An interrupt has woken it from its halt. That was the last step.
     Woken = 3,
 }
 
@@ -58,13 +58,13 @@ impl Progress {
         }
     }
 
-    /// Where a guest stands that came no further.
-    fn place(self) -> &'static str {
+    /// When a guest that has come no further has stopped, as a part of a sentence.
+    fn when_stopped(self) -> &'static str {
         match self {
             Progress::Nothing => "before its 64-bit code could run in the upper half of the address space",
             Progress::Started => "while it was computing",
             Progress::Computed => "while it was waiting for its timer's interrupt",
-            Progress::Woken => "after all it had to do",
+            Progress::Woken => "after its last step",
         }
     }
 }
@@ -89,23 +89,23 @@ pub enum ProbeError {
     Load(#[from] RegisterError),
     #[error("no thread can be started for the test guest")]
     Thread(#[source] io::Error),
-    #[error("the test guest was given up after {} s, {}", LIMIT.as_secs(), reached.place())]
+    #[error("the test guest was given up after {} s, {}", LIMIT.as_secs(), reached.when_stopped())]
     Timeout { reached: Progress },
-    #[error("the test guest ended {}", reached.place())]
+    #[error("the test guest ended {}", reached.when_stopped())]
     Ended {
         reached: Progress,
         #[source]
         reason: ExitReason,
     },
-    #[error("the test guest told {value} {}", reached.place())]
-    Nonsense { reached: Progress, value: u8 },
+    #[error("the test guest reported {value} {}", reached.when_stopped())]
+    UnexpectedReport { reached: Progress, value: u8 },
 }
 
 /// Runs a tiny guest in this host's KVM: 64-bit code in the upper half of the address space that computes a
 /// little, halts, and is woken by its local APIC's timer. Takes at most a second.
 ///
-/// A guest that does not finish keeps its thread, because nothing is certain to get a vCPU out of a KVM that
-/// does not work; both end with the process, which should not go on for long after such an answer.
+/// A guest that does not finish keeps its thread, because nothing is certain to get a vCPU out of a KVM that does not
+/// work. Both end with the process, which should not go on for long after an error.
 pub fn probe() -> Result<(), ProbeError> {
     let guest = Guest::new(&open()?)?;
     let (reports, received) = mpsc::channel();
@@ -113,9 +113,10 @@ pub fn probe() -> Result<(), ProbeError> {
         .name("probe".into())
         .spawn(move || guest.run(&reports))
         .map_err(ProbeError::Thread)?;
-    judge(&received, Instant::now() + LIMIT)
+    await_last_step(&received, Instant::now() + LIMIT)
 }
 
+/// Opens KVM and checks its version.
 fn open() -> Result<Kvm, ProbeError> {
     let kvm = Kvm::new().map_err(|error| open_error(io::Error::from_raw_os_error(error.errno())))?;
     match kvm.get_api_version() {
@@ -137,13 +138,13 @@ fn open_error(error: io::Error) -> ProbeError {
     }
 }
 
-/// What the guest's thread tells.
+/// What the guest's thread reports.
 enum Report {
     Reached(u8),
     Ended(ExitReason),
 }
 
-/// One vCPU and all that it needs. In the order in which it is undone.
+/// One vCPU and what it needs, in the order in which they are dropped.
 struct Guest {
     vcpu: VcpuFd,
     _vm: Arc<VmFd>,
@@ -156,36 +157,39 @@ impl Guest {
         arch::set_up_vm(&vm).map_err(machine::refused("give the machine interrupt controllers"))?;
         let memory = memory::allocate(&[(GuestAddress(0), MEMORY_BYTES)]).map_err(machine::Error::Memory)?;
         register_memory(&vm, &memory)?;
-        let vcpu = vcpu::Maker::new(kvm, vm.clone(), 1, false)?.make(0)?;
+        let vcpu = vcpu::VcpuFactory::new(kvm, vm.clone(), 1, false)?.create(0)?;
         registers::enter_kernel(&vcpu, arch::probe::load(&memory)?)?;
         Ok(Guest { vcpu, _vm: vm, _memory: memory })
     }
 
-    /// Runs until the guest ends or has told its last. Nobody may listen any more: the time is up then.
+    /// Runs until the guest has ended or reported its last step, or nobody receives the reports any more because the
+    /// time is up.
     fn run(mut self, reports: &Sender<Report>) {
         loop {
             let report = match self.vcpu.run() {
                 Ok(VcpuExit::IoOut(PORT, &[value])) => Report::Reached(value),
-                Ok(VcpuExit::Shutdown) => Report::Ended(ExitReason::TripleFault(vcpu::place(&self.vcpu))),
+                Ok(VcpuExit::Shutdown) => {
+                    Report::Ended(ExitReason::TripleFault(vcpu::describe_registers(&self.vcpu)))
+                }
                 Ok(VcpuExit::Intr) => continue,
-                Ok(exit) => Report::Ended(vcpu::unexpected(&exit)),
+                Ok(exit) => Report::Ended(vcpu::unexpected_exit(&exit)),
                 Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => continue,
                 Err(error) => Report::Ended(ExitReason::Kvm(format!("KVM_RUN failed: {error}"))),
             };
-            let goes_on = matches!(report, Report::Reached(value) if value != Progress::Woken as u8);
-            if reports.send(report).is_err() || !goes_on {
+            let continues = matches!(report, Report::Reached(value) if value != Progress::Woken as u8);
+            if reports.send(report).is_err() || !continues {
                 return;
             }
         }
     }
 }
 
-fn judge(reports: &Receiver<Report>, deadline: Instant) -> Result<(), ProbeError> {
+fn await_last_step(reports: &Receiver<Report>, deadline: Instant) -> Result<(), ProbeError> {
     let mut reached = Progress::Nothing;
     while reached != Progress::Woken {
         match reports.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
             Ok(Report::Reached(value)) if value == reached.next() as u8 => reached = reached.next(),
-            Ok(Report::Reached(value)) => return Err(ProbeError::Nonsense { reached, value }),
+            Ok(Report::Reached(value)) => return Err(ProbeError::UnexpectedReport { reached, value }),
             Ok(Report::Ended(reason)) => return Err(ProbeError::Ended { reached, reason }),
             Err(_) => return Err(ProbeError::Timeout { reached }),
         }
@@ -197,29 +201,29 @@ fn judge(reports: &Receiver<Report>, deadline: Instant) -> Result<(), ProbeError
 mod tests {
     use super::*;
 
-    /// What comes of a guest that tells of `told` and then, if it ends, ends for `reason`.
-    fn judged(told: &[Progress], reason: Option<ExitReason>) -> Result<(), ProbeError> {
+    /// The outcome for a guest that makes these reports and then, if there is a reason, ends.
+    fn outcome(reports: &[Progress], reason: Option<ExitReason>) -> Result<(), ProbeError> {
         let (sender, receiver) = mpsc::channel();
-        for progress in told {
+        for progress in reports {
             sender.send(Report::Reached(*progress as u8)).unwrap();
         }
         if let Some(reason) = reason {
             sender.send(Report::Ended(reason)).unwrap();
         }
-        judge(&receiver, Instant::now())
+        await_last_step(&receiver, Instant::now())
     }
 
     #[test]
     fn a_guest_that_computes_and_is_woken_is_good() {
-        judged(&[Progress::Started, Progress::Computed, Progress::Woken], None).unwrap();
+        outcome(&[Progress::Started, Progress::Computed, Progress::Woken], None).unwrap();
     }
 
     #[test]
     fn a_guest_that_comes_no_further_is_given_up_where_it_stands() {
-        let told = [Progress::Started, Progress::Computed];
+        let reports = [Progress::Started, Progress::Computed];
         for (count, expected) in [Progress::Nothing, Progress::Started, Progress::Computed].iter().enumerate()
         {
-            let result = judged(&told[..count], None);
+            let result = outcome(&reports[..count], None);
             assert!(
                 matches!(result, Err(ProbeError::Timeout { reached }) if reached == *expected),
                 "{result:?}"
@@ -229,22 +233,22 @@ mod tests {
 
     #[test]
     fn a_guest_that_wakes_without_its_interrupt_has_gone_wrong() {
-        let result = judged(&[Progress::Started, Progress::Computed, Progress::Computed], None);
+        let result = outcome(&[Progress::Started, Progress::Computed, Progress::Computed], None);
         assert!(
-            matches!(result, Err(ProbeError::Nonsense { reached: Progress::Computed, value: 2 })),
+            matches!(result, Err(ProbeError::UnexpectedReport { reached: Progress::Computed, value: 2 })),
             "{result:?}"
         );
     }
 
     #[test]
     fn a_step_that_was_left_out_is_noticed() {
-        let result = judged(&[Progress::Started, Progress::Woken], None);
-        assert!(matches!(result, Err(ProbeError::Nonsense { .. })), "{result:?}");
+        let result = outcome(&[Progress::Started, Progress::Woken], None);
+        assert!(matches!(result, Err(ProbeError::UnexpectedReport { .. })), "{result:?}");
     }
 
     #[test]
     fn the_step_at_which_a_guest_ended_is_told() {
-        let error = judged(&[Progress::Started], Some(ExitReason::GuestReset)).unwrap_err();
+        let error = outcome(&[Progress::Started], Some(ExitReason::GuestReset)).unwrap_err();
         assert_eq!(error.to_string(), "the test guest ended while it was computing");
     }
 

@@ -1,4 +1,4 @@
-//! vCPU threads: each runs its part of the guest and takes its device accesses to the bus.
+//! vCPUs and their threads: each thread runs its vCPU and takes its accesses to devices to the bus.
 
 use std::{
     io,
@@ -15,26 +15,26 @@ use crate::{
     machine::{Error, refused},
 };
 
-/// Makes a machine's vCPUs, each as it is after a reset.
+/// Makes a machine's vCPUs, each in its state after a reset.
 ///
-/// The guest is told at its start of all that there may ever be. Those that are not made yet do not answer
-/// when it tries to start them, and cost the host nothing.
-pub struct Maker {
+/// The guest learns at its start of all vCPUs that there may ever be. Those that are not made yet do not respond when
+/// it tries to start them, and cost the host nothing.
+pub struct VcpuFactory {
     vm: Arc<VmFd>,
-    allowed: cpuid::Allowed,
+    allowed: cpuid::AllowedCpuid,
     max: u8,
 }
 
-impl Maker {
-    /// For a machine that never has more than `max`. `nested`: whether its guest may have virtual machines of its own.
-    pub fn new(kvm: &Kvm, vm: Arc<VmFd>, max: u8, nested: bool) -> Result<Maker, Error> {
+impl VcpuFactory {
+    /// For a machine that never has more than `max` vCPUs. `nested`: whether its guest may run virtual machines itself.
+    pub fn new(kvm: &Kvm, vm: Arc<VmFd>, max: u8, nested: bool) -> Result<VcpuFactory, Error> {
         let allowed =
             cpuid::allowed(kvm, nested).map_err(refused("tell what processor features it supports"))?;
-        Ok(Maker { vm, allowed, max })
+        Ok(VcpuFactory { vm, allowed, max })
     }
 
     /// Makes the vCPU with this number.
-    pub fn make(&self, id: u8) -> Result<VcpuFd, Error> {
+    pub fn create(&self, id: u8) -> Result<VcpuFd, Error> {
         let vcpu = self.vm.create_vcpu(u64::from(id)).map_err(refused("create a vCPU"))?;
         vcpu.set_cpuid2(&cpuid::for_vcpu(&self.allowed, id, self.max))
             .map_err(refused("take a vCPU's CPUID"))?;
@@ -45,57 +45,58 @@ impl Maker {
 
 /// The vCPUs of a running machine.
 pub struct Vcpus {
-    pub maker: Maker,
+    pub factory: VcpuFactory,
     pub bus: Arc<Bus>,
-    /// Where the reason of the machine's end goes.
-    pub ended: Sender<ExitReason>,
-    /// How many there are.
+    /// Takes the reason for the machine's end.
+    pub exit_reasons: Sender<ExitReason>,
+    /// Number of vCPUs that run.
     pub count: u8,
 }
 
 impl Vcpus {
-    /// Most that there can be.
+    /// Most vCPUs that the machine can have.
     pub fn max(&self) -> u8 {
-        self.maker.max
+        self.factory.max
     }
 
-    /// Makes more of them until there are `count`. Each waits in KVM until the guest starts it.
+    /// Adds vCPUs until there are `count`, or as many as the machine can have. Each waits in KVM until the guest starts
+    /// it.
     pub fn grow_to(&mut self, count: u8) -> Result<(), Error> {
         while self.count < count.min(self.max()) {
-            let vcpu = self.maker.make(self.count)?;
+            let vcpu = self.factory.create(self.count)?;
             self.run(vcpu)?;
         }
         Ok(())
     }
 
-    /// Gives the next vCPU its thread.
+    /// Starts the thread of the next vCPU.
     pub fn run(&mut self, vcpu: VcpuFd) -> Result<(), Error> {
-        start(self.count, vcpu, self.bus.clone(), self.ended.clone())
+        spawn_vcpu_thread(self.count, vcpu, self.bus.clone(), self.exit_reasons.clone())
             .map_err(|source| Error::Io { what: "vCPU threads", source })?;
         self.count += 1;
         Ok(())
     }
 }
 
-/// Starts a thread that runs `vcpu` until the machine ends; the reason goes to `ended`.
+/// Starts a thread that runs `vcpu` until the machine ends, and then sends the reason.
 ///
-/// Nothing stops a vCPU from outside but the end of the process: a machine that ends takes all its
-/// threads with it, which needs no signal and no handshake.
-pub fn start(
+/// Nothing stops a vCPU from outside except the end of the process: the threads of a machine end with it, which needs
+/// neither a signal nor a handshake.
+fn spawn_vcpu_thread(
     id: u8,
     mut vcpu: VcpuFd,
     bus: Arc<Bus>,
-    ended: Sender<ExitReason>,
+    exit_reasons: Sender<ExitReason>,
 ) -> io::Result<JoinHandle<()>> {
     std::thread::Builder::new().name(format!("vcpu{id}")).spawn(move || {
         let reason = run(&mut vcpu, &bus);
-        // The receiver is gone only when the machine is ending already.
-        let _ = ended.send(reason);
+        // There is no receiver any more only if the machine is ending already.
+        let _ = exit_reasons.send(reason);
     })
 }
 
-/// Where a vCPU stands, for whoever has to find out why.
-pub fn place(vcpu: &VcpuFd) -> String {
+/// The registers that tell where a vCPU has stopped, for messages.
+pub fn describe_registers(vcpu: &VcpuFd) -> String {
     match (vcpu.get_regs(), vcpu.get_sregs()) {
         (Ok(registers), Ok(special)) => format!(
             "rip {:#x}, rsp {:#x}, cr2 {:#x}, cr3 {:#x}",
@@ -105,8 +106,8 @@ pub fn place(vcpu: &VcpuFd) -> String {
     }
 }
 
-/// An exit that no guest is known to cause.
-pub fn unexpected(exit: &VcpuExit) -> ExitReason {
+/// The end of a machine by an exit that no guest is known to cause.
+pub fn unexpected_exit(exit: &VcpuExit) -> ExitReason {
     ExitReason::Kvm(match exit {
         VcpuExit::FailEntry(reason, _) => {
             format!("the processor refuses to enter the guest (reason {reason:#x})")
@@ -126,9 +127,9 @@ fn run(vcpu: &mut VcpuFd, bus: &Bus) -> ExitReason {
                 PortWrite::Done => {}
                 PortWrite::Reset => return ExitReason::GuestReset,
             },
-            Ok(VcpuExit::Shutdown) => return ExitReason::TripleFault(place(vcpu)),
+            Ok(VcpuExit::Shutdown) => return ExitReason::TripleFault(describe_registers(vcpu)),
             Ok(VcpuExit::Hlt | VcpuExit::Intr | VcpuExit::IrqWindowOpen) => {}
-            Ok(exit) => return unexpected(&exit),
+            Ok(exit) => return unexpected_exit(&exit),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
             Err(error) => return ExitReason::Kvm(format!("KVM_RUN failed: {error}")),
         }

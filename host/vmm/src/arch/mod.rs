@@ -1,5 +1,5 @@
-//! What differs between processor architectures: the address layout, the state in which a vCPU
-//! starts, and what the kernel is told at boot.
+//! What depends on the processor architecture: the address layout, the state in which a vCPU starts, and the boot
+//! parameters of the kernel.
 
 #[cfg(target_arch = "x86_64")]
 pub mod x86_64;

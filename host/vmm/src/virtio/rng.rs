@@ -1,7 +1,8 @@
 //! virtio-rng (virtio 1.2, section 5.4): the host's entropy for the guest.
 //!
-//! A request is short and bounded, so the vCPU that makes it does the work: no thread for a device
-//! that is used a few times in the life of a pod.
+//! The device has no thread, because it is used a few times in the life of a pod: the vCPU that makes a request serves
+//! it, which is short and bounded. Trust: the guest chooses where the bytes go and how many it wants; each request gets
+//! at most [`REQUEST_MAX`] bytes, and each notification at most [`BATCH`] requests.
 
 use virtio_queue::QueueT as _;
 use vm_memory::Bytes as _;
@@ -10,10 +11,10 @@ use super::{ActivateError, Active, ActiveQueue, Counter, Device, F_EVENT_IDX, al
 use crate::memory::GuestMemory;
 
 const QUEUE_SIZE: u16 = 64;
-/// Requests served for one notification, as many as there can be at a time: a vCPU that goes on asking must not keep
-/// another in here.
+/// Most requests served for one notification: as many as there can be at a time. A vCPU that goes on asking must not
+/// keep another vCPU, which has notified the device, in its slot's lock.
 const BATCH: usize = QUEUE_SIZE as usize;
-/// Most bytes given for one request; the guest asks again if it wants more.
+/// Most bytes given for one request. The guest asks again if it wants more.
 const REQUEST_MAX: usize = 4096;
 
 /// The entropy device.
@@ -30,7 +31,7 @@ impl Rng {
         for _ in 0..batch {
             let chain = match queue.pop(memory)? {
                 Some(chain) => chain,
-                // One may have come before the guest was asked to notify of it.
+                // A request may have come before the guest was asked to notify the device.
                 None if queue.queue.enable_notification(&*memory)? => continue,
                 None => break,
             };
@@ -39,14 +40,13 @@ impl Rng {
             self.bytes.add(u64::from(given));
             queue.add_used(memory, head, given)?;
         }
-        // A guest that makes more requests than that, without waiting, has to notify once more.
+        // A guest that makes more requests than a batch, without waiting, has to notify the device once more.
         queue.queue.enable_notification(&*memory)?;
         queue.signal(memory)
     }
 }
 
-/// Fills the start of a buffer; answers with the number of bytes written, 0 if the buffer is not in
-/// memory.
+/// Fills the start of a buffer. Returns the number of bytes written: 0 if the buffer is not in memory.
 fn fill(memory: &GuestMemory, address: vm_memory::GuestAddress, length: u32) -> u32 {
     let mut random = [0u8; REQUEST_MAX];
     let wanted = &mut random[..REQUEST_MAX.min(length as usize)];
@@ -54,7 +54,12 @@ fn fill(memory: &GuestMemory, address: vm_memory::GuestAddress, length: u32) -> 
         return 0;
     };
     match memory.write_slice(&wanted[..given], address) {
-        Ok(()) => u32::try_from(given).unwrap_or(0),
+        Ok(()) => {
+            let Ok(given) = u32::try_from(given) else {
+                unreachable!("at most {REQUEST_MAX} bytes were asked for")
+            };
+            given
+        }
         Err(_) => 0,
     }
 }

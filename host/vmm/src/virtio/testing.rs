@@ -13,7 +13,7 @@ const DESCRIPTOR_NEXT: u16 = 1;
 const DESCRIPTOR_WRITABLE: u16 = 2;
 const AVAILABLE: u64 = 0x1000;
 const USED: u64 = 0x2000;
-/// Room that a ring takes in guest memory.
+/// Bytes that a ring takes in guest memory.
 pub const RING_SIZE: u64 = 0x4000;
 
 /// 16 MiB of guest memory.
@@ -29,14 +29,14 @@ pub struct Buffer {
     pub writable: bool,
 }
 
-/// A ring as the guest's driver has it.
+/// The driver's side of a ring.
 pub struct Ring {
     memory: GuestMemory,
     base: u64,
     size: u16,
     next_descriptor: u16,
     available: u16,
-    seen: u16,
+    used_seen: u16,
 }
 
 impl Ring {
@@ -51,11 +51,12 @@ impl Ring {
         assert!(queue.is_valid(memory));
         let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let interrupt = Interrupt(Arc::new(event()));
-        let ring = Ring { memory: memory.clone(), base, size, next_descriptor: 0, available: 0, seen: 0 };
+        let ring =
+            Ring { memory: memory.clone(), base, size, next_descriptor: 0, available: 0, used_seen: 0 };
         (ring, ActiveQueue::new(queue, event(), interrupt))
     }
 
-    /// Makes a chain available; answers with its head.
+    /// Makes a chain available, and returns its head.
     pub fn add(&mut self, chain: &[Buffer]) -> u16 {
         let head = self.next_descriptor;
         for (index, buffer) in chain.iter().enumerate() {
@@ -75,7 +76,7 @@ impl Ring {
         head
     }
 
-    /// Makes whatever head available.
+    /// Makes a head available, even one that does not exist.
     pub fn offer(&mut self, head: u16) {
         let slot = self.base + AVAILABLE + 4 + u64::from(self.available % self.size) * 2;
         self.memory.write_obj(head, GuestAddress(slot)).unwrap();
@@ -88,14 +89,14 @@ impl Ring {
         self.memory.write_obj(index, GuestAddress(self.base + AVAILABLE + 2)).unwrap();
     }
 
-    /// The next chain that the device has given back: its head and the bytes written.
+    /// Takes the next chain that the device has returned: its head and the number of bytes that were written.
     pub fn used(&mut self) -> Option<(u16, u32)> {
         let index: u16 = self.memory.read_obj(GuestAddress(self.base + USED + 2)).unwrap();
-        if index == self.seen {
+        if index == self.used_seen {
             return None;
         }
-        let slot = self.base + USED + 4 + u64::from(self.seen % self.size) * 8;
-        self.seen = self.seen.wrapping_add(1);
+        let slot = self.base + USED + 4 + u64::from(self.used_seen % self.size) * 8;
+        self.used_seen = self.used_seen.wrapping_add(1);
         let head: u32 = self.memory.read_obj(GuestAddress(slot)).unwrap();
         let length = self.memory.read_obj(GuestAddress(slot + 4)).unwrap();
         Some((u16::try_from(head).unwrap(), length))

@@ -23,12 +23,12 @@ use crate::memory::{self, GuestMemory};
 const BOOT_FLAG: u16 = 0xaa55;
 const HEADER_MAGIC: u32 = 0x5372_6448;
 const LOADER_UNDEFINED: u8 = 0xff;
-/// The kernel asks for this much room to unpack itself; an ELF kernel only checks it.
+/// The alignment that a compressed kernel needs to unpack itself. An ELF kernel only checks the field.
 const KERNEL_ALIGNMENT: u32 = 0x100_0000;
 const E820_RAM: u32 = 1;
 const PAGE: u64 = 4096;
 
-/// Loading what the guest boots failed.
+/// What the guest boots cannot be loaded.
 #[derive(Debug, Error)]
 pub enum BootError {
     #[error("cannot open the guest kernel {path}")]
@@ -70,7 +70,8 @@ pub enum BootError {
     Registers(#[source] RegisterError),
 }
 
-/// Loads everything; answers with the address of the kernel's first instruction.
+/// Loads the kernel, the initial ramfs and the boot parameters for a guest of at most `vcpus`. Returns the address of
+/// the kernel's first instruction.
 pub fn load(
     memory: &GuestMemory,
     kernel: &Path,
@@ -85,7 +86,7 @@ pub fn load(
         .map_err(|source| kernel_error(kernel, mib, source))?;
     let (ramdisk, ramdisk_size) = load_initramfs(memory, initramfs, loaded.kernel_end)?;
 
-    // One byte of room for the terminator.
+    // The terminator needs one byte.
     if cmdline.len() >= CMDLINE_MAX {
         return Err(BootError::Cmdline { length: cmdline.len() });
     }
@@ -111,12 +112,13 @@ pub fn load(
     Ok(loaded.kernel_load)
 }
 
-/// Addresses and sizes of the boot parameters have 32 bits. All of ours lie in the first region of
-/// memory, which ends below 4 GiB.
-#[allow(clippy::cast_possible_truncation)]
+/// An address or a size in the boot parameters, which have 32 bits. All of them belong to the first region of memory,
+/// which ends below 4 GiB.
 fn low(address: u64) -> u32 {
-    debug_assert!(u32::try_from(address).is_ok());
-    address as u32
+    let Ok(address) = u32::try_from(address) else {
+        unreachable!("{address:#x} is not below the device gap")
+    };
+    address
 }
 
 fn kernel_error(path: &Path, mib: u64, source: loader::Error) -> BootError {
@@ -128,8 +130,8 @@ fn kernel_error(path: &Path, mib: u64, source: loader::Error) -> BootError {
     }
 }
 
-/// Puts the initramfs at the end of the memory below the device gap, where the kernel's own early
-/// allocations do not reach.
+/// Loads the initramfs at the end of the memory below the device gap, where the kernel makes no early allocations.
+/// Returns its address and its size in bytes.
 fn load_initramfs(
     memory: &GuestMemory,
     path: &Path,
@@ -153,7 +155,7 @@ fn load_initramfs(
     Ok((GuestAddress(start), size))
 }
 
-/// The memory that the kernel may use, as (start, size).
+/// The memory that the kernel may use, as start and size in bytes.
 fn usable_memory(memory: &GuestMemory) -> Vec<(u64, u64)> {
     let mut usable = vec![(0, LOW_MEMORY_END)];
     for (start, size) in memory_ranges(memory::total_bytes(memory)) {

@@ -1,5 +1,5 @@
-//! `x86_64`: the kernel is entered by the 64-bit boot protocol (Linux
-//! `Documentation/arch/x86/boot.rst`), without firmware, ACPI or PCI.
+//! `x86_64`: the machine enters the kernel by the 64-bit boot protocol (Linux `Documentation/arch/x86/boot.rst`),
+//! without firmware, ACPI or PCI.
 
 pub mod boot;
 pub mod cpuid;
@@ -10,7 +10,7 @@ pub mod registers;
 
 use kvm_ioctls::VmFd;
 
-/// Gives the VM the interrupt controllers that every vCPU relies on, before the first vCPU is made.
+/// Gives the VM the interrupt controllers that every vCPU needs. Must be called before the first vCPU is made.
 ///
 /// There is no timer chip: the guest takes its clock from kvm-clock and its ticks from the local
 /// APIC's TSC deadline.

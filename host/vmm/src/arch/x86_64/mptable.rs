@@ -1,5 +1,5 @@
-//! The MP table: without ACPI it is how the kernel learns of its processors and interrupt lines
-//! (Intel `MultiProcessor` Specification 1.4, chapter 4).
+//! The MP table (Intel `MultiProcessor` Specification 1.4, chapter 4), in which a kernel finds its processors and
+//! interrupts without ACPI.
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
@@ -31,10 +31,11 @@ pub fn write(memory: &GuestMemory, vcpus: u8) -> Result<(), GuestMemoryError> {
     let pointer_size: u32 = 16;
     let mut bytes = floating_pointer(MP_TABLE + pointer_size).to_vec();
     bytes.extend(table);
-    debug_assert!(bytes.len() <= MP_TABLE_MAX);
+    assert!(bytes.len() <= MP_TABLE_MAX, "the MP table has {} bytes", bytes.len());
     memory.write_slice(&bytes, GuestAddress(MP_TABLE.into()))
 }
 
+/// The structure that the kernel searches for, which contains the address of the configuration table.
 fn floating_pointer(table: u32) -> [u8; 16] {
     let mut bytes = [0; 16];
     bytes[0..4].copy_from_slice(b"_MP_");
@@ -57,7 +58,7 @@ fn configuration_table(vcpus: u8) -> Vec<u8> {
         let flags = PROCESSOR_ENABLED | if id == 0 { PROCESSOR_BOOT } else { 0 };
         let mut entry = [0u8; 20];
         entry[..4].copy_from_slice(&[ENTRY_PROCESSOR, id, APIC_VERSION, flags]);
-        // Signature and features: family 6 with an APIC and an FPU. The kernel reads CPUID instead.
+        // The processor's signature and features: family 6 with an APIC and an FPU. Linux reads CPUID instead.
         entry[4..8].copy_from_slice(&0x600u32.to_le_bytes());
         entry[8..12].copy_from_slice(&0x201u32.to_le_bytes());
         add(&entry);
@@ -68,7 +69,7 @@ fn configuration_table(vcpus: u8) -> Vec<u8> {
     ioapic[4..].copy_from_slice(&IOAPIC_ADDRESS.to_le_bytes());
     add(&ioapic);
     for irq in 0..=LAST_IRQ {
-        // Polarity and trigger "as the bus": edge, active high, which is what an irqfd gives.
+        // Polarity and trigger mode are those of the ISA bus, edge-triggered and active high, as an irqfd's.
         add(&[ENTRY_IO_INTERRUPT, INTERRUPT_VECTORED, 0, 0, ISA_BUS, irq, ioapic_id, irq]);
     }
     add(&[ENTRY_LOCAL_INTERRUPT, INTERRUPT_EXTERNAL, 0, 0, ISA_BUS, 0, 0, 0]);
@@ -76,8 +77,9 @@ fn configuration_table(vcpus: u8) -> Vec<u8> {
 
     let mut table = vec![0u8; 44];
     table[0..4].copy_from_slice(b"PCMP");
-    // 255 processors make 5 KiB.
-    let length = u16::try_from(table.len() + entries.len()).unwrap_or(u16::MAX);
+    let Ok(length) = u16::try_from(table.len() + entries.len()) else {
+        unreachable!("the entries of 255 processors have 5 KiB")
+    };
     table[4..6].copy_from_slice(&length.to_le_bytes());
     table[6] = SPECIFICATION_1_4;
     table[8..16].copy_from_slice(b"PERICARP");

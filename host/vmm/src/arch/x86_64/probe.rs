@@ -1,6 +1,6 @@
-//! The guest of [`probe`](crate::probe()): the least that needs of KVM what a stock kernel needs. It
-//! starts as a kernel does (see [`registers`]), jumps to the upper half of the address space, computes,
-//! halts, and is woken by its local APIC's timer.
+//! The test guest of [`probe`](crate::probe()): the smallest guest that needs of KVM what a stock kernel needs. It
+//! starts as a kernel does (see [`registers`]), jumps to the upper half of the address space, computes, halts, and is
+//! woken by its local APIC's timer.
 
 use vm_memory::{Bytes, GuestAddress, GuestMemoryError};
 
@@ -10,28 +10,28 @@ use super::{
 };
 use crate::{memory::GuestMemory, probe::Progress};
 
-/// Size of the guest's memory in bytes: the one large page that the upper half maps.
+/// Size of the guest's memory in bytes: the large page that the upper half maps.
 pub const MEMORY_BYTES: usize = 2 << 20;
-/// The guest tells this port its [`Progress`]; a PC's firmware uses it for the same.
+/// The port to which the guest reports its [`Progress`]. A PC's firmware uses it for that purpose too.
 pub const PORT: u16 = 0x80;
 
 const CODE: GuestAddress = GuestAddress(0x1_0000);
 const IDT: GuestAddress = GuestAddress(0x1_1000);
-/// What `lidt` reads: the offset of the table's last byte, and its address.
+/// The operand of `lidt`: the offset of the table's last byte, and its address.
 const IDT_POINTER: GuestAddress = GuestAddress(0x1_1800);
 /// Page tables of the upper half.
 const PDPT: GuestAddress = GuestAddress(0x1_2000);
 const PAGE_DIRECTORY: GuestAddress = GuestAddress(0x1_3000);
 
-/// Where a kernel maps itself: the last 2 GiB. The first page is the guest's memory, the second has
-/// the local APIC.
+/// The addresses to which a kernel maps itself: the last 2 GiB. Here the first large page is the guest's memory, and
+/// the second contains the local APIC.
 const UPPER_HALF: u64 = 0xffff_ffff_8000_0000;
 const UPPER_PML4_INDEX: u64 = UPPER_HALF >> 39 & 0x1ff;
 const UPPER_PDPT_INDEX: u64 = UPPER_HALF >> 30 & 0x1ff;
 const LOCAL_APIC: u64 = 0xfee0_0000;
 const PAGE_UNCACHED: u64 = 1 << 4 | 1 << 3;
 
-/// Vector of the timer's interrupt: the first that is no exception.
+/// Vector of the timer's interrupt: the first that does not belong to an exception.
 const VECTOR: u16 = 0x20;
 /// Offset of the interrupt's handler in [`INSTRUCTIONS`].
 const HANDLER: u64 = 0x6c;
@@ -79,13 +79,14 @@ const INSTRUCTIONS: [u8; 122] = [
     0x48, 0xcf,                               // iretq: to after the hlt
 ];
 
-/// Puts the guest into memory; answers with the address of its first instruction.
+/// Loads the guest into memory. Returns the address of its first instruction.
 pub fn load(memory: &GuestMemory) -> Result<GuestAddress, RegisterError> {
     registers::write_tables(memory)?;
     write(memory).map_err(RegisterError::Tables)?;
     Ok(CODE)
 }
 
+/// Writes the page tables of the upper half, the interrupt table and the instructions.
 fn write(memory: &GuestMemory) -> Result<(), GuestMemoryError> {
     let entry = |table: GuestAddress, index: u64| GuestAddress(table.0 + index * 8);
     memory.write_obj(PDPT.0 | PAGE_PRESENT_WRITABLE, entry(PML4, UPPER_PML4_INDEX))?;
@@ -94,7 +95,7 @@ fn write(memory: &GuestMemory) -> Result<(), GuestMemoryError> {
     let apic = LOCAL_APIC | PAGE_PRESENT_WRITABLE | PAGE_LARGE | PAGE_UNCACHED;
     memory.write_obj(apic, entry(PAGE_DIRECTORY, 1))?;
 
-    // All other vectors stay absent: an exception ends the guest with a triple fault.
+    // All other vectors are absent, so that an exception ends the guest with a triple fault.
     memory.write_obj(VECTOR * 16 + 15, IDT_POINTER)?;
     memory.write_obj(UPPER_HALF + IDT.0, GuestAddress(IDT_POINTER.0 + 2))?;
     let [low, high] = gate(UPPER_HALF + CODE.0 + HANDLER);

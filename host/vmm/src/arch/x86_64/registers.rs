@@ -1,5 +1,5 @@
-//! The state in which the first vCPU enters the kernel: 64-bit mode, the first GiB mapped onto
-//! itself, flat segments, interrupts off.
+//! The state in which the first vCPU enters the kernel: 64-bit mode, the first GiB mapped to itself, flat segments,
+//! interrupts disabled.
 
 use kvm_bindings::{Msrs, kvm_fpu, kvm_msr_entry, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
@@ -13,12 +13,12 @@ const CR0_PROTECTION: u64 = 1;
 const CR0_PAGING: u64 = 1 << 31;
 const CR4_PHYSICAL_ADDRESS_EXTENSION: u64 = 1 << 5;
 const EFER_LONG_MODE: u64 = 1 << 8 | 1 << 10;
-/// Reserved bit 1 of RFLAGS is always set.
+/// The initial RFLAGS. The reserved bit 1 is always set.
 const RFLAGS: u64 = 2;
 
-/// Flags of a page table's entry, for the supervisor.
+/// Flags of an entry in a page table: present, and writable for the supervisor.
 pub const PAGE_PRESENT_WRITABLE: u64 = 0b11;
-/// The entry of a page directory is a page of 2 MiB.
+/// Flag of an entry in a page directory: a page of 2 MiB.
 pub const PAGE_LARGE: u64 = 1 << 7;
 
 const MSR_MISC_ENABLE: u32 = 0x1a0;
@@ -32,7 +32,7 @@ const LAPIC_LVT_LINT1: usize = 0x360;
 const DELIVERY_NMI: u32 = 0x4;
 const DELIVERY_EXTERNAL: u32 = 0x7;
 
-/// Bringing a vCPU into its starting state failed.
+/// A vCPU cannot be brought into its initial state.
 #[derive(Debug, Error)]
 pub enum RegisterError {
     #[error("cannot write the boot page tables to guest memory")]
@@ -47,7 +47,7 @@ pub enum RegisterError {
     Msrs { accepted: usize, wanted: usize },
 }
 
-/// Writes descriptor table and page tables that [`enter_kernel`] points the vCPU at.
+/// Writes the descriptor table and the page tables that a vCPU uses after [`enter_kernel`].
 pub fn write_tables(memory: &GuestMemory) -> Result<(), RegisterError> {
     let tables = || -> Result<(), GuestMemoryError> {
         for (index, descriptor) in DESCRIPTORS.iter().enumerate() {
@@ -65,12 +65,13 @@ pub fn write_tables(memory: &GuestMemory) -> Result<(), RegisterError> {
     tables().map_err(RegisterError::Tables)
 }
 
-/// Null, unused, 64-bit code (selector 0x10), data (0x18): the selectors that Linux's boot protocol
-/// asks for.
+/// The segment descriptors: null, unused, 64-bit code (selector 0x10), data (0x18). Linux's boot protocol requires
+/// these selectors.
 const DESCRIPTORS: [u64; 4] = [0, 0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
-/// Offset of the table's last byte.
+/// Offset of the descriptor table's last byte.
 const GDT_LIMIT: u16 = 4 * 8 - 1;
 
+/// A flat segment.
 fn segment(selector: u16, code: bool) -> kvm_segment {
     kvm_segment {
         base: 0,
@@ -89,8 +90,8 @@ fn segment(selector: u16, code: bool) -> kvm_segment {
     }
 }
 
-/// Sets the vCPU so that its first instruction is the kernel's `entry`, as the 64-bit boot protocol
-/// defines it.
+/// Sets the registers of the vCPU that boots so that its first instruction is at `entry`, in the state that the 64-bit
+/// boot protocol requires.
 pub fn enter_kernel(vcpu: &VcpuFd, entry: GuestAddress) -> Result<(), RegisterError> {
     let kvm = |what| move |source| RegisterError::Kvm { what, source };
     let mut sregs = vcpu.get_sregs().map_err(kvm("segments"))?;
@@ -101,7 +102,7 @@ pub fn enter_kernel(vcpu: &VcpuFd, entry: GuestAddress) -> Result<(), RegisterEr
     sregs.cs = segment(0x10, true);
     let data = segment(0x18, false);
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
-    // KVM wants a busy 64-bit TSS for a vCPU in long mode.
+    // KVM requires a busy 64-bit TSS for a vCPU in long mode.
     sregs.tr.type_ = 0xb;
     sregs.cr0 |= CR0_PROTECTION | CR0_PAGING;
     sregs.cr3 = PML4.0;
@@ -120,7 +121,7 @@ pub fn enter_kernel(vcpu: &VcpuFd, entry: GuestAddress) -> Result<(), RegisterEr
     vcpu.set_regs(&regs).map_err(kvm("registers"))
 }
 
-/// Sets what every vCPU starts with, also those that the kernel starts later.
+/// Sets the initial state of any vCPU, including those that the kernel starts later.
 pub fn initialize(vcpu: &VcpuFd) -> Result<(), RegisterError> {
     let kvm = |what| move |source| RegisterError::Kvm { what, source };
     let fpu = kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..kvm_fpu::default() };
@@ -132,7 +133,7 @@ pub fn initialize(vcpu: &VcpuFd) -> Result<(), RegisterError> {
         (MSR_MTRR_DEFAULT_TYPE, MTRR_ENABLE | MTRR_WRITE_BACK),
     ]
     .map(|(index, data)| kvm_msr_entry { index, data, ..kvm_msr_entry::default() });
-    // The only error is a list beyond KVM's limit of entries; this one has two.
+    // The list is refused only if it has more entries than KVM allows.
     let msrs = Msrs::from_entries(&entries)
         .map_err(|_| RegisterError::Msrs { accepted: 0, wanted: entries.len() })?;
     let accepted = vcpu.set_msrs(&msrs).map_err(kvm("model-specific registers"))?;

@@ -21,7 +21,7 @@ fn disk(read_only: bool) -> (Blk, tempfile::NamedTempFile) {
     (Blk::new(5, &[file.path().to_owned()], read_only, "serial").unwrap(), file)
 }
 
-/// What the driver of Linux asks for: the first sector.
+/// A read of the first sector, laid out as Linux's driver does.
 fn chain() -> [Buffer; 3] {
     [(HEADER, 16, false), (DATA, 512, true), (STATUS, 1, true)].map(|(address, length, writable)| Buffer {
         address,
@@ -81,10 +81,10 @@ fn requests_are_served_until_the_device_stops_and_then_the_file_is_closed() {
         assert_eq!(memory.read_obj::<u8>(GuestAddress(DATA + 511)).unwrap(), 9);
     }
     assert!(interrupt.0.read().unwrap() >= 1);
-    let held = Arc::downgrade(&disk.disk);
+    let weak = Arc::downgrade(&disk.disk);
     disk.stop();
     drop(disk);
-    assert!(held.upgrade().is_none(), "something still holds the disk's files");
+    assert!(weak.upgrade().is_none(), "something still holds the disk's files");
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! What a disk is made of: files and block devices of the host, one after the other.
+//! The contents of a disk: files and block devices of the host, one after the other.
 
 use std::{
     fs::{File, OpenOptions},
@@ -12,16 +12,16 @@ use std::{
 
 use thiserror::Error;
 
-use super::{SERIAL_SIZE, pieces::Pieces};
+use super::{SERIAL_SIZE, iovecs::IoVecs};
 
-/// Bytes of a sector, in which virtio-blk counts whatever the disk's blocks are.
+/// Bytes of a sector, the unit in which virtio-blk counts, whatever the size of the disk's blocks is.
 pub const SECTOR: u64 = 512;
-/// Every segment starts on a multiple of this: file systems want their blocks aligned.
+/// Each segment starts at a multiple of this many bytes, because file systems want their blocks aligned.
 const ALIGNMENT: u64 = 4096;
-/// Most segments of a disk: overlayfs takes no more layers.
+/// Most segments of a disk. overlayfs takes no more layers.
 pub const SEGMENTS_MAX: usize = 500;
 
-/// A disk cannot be made.
+/// A disk cannot be opened.
 #[derive(Debug, Error)]
 pub enum DiskError {
     #[error("a disk needs 1 to {SEGMENTS_MAX} segments; {0} are asked for")]
@@ -38,14 +38,14 @@ pub enum DiskError {
     TooLarge { path: PathBuf },
 }
 
-/// Where a segment is on its disk.
+/// Where a segment is on its disk, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extent {
     pub offset: u64,
     pub length: u64,
 }
 
-/// Segments, in order and without overlaps.
+/// A disk: its segments, in order and without overlaps, and zeroes between them.
 pub struct Disk {
     segments: Vec<Segment>,
     read_only: bool,
@@ -57,14 +57,14 @@ struct Segment {
     extent: Extent,
 }
 
-/// A stretch of a request that one segment has, or none.
-enum Stretch<'a> {
+/// A range of a disk that belongs to one segment, or to none.
+enum DiskRange<'a> {
     Data { file: &'a File, offset: u64, length: u64 },
     Padding { length: u64 },
 }
 
 impl Disk {
-    /// Opens all segments.
+    /// Opens the files and block devices at `paths` as the disk's segments.
     pub fn open(paths: &[PathBuf], read_only: bool) -> Result<Disk, DiskError> {
         if paths.is_empty() || paths.len() > SEGMENTS_MAX {
             return Err(DiskError::Segments(paths.len()));
@@ -88,38 +88,38 @@ impl Disk {
         Ok(Disk { segments, read_only, block_size })
     }
 
-    /// Where the segments are.
+    /// Where the segments are on the disk.
     pub fn extents(&self) -> Vec<Extent> {
         self.segments.iter().map(|segment| segment.extent).collect()
     }
 
-    /// Whether nothing can be written to it.
-    pub fn read_only(&self) -> bool {
+    /// Whether nothing can be written to the disk.
+    pub fn is_read_only(&self) -> bool {
         self.read_only
     }
 
-    /// Its logical block size in bytes.
+    /// The disk's logical block size in bytes: that of its block device, if it is a single one, and 512 otherwise.
     pub fn block_size(&self) -> u32 {
         self.block_size
     }
 
-    /// Its size in bytes: the end of the last segment, in whole sectors.
+    /// The disk's size in bytes: the end of the last segment, in whole sectors.
     pub fn size(&self) -> u64 {
         let end = self.segments.last().map_or(0, |segment| segment.extent.offset + segment.extent.length);
         end.next_multiple_of(SECTOR)
     }
 
-    /// Fills `pieces` with what the disk has from `offset` on, which must not reach beyond its end.
-    pub fn read(&self, mut offset: u64, mut pieces: Pieces<'_>) -> io::Result<()> {
-        while !pieces.is_empty() {
-            match self.stretch(offset, pieces.length())? {
-                Stretch::Data { file, offset: from, length } => {
-                    let mut part = pieces.take_first(length);
+    /// Fills `target` with the disk's contents from `offset` on. Fails if they end before.
+    pub fn read(&self, mut offset: u64, mut target: IoVecs<'_>) -> io::Result<()> {
+        while !target.is_empty() {
+            match self.range_at(offset, target.length())? {
+                DiskRange::Data { file, offset: from, length } => {
+                    let mut part = target.take_first(length);
                     part.read_exact_at(file, from)?;
                     offset += length;
                 }
-                Stretch::Padding { length } => {
-                    pieces.take_first(length).fill_with_zeroes();
+                DiskRange::Padding { length } => {
+                    target.take_first(length).fill_with_zeroes();
                     offset += length;
                 }
             }
@@ -127,28 +127,28 @@ impl Disk {
         Ok(())
     }
 
-    /// Writes `pieces` to the disk from `offset` on.
-    pub fn write(&self, mut offset: u64, mut pieces: Pieces<'_>) -> io::Result<()> {
-        while !pieces.is_empty() {
-            match self.stretch(offset, pieces.length())? {
-                Stretch::Data { file, offset: to, length } => {
-                    let mut part = pieces.take_first(length);
+    /// Writes `data` to the disk from `offset` on. Fails if a part of that belongs to no segment.
+    pub fn write(&self, mut offset: u64, mut data: IoVecs<'_>) -> io::Result<()> {
+        while !data.is_empty() {
+            match self.range_at(offset, data.length())? {
+                DiskRange::Data { file, offset: to, length } => {
+                    let mut part = data.take_first(length);
                     part.write_all_at(file, to)?;
                     offset += length;
                 }
-                Stretch::Padding { .. } => return Err(io::ErrorKind::InvalidInput.into()),
+                DiskRange::Padding { .. } => return Err(io::ErrorKind::InvalidInput.into()),
             }
         }
         Ok(())
     }
 
-    /// Returns when everything written before is on the host's disks.
+    /// Returns once everything that was written before is on the host's disks.
     pub fn flush(&self) -> io::Result<()> {
         self.segments.iter().try_for_each(|segment| segment.file.sync_data())
     }
 
-    /// The longest stretch from `offset` on, at most `length` long, that is all of one kind.
-    fn stretch(&self, offset: u64, length: u64) -> io::Result<Stretch<'_>> {
+    /// The longest range from `offset` on, of at most `length` bytes, that belongs to one segment or to none.
+    fn range_at(&self, offset: u64, length: u64) -> io::Result<DiskRange<'_>> {
         if offset.checked_add(length).is_none_or(|end| end > self.size()) {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
@@ -159,18 +159,18 @@ impl Disk {
         let inside = offset - segment.extent.offset;
         if inside < segment.extent.length {
             let length = length.min(segment.extent.length - inside);
-            return Ok(Stretch::Data { file: &segment.file, offset: inside, length });
+            return Ok(DiskRange::Data { file: &segment.file, offset: inside, length });
         }
         let end = self.segments.get(next).map_or(self.size(), |next| next.extent.offset);
-        Ok(Stretch::Padding { length: length.min(end - offset) })
+        Ok(DiskRange::Padding { length: length.min(end - offset) })
     }
 }
 
-/// Opens one segment; answers with its length too.
+/// Opens one segment. Returns its length in bytes too.
 fn open(path: &Path, read_only: bool) -> Result<(File, u64), DiskError> {
     let failed = |source| DiskError::Open { path: path.into(), source };
     let is_disk = |kind: std::fs::FileType| kind.is_file() || kind.is_block_device();
-    // Before it is opened, which might wait (a FIFO) or have an effect (a device).
+    // This is checked before the file is opened, because opening might wait (a FIFO) or have an effect (a device).
     if !is_disk(path.metadata().map_err(failed)?.file_type()) {
         return Err(DiskError::Kind { path: path.into() });
     }
@@ -183,7 +183,7 @@ fn open(path: &Path, read_only: bool) -> Result<(File, u64), DiskError> {
     if !is_disk(file.metadata().map_err(failed)?.file_type()) {
         return Err(DiskError::Kind { path: path.into() });
     }
-    // Tells a block device's size as well.
+    // The end is found by seeking, because a block device's metadata has no size.
     let length = file.seek(SeekFrom::End(0)).map_err(failed)?;
     if length == 0 {
         return Err(DiskError::Empty { path: path.into() });
@@ -191,7 +191,7 @@ fn open(path: &Path, read_only: bool) -> Result<(File, u64), DiskError> {
     Ok((file, length))
 }
 
-/// `None` for anything but a block device.
+/// The logical block size of a block device in bytes; `None` for any other file.
 fn logical_block_size(file: &File) -> Option<u32> {
     /// `_IO(0x12, 104)` in `linux/fs.h`.
     const BLKSSZGET: libc::Ioctl = 0x1268;

@@ -16,13 +16,13 @@ fn disk(files: &[&tempfile::NamedTempFile], read_only: bool) -> Disk {
     Disk::open(&paths, read_only).unwrap()
 }
 
-/// Buffers of these lengths from 1 MiB on, apart from each other.
-fn pieces<'a>(memory: &'a GuestMemory, lengths: &[u32]) -> Pieces<'a> {
-    let mut pieces = Pieces::new();
+/// Buffers of these lengths, the first at 1 MiB and the others 64 KiB apart.
+fn iovecs<'a>(memory: &'a GuestMemory, lengths: &[u32]) -> IoVecs<'a> {
+    let mut iovecs = IoVecs::new();
     for (index, length) in (0..).zip(lengths) {
-        pieces.add(memory, address(index), *length).unwrap();
+        iovecs.add(memory, address(index), *length).unwrap();
     }
-    pieces
+    iovecs
 }
 
 fn address(index: u64) -> GuestAddress {
@@ -41,7 +41,7 @@ fn segments_follow_each_other_on_boundaries_and_the_rest_is_zero() {
         memory.write_slice(&[0xff; 4096], address(index)).unwrap();
     }
     // From the first segment through its padding into the second and to the disk's end.
-    disk.read(4608, pieces(&memory, &[500, 3584, 524])).unwrap();
+    disk.read(4608, iovecs(&memory, &[500, 3584, 524])).unwrap();
     let mut read = vec![0; 4608];
     memory.read_slice(&mut read[..500], address(0)).unwrap();
     memory.read_slice(&mut read[500..4084], address(1)).unwrap();
@@ -58,12 +58,12 @@ fn what_is_written_is_in_the_file_and_padding_cannot_be_written() {
     let disk = disk(&[&first, &second], false);
     let memory = guest_memory();
     memory.write_slice(&[7; 512], address(0)).unwrap();
-    disk.write(4096, pieces(&memory, &[512])).unwrap();
-    disk.write(8192, pieces(&memory, &[512])).unwrap();
+    disk.write(4096, iovecs(&memory, &[512])).unwrap();
+    disk.write(8192, iovecs(&memory, &[512])).unwrap();
     disk.flush().unwrap();
     assert_eq!(std::fs::read(first.path()).unwrap()[4096..], [7; 512]);
     assert_eq!(std::fs::read(second.path()).unwrap(), [7; 512]);
-    let error = disk.write(4608, pieces(&memory, &[512])).unwrap_err();
+    let error = disk.write(4608, iovecs(&memory, &[512])).unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
     assert_eq!(first.as_file().metadata().unwrap().len(), 4608);
 }
@@ -73,11 +73,11 @@ fn nothing_is_read_beyond_the_end() {
     let only = file(&[1; 1024]);
     let disk = disk(&[&only], true);
     let memory = guest_memory();
-    assert!(disk.read(512, pieces(&memory, &[1024])).is_err());
-    assert!(disk.read(u64::MAX - 100, pieces(&memory, &[512])).is_err());
+    assert!(disk.read(512, iovecs(&memory, &[1024])).is_err());
+    assert!(disk.read(u64::MAX - 100, iovecs(&memory, &[512])).is_err());
     // A file that has become shorter since.
     only.as_file().set_len(512).unwrap();
-    assert!(disk.read(512, pieces(&memory, &[512])).is_err());
+    assert!(disk.read(512, iovecs(&memory, &[512])).is_err());
 }
 
 #[test]

@@ -1,7 +1,14 @@
-//! virtio-blk (virtio 1.2, section 5.2): a disk made of the host's files and block devices.
+//! virtio-blk (virtio 1.2, section 5.2): a disk made of the host's files and block devices, one after the other.
+//!
+//! [`disk`] is the disk's contents; [`request`] is what the guest asks for; [`iovecs`] are the buffers of a request.
+//! One thread for each disk ([`worker`]) serves its single queue.
+//!
+//! Trust: the guest is hostile. A request cannot reach beyond the disk or outside guest memory, a disk that was opened
+//! read-only cannot be written, and a guest that makes requests without end cannot keep the disk in the machine. What
+//! is on the disk is passed on as it is: the guest's kernel has to cope with a file system that is damaged.
 
 mod disk;
-mod pieces;
+mod iovecs;
 mod request;
 mod worker;
 
@@ -26,16 +33,16 @@ const F_FLUSH: u64 = 1 << 9;
 const F_INDIRECT_DESC: u64 = 1 << 28;
 
 const QUEUE_SIZES: [u16; 1] = [128];
-/// Most buffers of data in a request; with header and answer they still are no more than a queue's size.
+/// Most buffers of data in a request. Together with those of header and status they are no more than a queue's size.
 const SEGMENTS_MAX: u32 = QUEUE_SIZES[0] as u32 - 2;
-/// Longest buffer of data.
+/// Bytes of the longest buffer of data.
 const SEGMENT_SIZE_MAX: u32 = 1 << 20;
-/// Bytes of a serial number; a shorter one ends with a zero.
+/// Bytes of a serial number. A shorter one is padded with zeroes.
 const SERIAL_SIZE: usize = 20;
-/// Bytes of the configuration space, up to where fields of features begin that this device has not.
+/// Bytes of the configuration space, up to the first field that belongs to a feature which this device does not offer.
 const CONFIG_SIZE: usize = 24;
 
-/// How much a disk was used.
+/// Counted by the worker, read by the control service.
 #[derive(Clone, Debug, Default)]
 struct Counters {
     reads: Counter,
@@ -46,7 +53,7 @@ struct Counters {
     errors: Counter,
 }
 
-/// One disk.
+/// A disk's device.
 pub struct Blk {
     name: String,
     disk: Arc<Disk>,
@@ -56,7 +63,7 @@ pub struct Blk {
 }
 
 impl Blk {
-    /// Opens a disk's segments. `index` tells it from other disks of the machine.
+    /// Opens a disk's segments. `index` distinguishes the machine's disks.
     pub fn new(index: u32, paths: &[PathBuf], read_only: bool, serial: &str) -> Result<Blk, DiskError> {
         let mut bytes = [0; SERIAL_SIZE];
         bytes
@@ -92,7 +99,7 @@ impl Device for Blk {
     }
 
     fn features(&self) -> u64 {
-        let kind = if self.disk.read_only() { F_RO } else { F_FLUSH };
+        let kind = if self.disk.is_read_only() { F_RO } else { F_FLUSH };
         kind | F_SIZE_MAX | F_SEG_MAX | F_BLK_SIZE | F_EVENT_IDX | F_INDIRECT_DESC
     }
 

@@ -28,7 +28,7 @@ impl Guest {
         Guest { memory: guest_memory(), disk, file, counters: Counters::default() }
     }
 
-    /// Makes a request; answers with the bytes written to it and the status byte.
+    /// Makes a request. Returns the number of bytes written to it, and its status byte.
     fn request(&self, chain: &[Buffer]) -> (u32, u8) {
         self.memory.write_obj(0xaau8, GuestAddress(STATUS)).unwrap();
         let (mut ring, mut queue) = Ring::new(&self.memory, 0x8000, 16);

@@ -1,31 +1,41 @@
 //! The thread that serves one disk.
 
-use std::{io, os::fd::AsRawFd as _, sync::Arc};
+use std::{io, ops::ControlFlow, sync::Arc, time::Duration};
 
 use virtio_queue::QueueT as _;
-use vmm_sys_util::{
-    epoll::{ControlOperation, Epoll, EpollEvent, EventSet},
-    eventfd::EventFd,
-};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::{Counters, SERIAL_SIZE, disk::Disk, request};
-use crate::{memory::GuestMemory, virtio::ActiveQueue};
+use crate::{
+    memory::GuestMemory,
+    virtio::{
+        ActiveQueue,
+        wait_context::{WaitContext, event_tokens},
+    },
+};
 
-const TOKEN_QUEUE: u64 = 1;
-const TOKEN_STOP: u64 = 2;
-/// Requests served before the worker looks whether it is to stop: a guest that never stops asking must not
+/// Requests served before the worker checks whether it is to stop: a guest that makes requests without end must not
 /// keep its disk in the machine.
 const BATCH: usize = 16;
 
+event_tokens! {
+    enum Token {
+        /// The guest has notified the request queue.
+        RequestQueue,
+        Stop,
+    }
+}
+
+/// Serves the request queue.
 pub struct Worker {
-    /// For messages.
+    /// The device's name, for messages.
     name: String,
     memory: GuestMemory,
     queue: ActiveQueue,
     disk: Arc<Disk>,
     serial: [u8; SERIAL_SIZE],
     counters: Counters,
-    epoll: Epoll,
+    wait_context: WaitContext<Token>,
 }
 
 impl Worker {
@@ -38,20 +48,19 @@ impl Worker {
         counters: Counters,
         stop: &EventFd,
     ) -> io::Result<Worker> {
-        let epoll = Epoll::new()?;
-        for (event, token) in [(&queue.notified, TOKEN_QUEUE), (stop, TOKEN_STOP)] {
-            epoll.ctl(ControlOperation::Add, event.as_raw_fd(), EpollEvent::new(EventSet::IN, token))?;
-        }
-        Ok(Worker { name, memory, queue, disk, serial, counters, epoll })
+        let wait_context = WaitContext::new()?;
+        wait_context.add(&queue.notified, Token::RequestQueue)?;
+        wait_context.add(stop, Token::Stop)?;
+        Ok(Worker { name, memory, queue, disk, serial, counters, wait_context })
     }
 
-    /// Serves until it is told to stop or the guest breaks the queue.
+    /// Serves until the stop event is written or the guest breaks the queue.
     pub fn run(mut self) {
         let mut more = true;
         loop {
-            match self.told_to_stop(if more { 0 } else { -1 }) {
-                Ok(false) => {}
-                Ok(true) => return,
+            match self.handle_events(more.then_some(Duration::ZERO)) {
+                Ok(ControlFlow::Continue(())) => {}
+                Ok(ControlFlow::Break(())) => return,
                 Err(error) => {
                     tracing::error!(device = self.name, %error, "cannot wait for requests; the device stops");
                     return;
@@ -67,25 +76,20 @@ impl Worker {
         }
     }
 
-    /// Waits for at most `patience` milliseconds (-1: for ever) for something to do.
-    fn told_to_stop(&mut self, patience: i32) -> io::Result<bool> {
-        let mut events = [EpollEvent::default(); 2];
-        let count = match self.epoll.wait(patience, &mut events) {
-            Ok(count) => count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
-            Err(error) => return Err(error),
-        };
-        for event in &events[..count] {
-            if event.data() == TOKEN_STOP {
-                return Ok(true);
+    /// Waits for requests, at most for `timeout` (`None`: without a limit). Breaks when the worker is to stop.
+    fn handle_events(&mut self, timeout: Option<Duration>) -> io::Result<ControlFlow<()>> {
+        for event in self.wait_context.wait::<2>(timeout)? {
+            match event.token {
+                Token::Stop => return Ok(ControlFlow::Break(())),
+                // An error means that there was no notification after all.
+                Token::RequestQueue => drop(self.queue.notified.read()),
             }
-            // An error means that there was no notification after all.
-            let _ = self.queue.notified.read();
         }
-        Ok(false)
+        Ok(ControlFlow::Continue(()))
     }
 
-    /// Serves some requests. Answers whether there may be more without another notification.
+    /// Serves a batch of requests. Returns whether there may be more without another notification. An error means that
+    /// the guest has broken the queue.
     fn serve(&mut self) -> Result<bool, virtio_queue::Error> {
         self.queue.queue.disable_notification(&self.memory)?;
         for _ in 0..BATCH {

@@ -1,11 +1,19 @@
-//! virtio-fs (virtio 1.2, section 5.11): one directory of the host, served by virtiofsd's own FUSE
-//! server inside the machine.
+//! virtio-fs (virtio 1.2, section 5.11): one directory of the host, the share, served by virtiofsd's FUSE server as a
+//! library.
+//!
+//! One thread ([`worker`]) serves both queues. It has its own working directory and few capabilities.
+//!
+//! Trust: the guest is hostile, and virtiofsd was written for a client that it can trust. So virtiofsd sees no request
+//! that was not checked here: each is copied out of guest memory once ([`staging`]), must have exactly the fields of
+//! its operation ([`request`]), can only name files one step from a directory that the guest knows ([`names`]), and is
+//! executed with suitable credentials ([`credentials`]) on a file system that refuses the rest ([`checked_fs`]).
+//! [`xattrs`] keeps the host's extended attributes from the guest.
 
-mod checked;
+mod checked_fs;
+mod credentials;
 mod names;
 mod request;
 mod staging;
-mod user;
 mod worker;
 mod xattrs;
 
@@ -20,7 +28,7 @@ use virtiofsd::{
     server::Server,
 };
 
-use self::checked::Checked;
+use self::checked_fs::CheckedFs;
 use super::{
     ActivateError, Active, Counter, Device, F_EVENT_IDX, RunningWorker, all_queues, device_type,
     read_config_bytes,
@@ -29,15 +37,16 @@ use crate::config::ShareConfig;
 
 /// `VIRTIO_F_INDIRECT_DESC`: large requests take one entry of the ring.
 const F_INDIRECT_DESC: u64 = 1 << 28;
+/// Bytes of the tag in the configuration space.
 const TAG_SIZE: usize = 36;
-/// High-priority queue (FORGET, INTERRUPT) and one request queue.
+/// Sizes of the high-priority queue (FORGET, INTERRUPT) and of the request queue.
 const QUEUE_SIZES: [u16; 2] = [64, 512];
-/// How long the guest may rely on what it knows of a file: live updates of volumes (a configMap's
-/// symlink is switched) are seen within this time.
-const ATTRIBUTES_VALID: Duration = Duration::from_secs(1);
-/// Descriptors of this process that the guest's open files and known inodes may not use up: those of
-/// the vsock device, above all.
-const RESERVED_FILES: u64 = 2048;
+/// How long the guest may rely on what it knows of a file. It sees updates of volumes (the symbolic link in a configMap
+/// is changed) within this time.
+const ATTRIBUTE_TIMEOUT: Duration = Duration::from_secs(1);
+/// Descriptors of this process that the guest's open files and known inodes may not use up. Most are for the vsock
+/// device.
+const RESERVED_DESCRIPTORS: u64 = 2048;
 
 /// The share cannot be served.
 #[derive(Debug, Error)]
@@ -57,14 +66,14 @@ pub enum FsError {
 /// The shared directory's device.
 pub struct Fs {
     config: [u8; TAG_SIZE + 4],
-    server: Arc<Server<Checked>>,
+    server: Arc<Server<CheckedFs>>,
     worker: Option<RunningWorker>,
     requests: Counter,
 }
 
 impl Fs {
-    /// Prepares to serve a directory. Raises the process's limit of open files as far as it is allowed
-    /// to, and (in virtiofsd) clears its umask, because the guest's kernel applies the guest's own.
+    /// Prepares to serve a directory. This raises the process's limit of open files as far as it may, and clears its
+    /// umask (in virtiofsd), because the guest's kernel applies those of its processes.
     pub fn new(share: &ShareConfig) -> Result<Fs, FsError> {
         if share.tag.is_empty() || share.tag.len() > TAG_SIZE {
             return Err(FsError::Tag { tag: share.tag.clone() });
@@ -77,8 +86,8 @@ impl Fs {
             share.directory.to_str().ok_or_else(|| unusable(io::ErrorKind::InvalidFilename.into()))?;
         let passthrough = PassthroughFs::new(Config {
             root_dir: root_dir.to_owned(),
-            entry_timeout: ATTRIBUTES_VALID,
-            attr_timeout: ATTRIBUTES_VALID,
+            entry_timeout: ATTRIBUTE_TIMEOUT,
+            attr_timeout: ATTRIBUTE_TIMEOUT,
             cache_policy: CachePolicy::Auto,
             xattr: true,
             xattrmap: Some(xattrs::map().map_err(FsError::Attributes)?),
@@ -86,7 +95,7 @@ impl Fs {
             announce_submounts: true,
             killpriv_v2: true,
             posix_acl: NegotiationMode::Auto,
-            guest_fd_limit: files_for_guest(raise_file_limit()),
+            guest_fd_limit: descriptors_for_guest(raise_file_limit()),
             ..Config::default()
         })
         .map_err(unusable)?;
@@ -95,35 +104,38 @@ impl Fs {
         config[TAG_SIZE..].copy_from_slice(&1u32.to_le_bytes());
         Ok(Fs {
             config,
-            server: Arc::new(Server::new(Checked::new(passthrough))),
+            server: Arc::new(Server::new(CheckedFs::new(passthrough))),
             worker: None,
             requests: Counter::default(),
         })
     }
 }
 
-fn files_for_guest(limit: u64) -> u64 {
-    limit - RESERVED_FILES.min(limit / 2)
+/// How many of the process's descriptors the guest may use.
+fn descriptors_for_guest(limit: u64) -> u64 {
+    limit - RESERVED_DESCRIPTORS.min(limit / 2)
 }
 
-/// Open files that the machine asks for. Each file that the guest knows of is an open one here, and a directory that is
-/// listed is one for each of its entries: beyond the limit, listings end early. The kernel's default of `fs.nr_open`, and as
-/// much as a guest may have of the host's memory for that, whatever the machine was allowed.
-const FILES: u64 = 1 << 20;
+/// The limit of open files that the machine asks for: the kernel's default of `fs.nr_open`. Each file that the guest
+/// knows is open here, and so is each entry of a directory that it lists; beyond the limit, listings end early. More
+/// would let a guest use too much of the host's memory.
+const OPEN_FILES: u64 = 1 << 20;
 
-/// Sets the limit of open files to that, or as near to it as is allowed; answers with the limit in force.
+/// Sets the limit of open files to [`OPEN_FILES`], or as close to it as is allowed. Returns the limit that applies
+/// then.
 fn raise_file_limit() -> u64 {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    const UNLIMITED: u64 = u64::MAX;
     let limit = getrlimit(Resource::Nofile);
-    let hard = limit.maximum.unwrap_or(u64::MAX);
-    // More than the hard limit is for the privileged, which a machine need not be.
-    for wanted in [FILES, hard] {
+    let hard = limit.maximum.unwrap_or(UNLIMITED);
+    // Raising the hard limit needs a privilege, which a machine need not have.
+    for wanted in [OPEN_FILES, hard] {
         let raised = Rlimit { current: Some(wanted), maximum: Some(wanted) };
         if setrlimit(Resource::Nofile, raised).is_ok() {
             return wanted;
         }
     }
-    limit.current.unwrap_or(u64::MAX)
+    limit.current.unwrap_or(UNLIMITED)
 }
 
 impl Device for Fs {

@@ -1,16 +1,17 @@
-//! Names that the guest gives to files: one step from a directory that it knows, and nothing else.
+//! Names that the guest gives to files. Each must be one step from a directory that the guest knows.
 //!
-//! virtiofsd hands names to the host's kernel as they are (`symlinkat`, `unlinkat`, `renameat2` …), and trusts that there
-//! is nothing outside of its root directory. Here there is the whole host, so what could lead out of the share is no name.
+//! virtiofsd passes names to the host's kernel as they are (`symlinkat`, `unlinkat`, `renameat2` …), and relies on
+//! there being nothing outside its root directory. Here the whole host is outside it, so a name that could lead out of
+//! the share is refused.
 
 use std::{ffi::CStr, io};
 
 use thiserror::Error;
 
 /// Longest name of a file or of an extended attribute in bytes (`NAME_MAX`, `XATTR_NAME_MAX`).
-const LONGEST: usize = 255;
+const NAME_MAX: usize = 255;
 
-/// What the guest gives is no name.
+/// A name is invalid.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum NameError {
     #[error("the guest gives an empty name")]
@@ -19,7 +20,7 @@ pub enum NameError {
     Dots,
     #[error("the guest gives a path where a name is needed")]
     Path,
-    #[error("the guest gives a name of {length} bytes; the longest has {LONGEST}")]
+    #[error("the guest gives a name of {length} bytes; the longest has {NAME_MAX}")]
     Long { length: usize },
 }
 
@@ -30,7 +31,7 @@ impl From<NameError> for io::Error {
             NameError::Empty | NameError::Dots | NameError::Path => libc::EINVAL,
         };
         tracing::debug!(%error, "fs: a request is refused");
-        // virtiofsd answers with the number only.
+        // virtiofsd sends the guest the number only.
         io::Error::from_raw_os_error(number)
     }
 }
@@ -45,7 +46,7 @@ pub fn check(name: &CStr) -> Result<(), NameError> {
     }
 }
 
-/// Checks the name of an extended attribute, which may contain what it likes.
+/// Checks the name of an extended attribute, which may contain any characters.
 pub fn check_attribute(name: &CStr) -> Result<(), NameError> {
     check_length(name.to_bytes())
 }
@@ -53,7 +54,7 @@ pub fn check_attribute(name: &CStr) -> Result<(), NameError> {
 fn check_length(name: &[u8]) -> Result<(), NameError> {
     match name.len() {
         0 => Err(NameError::Empty),
-        1..=LONGEST => Ok(()),
+        1..=NAME_MAX => Ok(()),
         length => Err(NameError::Long { length }),
     }
 }

@@ -1,9 +1,9 @@
-//! What a request must look like before virtiofsd gets to see it.
+//! Checks the form of a request before virtiofsd sees it.
 //!
-//! virtiofsd was written for a client that it can trust. It ignores bytes that it does not expect and flags that it does not
-//! know, writes past the length that a WRITE gives, and panics where an answer has no room or a position no sign. So each
-//! request is taken apart here first: it has exactly the fields and the names that its operation has
-//! (`include/uapi/linux/fuse.h`), and whatever is not understood is refused.
+//! virtiofsd was written for a client that it can trust. It ignores bytes that it does not expect and flags that it
+//! does not know, writes more than the length that a WRITE gives, and panics if there is no room for a reply or if an
+//! offset is negative. So each request is parsed here first. It must have exactly the fields and the names that its
+//! operation has (`include/uapi/linux/fuse.h`), and everything that is not understood is refused.
 
 use thiserror::Error;
 use virtiofsd::fuse::{
@@ -17,33 +17,33 @@ use virtiofsd::fuse::{
 use vm_memory::ByteValued;
 
 /// Bytes of a request's header.
-pub const HEADER: usize = size_of::<InHeader>();
+pub const REQUEST_HEADER_SIZE: usize = size_of::<InHeader>();
 /// Bytes of a WRITE before its data.
-pub const WRITE_HEAD: usize = HEADER + size_of::<WriteIn>();
-/// Bytes of the shortest answer: its header.
-pub const ANSWER: u32 = 16;
-const _: () = assert!(ANSWER as usize == size_of::<OutHeader>());
-/// Most data of one READ, WRITE or listing: what virtiofsd offers in its answer to INIT.
+pub const WRITE_HEADER_SIZE: usize = REQUEST_HEADER_SIZE + size_of::<WriteIn>();
+/// Bytes of the shortest reply: its header.
+pub const REPLY_HEADER_SIZE: u32 = 16;
+const _: () = assert!(REPLY_HEADER_SIZE as usize == size_of::<OutHeader>());
+/// Most bytes of data of one READ, WRITE or listing: what virtiofsd offers in its reply to INIT.
 const DATA_MAX: u32 = 1 << 20;
-/// Longest value of an extended attribute (`XATTR_SIZE_MAX`).
-const ATTRIBUTE_MAX: u32 = 64 << 10;
-/// Longest target of a symbolic link, with its end (`PATH_MAX`).
+/// Bytes of the longest value of an extended attribute (`XATTR_SIZE_MAX`).
+const XATTR_SIZE_MAX: u32 = 64 << 10;
+/// Bytes of the longest target of a symbolic link, with its terminator (`PATH_MAX`).
 const TARGET_MAX: usize = 4096;
 
-/// The guest asks for something in a way that is not understood.
+/// A request is refused.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum RequestError {
     #[error("the guest's request says that it has {said} bytes, and has {has}")]
     Length { said: u32, has: usize },
     #[error("the guest's request is longer than one of its kind can be")]
     TooLong,
-    #[error("the guest's request ends before all is said")]
+    #[error("the guest's request ends in the middle of its fields")]
     Short,
     #[error("the guest's request has {bytes} bytes too many")]
     Extra { bytes: usize },
-    #[error("a name in the guest's request has no end")]
-    Endless,
-    #[error("the guest gives room for {room} bytes of an answer; it needs {needed}")]
+    #[error("a name in the guest's request has no terminator")]
+    Unterminated,
+    #[error("the guest gives room for a reply of {room} bytes; it needs {needed}")]
     Room { room: usize, needed: usize },
     #[error("the guest asks for operation {0}, which this device does not have")]
     Unknown(u32),
@@ -60,7 +60,7 @@ pub enum RequestError {
 }
 
 impl RequestError {
-    /// What the guest is told.
+    /// The error number that the guest is sent.
     pub fn errno(&self) -> i32 {
         match self {
             RequestError::Unknown(_) => libc::ENOSYS,
@@ -72,18 +72,18 @@ impl RequestError {
     }
 }
 
-/// A request as it is checked.
+/// A request, copied out of guest memory.
 pub struct Request<'a> {
     pub header: InHeader,
-    /// What follows the header, but for the data of a WRITE; cut off where it is too long for any request.
+    /// What follows the header, except the data of a WRITE. It is cut off if it is too long for any request.
     pub body: &'a [u8],
     /// Bytes of the whole request.
     pub length: usize,
-    /// Bytes that there is room for in the answer.
+    /// Bytes of the room for the reply.
     pub room: usize,
 }
 
-/// Checks a request. Answers with how much of the room for its answer may be used.
+/// Checks a request. Returns how many bytes of the room for its reply may be used.
 pub fn check(request: &Request) -> Result<usize, RequestError> {
     let &Request { header, body, length, room } = request;
     if header.len as usize != length {
@@ -91,27 +91,27 @@ pub fn check(request: &Request) -> Result<usize, RequestError> {
     }
     let unknown = || RequestError::Unknown(header.opcode);
     let opcode = Opcode::try_from(header.opcode).map_err(|()| unknown())?;
-    let answered = !matches!(opcode, Opcode::Forget | Opcode::BatchForget | Opcode::Interrupt);
-    if answered {
-        enough(room, ANSWER as usize)?;
+    let has_reply = !matches!(opcode, Opcode::Forget | Opcode::BatchForget | Opcode::Interrupt);
+    if has_reply {
+        check_room(room, REPLY_HEADER_SIZE as usize)?;
     }
-    if !matches!(opcode, Opcode::Write) && HEADER + body.len() != length {
+    if !matches!(opcode, Opcode::Write) && REQUEST_HEADER_SIZE + body.len() != length {
         return Err(RequestError::TooLong);
     }
     let mut fields = Fields(body);
     let needed = check_operation(opcode, &header, &mut fields, length)?.unwrap_or(room);
-    enough(room, needed)?;
+    check_room(room, needed)?;
     match fields.0.len() {
         0 => Ok(needed),
         bytes => Err(RequestError::Extra { bytes }),
     }
 }
 
-fn enough(room: usize, needed: usize) -> Result<(), RequestError> {
+fn check_room(room: usize, needed: usize) -> Result<(), RequestError> {
     if room < needed { Err(RequestError::Room { room, needed }) } else { Ok(()) }
 }
 
-/// Takes an operation's fields. Answers with the room that its answer takes, where that depends on what is asked for.
+/// Takes an operation's fields. Returns the bytes of its longest reply, if that depends on the request.
 fn check_operation(
     opcode: Opcode,
     header: &InHeader,
@@ -119,54 +119,54 @@ fn check_operation(
     length: usize,
 ) -> Result<Option<usize>, RequestError> {
     match opcode {
-        Opcode::Lookup | Opcode::Unlink | Opcode::Rmdir | Opcode::Removexattr => fields.name()?,
+        Opcode::Lookup | Opcode::Unlink | Opcode::Rmdir | Opcode::Removexattr => fields.take_name()?,
         Opcode::Readlink | Opcode::Statfs | Opcode::Destroy => {}
         Opcode::Forget => drop(fields.take::<ForgetIn>()?),
-        Opcode::BatchForget => fields.forgets()?,
+        Opcode::BatchForget => fields.take_forgets()?,
         Opcode::Interrupt => drop(fields.take::<InterruptIn>()?),
-        Opcode::Getattr => known(fields.take::<GetattrIn>()?.flags, GETATTR_FH)?,
+        Opcode::Getattr => check_flags(fields.take::<GetattrIn>()?.flags, GETATTR_FH)?,
         Opcode::Setattr => {
             let valid = SetattrValid::all().bits() | FATTR_FH | FATTR_LOCKOWNER;
-            known(fields.take::<SetattrIn>()?.valid, valid)?;
+            check_flags(fields.take::<SetattrIn>()?.valid, valid)?;
         }
         Opcode::Symlink => {
-            fields.name()?;
-            fields.target()?;
-            fields.extensions(header)?;
+            fields.take_name()?;
+            fields.take_target()?;
+            fields.take_extensions(header)?;
         }
-        Opcode::Mknod => fields.named_with_extensions::<MknodIn>(header).map(drop)?,
-        Opcode::Mkdir => fields.named_with_extensions::<MkdirIn>(header).map(drop)?,
+        Opcode::Mknod => fields.take_new_file::<MknodIn>(header).map(drop)?,
+        Opcode::Mkdir => fields.take_new_file::<MkdirIn>(header).map(drop)?,
         Opcode::Create => {
-            let create: CreateIn = fields.named_with_extensions(header)?;
-            known(create.open_flags, OPEN_KILL_SUIDGID)?;
+            let create: CreateIn = fields.take_new_file(header)?;
+            check_flags(create.open_flags, OPEN_KILL_SUIDGID)?;
             check_open(create.flags & !libc::O_CREAT.cast_unsigned())?;
         }
         Opcode::Rename => {
             fields.take::<RenameIn>()?;
-            fields.name()?;
-            fields.name()?;
+            fields.take_name()?;
+            fields.take_name()?;
         }
         Opcode::Rename2 => {
             let flags = fields.take::<Rename2In>()?.flags;
-            known(flags, libc::RENAME_NOREPLACE | libc::RENAME_EXCHANGE | libc::RENAME_WHITEOUT)?;
-            fields.name()?;
-            fields.name()?;
+            check_flags(flags, libc::RENAME_NOREPLACE | libc::RENAME_EXCHANGE | libc::RENAME_WHITEOUT)?;
+            fields.take_name()?;
+            fields.take_name()?;
         }
         Opcode::Link => {
             fields.take::<LinkIn>()?;
-            fields.name()?;
+            fields.take_name()?;
         }
         Opcode::Open | Opcode::Opendir => {
             let open: OpenIn = fields.take()?;
-            known(open.open_flags, OPEN_KILL_SUIDGID)?;
+            check_flags(open.open_flags, OPEN_KILL_SUIDGID)?;
             check_open(open.flags)?;
         }
-        Opcode::Setxattr => fields.attribute()?,
+        Opcode::Setxattr => fields.take_attribute()?,
         Opcode::Getxattr => {
-            attribute_size(fields.take::<GetxattrIn>()?.size)?;
-            fields.name()?;
+            check_attribute_size(fields.take::<GetxattrIn>()?.size)?;
+            fields.take_name()?;
         }
-        Opcode::Listxattr => attribute_size(fields.take::<GetxattrIn>()?.size)?,
+        Opcode::Listxattr => check_attribute_size(fields.take::<GetxattrIn>()?.size)?,
         Opcode::Init => {
             let InitInCompat { major, minor, .. } = fields.take()?;
             if major != KERNEL_VERSION || minor < MIN_KERNEL_MINOR_VERSION {
@@ -175,7 +175,10 @@ fn check_operation(
             fields.take::<InitInExt>()?;
         }
         Opcode::Access => {
-            known(fields.take::<AccessIn>()?.mask, (libc::R_OK | libc::W_OK | libc::X_OK).cast_unsigned())?;
+            check_flags(
+                fields.take::<AccessIn>()?.mask,
+                (libc::R_OK | libc::W_OK | libc::X_OK).cast_unsigned(),
+            )?;
         }
         Opcode::Syncfs => drop(fields.take::<SyncfsIn>()?),
         _ => return check_on_open_file(opcode, fields, length),
@@ -183,7 +186,7 @@ fn check_operation(
     Ok(None)
 }
 
-/// The same for what is done to an open file.
+/// [`check_operation`] for operations on open files.
 fn check_on_open_file(
     opcode: Opcode,
     fields: &mut Fields,
@@ -192,31 +195,33 @@ fn check_on_open_file(
     match opcode {
         Opcode::Read => {
             let read: ReadIn = fields.take()?;
-            known(read.read_flags, READ_LOCKOWNER)?;
+            check_flags(read.read_flags, READ_LOCKOWNER)?;
             check_range(read.offset, read.size.into())?;
-            return data_room(read.size).map(Some);
+            return data_reply_size(read.size).map(Some);
         }
-        // A file system may number the places in a directory as it likes.
+        // The offset is not checked: a file system may number the entries of a directory as it likes.
         Opcode::Readdir | Opcode::Readdirplus => {
             let size = fields.take::<ReadIn>()?.size;
             if size == 0 {
                 return Err(RequestError::Size(size));
             }
-            return data_room(size).map(Some);
+            return data_reply_size(size).map(Some);
         }
         Opcode::Write => {
             let write: WriteIn = fields.take()?;
-            known(write.write_flags, WRITE_CACHE | WRITE_LOCKOWNER | WRITE_KILL_PRIV)?;
+            check_flags(write.write_flags, WRITE_CACHE | WRITE_LOCKOWNER | WRITE_KILL_PRIV)?;
             check_range(write.offset, write.size.into())?;
             if write.size > DATA_MAX {
                 return Err(RequestError::Size(write.size));
             }
-            exactly(length - WRITE_HEAD.min(length), write.size)?;
+            check_length(length - WRITE_HEADER_SIZE.min(length), write.size)?;
         }
         Opcode::Release | Opcode::Releasedir => {
-            known(fields.take::<ReleaseIn>()?.release_flags, RELEASE_FLUSH | RELEASE_FLOCK_UNLOCK)?;
+            check_flags(fields.take::<ReleaseIn>()?.release_flags, RELEASE_FLUSH | RELEASE_FLOCK_UNLOCK)?;
         }
-        Opcode::Fsync | Opcode::Fsyncdir => known(fields.take::<FsyncIn>()?.fsync_flags, FSYNC_FDATASYNC)?,
+        Opcode::Fsync | Opcode::Fsyncdir => {
+            check_flags(fields.take::<FsyncIn>()?.fsync_flags, FSYNC_FDATASYNC)?;
+        }
         Opcode::Flush => drop(fields.take::<FlushIn>()?),
         Opcode::Fallocate => {
             let FallocateIn { offset, length, mode, .. } = fields.take()?;
@@ -228,7 +233,7 @@ fn check_on_open_file(
         }
         Opcode::Lseek => {
             let whence = fields.take::<LseekIn>()?.whence;
-            // The guest's kernel knows by itself where the others lead.
+            // The guest's kernel handles all other values by itself.
             if ![libc::SEEK_DATA, libc::SEEK_HOLE].contains(&whence.cast_signed()) {
                 return Err(RequestError::Flags(whence));
             }
@@ -236,26 +241,28 @@ fn check_on_open_file(
         Opcode::CopyFileRange => {
             let copy: CopyfilerangeIn = fields.take()?;
             if copy.flags != 0 {
+                // The error says no more than 32 bits of what the guest has sent.
                 return Err(RequestError::Flags(u32::try_from(copy.flags).unwrap_or(u32::MAX)));
             }
             check_range(copy.off_in, copy.len)?;
             check_range(copy.off_out, copy.len)?;
         }
-        // Nobody serves them: locks, ioctls and the like.
+        // virtiofsd does not serve the other operations, as locks and ioctls.
         _ => return Err(RequestError::Unknown(opcode as u32)),
     }
     Ok(None)
 }
 
-fn known(flags: u32, known: u32) -> Result<(), RequestError> {
+fn check_flags(flags: u32, known: u32) -> Result<(), RequestError> {
     if flags & !known == 0 { Ok(()) } else { Err(RequestError::Flags(flags)) }
 }
 
-fn exactly(has: usize, said: u32) -> Result<(), RequestError> {
+fn check_length(has: usize, said: u32) -> Result<(), RequestError> {
     if has == said as usize { Ok(()) } else { Err(RequestError::Length { said, has }) }
 }
 
-/// Flags with which a file that the guest knows is opened. It is neither made by that, nor opened for its path only.
+/// Checks the flags with which a file is opened that the guest knows. They may neither make a file, nor open it for its
+/// path only.
 fn check_open(flags: u32) -> Result<(), RequestError> {
     /// `O_TMPFILE` without the `O_DIRECTORY` that is part of it.
     const TEMPORARY: i32 = libc::O_TMPFILE & !libc::O_DIRECTORY;
@@ -263,7 +270,7 @@ fn check_open(flags: u32) -> Result<(), RequestError> {
     if refused == 0 { Ok(()) } else { Err(RequestError::Flags(refused)) }
 }
 
-/// Positions have a sign in the host's kernel.
+/// Checks that a range of a file ends below 2⁶³: offsets are signed in the host's kernel.
 fn check_range(offset: u64, length: u64) -> Result<(), RequestError> {
     match offset.checked_add(length) {
         Some(end) if end <= i64::MAX.cast_unsigned() => Ok(()),
@@ -271,15 +278,20 @@ fn check_range(offset: u64, length: u64) -> Result<(), RequestError> {
     }
 }
 
-fn data_room(size: u32) -> Result<usize, RequestError> {
-    if size > DATA_MAX { Err(RequestError::Size(size)) } else { Ok(ANSWER as usize + size as usize) }
+/// The bytes of a reply with this much data.
+fn data_reply_size(size: u32) -> Result<usize, RequestError> {
+    if size > DATA_MAX {
+        Err(RequestError::Size(size))
+    } else {
+        Ok(REPLY_HEADER_SIZE as usize + size as usize)
+    }
 }
 
-fn attribute_size(size: u32) -> Result<(), RequestError> {
-    if size > ATTRIBUTE_MAX { Err(RequestError::Size(size)) } else { Ok(()) }
+fn check_attribute_size(size: u32) -> Result<(), RequestError> {
+    if size > XATTR_SIZE_MAX { Err(RequestError::Size(size)) } else { Ok(()) }
 }
 
-/// What is left of a request's body.
+/// The fields of a request that are not parsed yet.
 struct Fields<'a>(&'a [u8]);
 
 impl Fields<'_> {
@@ -291,52 +303,53 @@ impl Fields<'_> {
         Ok(value)
     }
 
-    /// A name up to and with its end. Whether it is a good one is for [`super::names`] to say.
-    fn name(&mut self) -> Result<(), RequestError> {
-        self.string().map(drop)
+    /// Takes a name with its terminator. [`super::names`] checks whether it is valid.
+    fn take_name(&mut self) -> Result<(), RequestError> {
+        self.take_string().map(drop)
     }
 
-    /// Takes a string; answers with its length, its end included.
-    fn string(&mut self) -> Result<usize, RequestError> {
-        let end = self.0.iter().position(|byte| *byte == 0).ok_or(RequestError::Endless)?;
+    /// Takes a string. Returns its length with its terminator.
+    fn take_string(&mut self) -> Result<usize, RequestError> {
+        let end = self.0.iter().position(|byte| *byte == 0).ok_or(RequestError::Unterminated)?;
         self.0 = &self.0[end + 1..];
         Ok(end + 1)
     }
 
-    fn target(&mut self) -> Result<(), RequestError> {
-        if self.string()? > TARGET_MAX { Err(RequestError::TooLong) } else { Ok(()) }
+    /// Takes the target of a symbolic link.
+    fn take_target(&mut self) -> Result<(), RequestError> {
+        if self.take_string()? > TARGET_MAX { Err(RequestError::TooLong) } else { Ok(()) }
     }
 
-    fn named_with_extensions<T: ByteValued + Default>(
-        &mut self,
-        header: &InHeader,
-    ) -> Result<T, RequestError> {
+    /// Takes the fields of an operation that makes a file: a structure, a name and extensions.
+    fn take_new_file<T: ByteValued + Default>(&mut self, header: &InHeader) -> Result<T, RequestError> {
         let value = self.take()?;
-        self.name()?;
-        self.extensions(header)?;
+        self.take_name()?;
+        self.take_extensions(header)?;
         Ok(value)
     }
 
-    /// What the header says of extensions, of which virtiofsd checks the contents.
-    fn extensions(&mut self, header: &InHeader) -> Result<(), RequestError> {
+    /// Takes as many bytes of extensions as the header says. virtiofsd checks their contents.
+    fn take_extensions(&mut self, header: &InHeader) -> Result<(), RequestError> {
         const UNIT: usize = 8;
         let length = usize::from(header.total_extlen) * UNIT;
         self.0 = self.0.get(length..).ok_or(RequestError::Short)?;
         Ok(())
     }
 
-    fn attribute(&mut self) -> Result<(), RequestError> {
+    /// Takes the fields of SETXATTR.
+    fn take_attribute(&mut self) -> Result<(), RequestError> {
         let SetxattrIn { size, flags, setxattr_flags, .. } = self.take()?;
-        known(flags, (libc::XATTR_CREATE | libc::XATTR_REPLACE).cast_unsigned())?;
-        known(setxattr_flags, SetxattrFlags::all().bits())?;
-        attribute_size(size)?;
-        self.name()?;
-        exactly(self.0.len(), size)?;
+        check_flags(flags, (libc::XATTR_CREATE | libc::XATTR_REPLACE).cast_unsigned())?;
+        check_flags(setxattr_flags, SetxattrFlags::all().bits())?;
+        check_attribute_size(size)?;
+        self.take_name()?;
+        check_length(self.0.len(), size)?;
         self.0 = &[];
         Ok(())
     }
 
-    fn forgets(&mut self) -> Result<(), RequestError> {
+    /// Takes the fields of `BATCH_FORGET`.
+    fn take_forgets(&mut self) -> Result<(), RequestError> {
         let count = self.take::<virtiofsd::fuse::BatchForgetIn>()?.count;
         for _ in 0..count {
             self.take::<ForgetOne>()?;

@@ -1,31 +1,42 @@
 //! The thread that serves the guest's file system requests.
 
-use std::{io, io::Write as _, ops::ControlFlow, sync::Arc};
+use std::{io, io::Write as _, ops::ControlFlow, sync::Arc, time::Duration};
 
 use thiserror::Error;
 use virtio_queue::QueueT as _;
 use virtiofsd::{fuse::OutHeader, server::Server};
 use vm_memory::ByteValued as _;
-use vmm_sys_util::{
-    epoll::{ControlOperation, Epoll, EpollEvent, EventSet},
-    eventfd::EventFd,
-};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    checked::Checked,
-    request::{self, ANSWER},
+    checked_fs::CheckedFs,
+    credentials::{self, FsCredentials},
+    request::{self, REPLY_HEADER_SIZE},
     staging::{Staging, StagingError},
-    user::{self, Acting},
 };
 use crate::{
     memory::GuestMemory,
-    virtio::{ActiveQueue, Chain, Counter},
+    virtio::{
+        ActiveQueue, Chain, Counter,
+        wait_context::{WaitContext, event_tokens},
+    },
 };
 
-/// Token of the stop event; the queues' tokens are their numbers.
-const STOP: u64 = u64::MAX;
-/// Requests of one queue that are served before the other queue, and the order to stop, have a turn.
+/// Most requests of one queue that are served before the other queue, and the order to stop, have their turn.
 pub const BATCH: usize = 64;
+/// Indices of the device's queues (virtio 1.2, section 5.11.2).
+const HIGH_PRIORITY_QUEUE: usize = 0;
+const REQUEST_QUEUE: usize = 1;
+
+event_tokens! {
+    enum Token {
+        /// The guest has notified the high-priority queue.
+        HighPriorityQueue,
+        /// The guest has notified the request queue.
+        RequestQueue,
+        Stop,
+    }
+}
 
 /// The worker cannot go on.
 #[derive(Debug, Error)]
@@ -36,50 +47,46 @@ pub enum WorkerError {
     Queue(#[from] virtio_queue::Error),
 }
 
+/// Serves both queues.
 pub struct Worker {
     memory: GuestMemory,
     queues: [ActiveQueue; 2],
-    /// Which queues may have requests without another notification.
+    /// Whether each queue may have requests without another notification.
     pending: [bool; 2],
-    server: Arc<Server<Checked>>,
+    server: Arc<Server<CheckedFs>>,
     staging: Staging,
     requests: Counter,
-    epoll: Epoll,
+    wait_context: WaitContext<Token>,
 }
 
 impl Worker {
     pub fn new(
         memory: GuestMemory,
         queues: [ActiveQueue; 2],
-        server: Arc<Server<Checked>>,
+        server: Arc<Server<CheckedFs>>,
         requests: Counter,
         stop: &EventFd,
     ) -> io::Result<Worker> {
-        let epoll = Epoll::new()?;
-        let watch = |fd: &EventFd, token| {
-            use std::os::fd::AsRawFd as _;
-            epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), EpollEvent::new(EventSet::IN, token))
-        };
-        for (index, queue) in queues.iter().enumerate() {
-            watch(&queue.notified, index as u64)?;
-        }
-        watch(stop, STOP)?;
+        let wait_context = WaitContext::new()?;
+        wait_context.add(&queues[HIGH_PRIORITY_QUEUE].notified, Token::HighPriorityQueue)?;
+        wait_context.add(&queues[REQUEST_QUEUE].notified, Token::RequestQueue)?;
+        wait_context.add(stop, Token::Stop)?;
         let staging = Staging::new(&memory).map_err(io::Error::other)?;
-        Ok(Worker { memory, queues, pending: [false; 2], server, staging, requests, epoll })
+        Ok(Worker { memory, queues, pending: [false; 2], server, staging, requests, wait_context })
     }
 
-    /// Serves until it is told to stop or the guest breaks a queue.
+    /// Serves until the stop event is written or the guest breaks a queue.
     pub fn run(mut self) {
-        if let Err(error) = own_working_directory() {
-            tracing::error!(%error, "fs: cannot give the device's thread its own working directory; it stops");
+        if let Err(error) = unshare_fs_attributes() {
+            tracing::error!(%error, "fs: cannot give the device's thread its own working directory; the device stops");
             return;
         }
-        if let Err(error) = user::keep_privileges() {
-            tracing::error!(%error, "fs: cannot keep privileges while acting as the guest's users; the device stops");
+        if let Err(error) = credentials::restrict_capabilities() {
+            tracing::error!(%error, "fs: cannot restrict the thread's capabilities; the device stops");
             return;
         }
         loop {
-            match self.turn() {
+            match self.serve_pending() {
                 Ok(ControlFlow::Continue(())) => {}
                 Ok(ControlFlow::Break(())) => return,
                 Err(error) => {
@@ -90,8 +97,8 @@ impl Worker {
         }
     }
 
-    /// Waits until there is something to do, and does some of it. `Break` is the order to stop.
-    pub fn turn(&mut self) -> Result<ControlFlow<()>, WorkerError> {
+    /// Waits until there are requests, and serves a batch of each queue. Breaks when the worker is to stop.
+    pub fn serve_pending(&mut self) -> Result<ControlFlow<()>, WorkerError> {
         if self.wait().map_err(WorkerError::Wait)?.is_break() {
             return Ok(ControlFlow::Break(()));
         }
@@ -104,18 +111,13 @@ impl Worker {
     }
 
     fn wait(&mut self) -> io::Result<ControlFlow<()>> {
-        let mut events = [EpollEvent::default(); 4];
-        let patience = if self.pending.contains(&true) { 0 } else { -1 };
-        let count = match self.epoll.wait(patience, &mut events) {
-            Ok(count) => count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
-            Err(error) => return Err(error),
-        };
-        for event in &events[..count] {
-            if event.data() == STOP {
-                return Ok(ControlFlow::Break(()));
-            }
-            let index = usize::from(event.data() != 0);
+        let timeout = self.pending.contains(&true).then_some(Duration::ZERO);
+        for event in self.wait_context.wait::<4>(timeout)? {
+            let index = match event.token {
+                Token::Stop => return Ok(ControlFlow::Break(())),
+                Token::HighPriorityQueue => HIGH_PRIORITY_QUEUE,
+                Token::RequestQueue => REQUEST_QUEUE,
+            };
             // An error means that there was no notification after all.
             let _ = self.queues[index].notified.read();
             self.pending[index] = true;
@@ -123,7 +125,8 @@ impl Worker {
         Ok(ControlFlow::Continue(()))
     }
 
-    /// Serves some requests of a queue. Answers whether there may be more without another notification.
+    /// Serves a batch of requests of a queue. Returns whether there may be more without another notification. An error
+    /// means that the guest has broken the queue.
     fn serve(&mut self, index: usize) -> Result<bool, virtio_queue::Error> {
         let Worker { memory, queues, server, staging, requests, .. } = self;
         let queue = &mut queues[index];
@@ -134,38 +137,41 @@ impl Worker {
             };
             requests.add(1);
             let head = chain.head_index();
-            let length = answer(memory, staging, server, chain).unwrap_or_else(|error| {
-                // Not even a FUSE header: there is nobody to answer.
+            let length = serve_request(memory, staging, server, chain).unwrap_or_else(|error| {
+                // There is not even a FUSE header, so that there can be no reply.
                 tracing::debug!(error = &error as &dyn std::error::Error, "fs: a request is dropped");
                 0
             });
-            queue.add_used(memory, head, u32::try_from(length).unwrap_or(0))?;
+            let Ok(length) = u32::try_from(length) else {
+                unreachable!("a reply has at most a header and DATA_MAX bytes")
+            };
+            queue.add_used(memory, head, length)?;
             queue.signal(memory)?;
         }
         Ok(true)
     }
 }
 
-/// virtiofsd changes working directory and umask for the length of some requests, which must not
-/// concern other threads.
-fn own_working_directory() -> rustix::io::Result<()> {
-    // SAFETY: only this thread's working directory, root and umask part from the process's.
+/// Gives the calling thread its own working directory and umask, which virtiofsd changes during some requests: that
+/// must not affect other threads.
+fn unshare_fs_attributes() -> rustix::io::Result<()> {
+    // SAFETY: only this thread's working directory, root and umask are separated from those of the process.
     unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::FS) }
 }
 
-/// Serves a request. Answers with the length of what was written for the guest.
-fn answer(
+/// Serves the request in a chain. Returns the bytes of the reply.
+fn serve_request(
     guest: &GuestMemory,
     staging: &mut Staging,
-    server: &Server<Checked>,
+    server: &Server<CheckedFs>,
     chain: Chain<'_>,
 ) -> Result<usize, StagingError> {
-    let request = staging.take(guest, chain)?;
+    let request = staging.copy_request(guest, chain)?;
     let header = request.header;
     let errno = match request::check(&request) {
         Ok(room) => {
-            let (reader, writer) = staging.serve(room)?;
-            let _acting = Acting::for_request(&header);
+            let (reader, writer) = staging.reader_and_writer(room)?;
+            let _credentials = FsCredentials::for_request(&header);
             match server.handle_message(reader, writer, None::<&mut ()>) {
                 Ok(length) => return Ok(length),
                 Err(error) => {
@@ -179,8 +185,8 @@ fn answer(
             error.errno()
         }
     };
-    let refusal = OutHeader { len: ANSWER, error: -errno, unique: header.unique };
-    let (_, mut writer) = staging.serve(ANSWER as usize)?;
-    // Where there is no room for it, nobody waits for an answer.
-    Ok(writer.write_all(refusal.as_slice()).map_or(0, |()| ANSWER as usize))
+    let refusal = OutHeader { len: REPLY_HEADER_SIZE, error: -errno, unique: header.unique };
+    let (_, mut writer) = staging.reader_and_writer(REPLY_HEADER_SIZE as usize)?;
+    // If there is no room for it, the operation has no reply.
+    Ok(writer.write_all(refusal.as_slice()).map_or(0, |()| REPLY_HEADER_SIZE as usize))
 }

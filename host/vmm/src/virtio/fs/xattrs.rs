@@ -1,20 +1,21 @@
-//! Extended attributes that mean something to the host are not the guest's.
+//! Extended attributes: which of the host's the guest sees, and under which names the host keeps the guest's.
 //!
-//! `trusted.*` is for the host's root: overlay file systems, for one, keep there what a directory hides. The guest's root has
-//! such attributes too (Docker's overlays in a pod do), so they are kept on the host under another name, and the host's own
-//! are not shown.
+//! `trusted.*` is for the host's root: overlay file systems, for example, record there what a directory hides. The
+//! guest's root has such attributes too (Docker's overlays in a pod do). They are kept on the host under another name,
+//! and the host's own are not shown to the guest.
 
 use virtiofsd::passthrough::xattrmap::{Error, XattrMap};
 
-/// In virtiofsd's language, the first rule that fits holds: the guest's `trusted.*` are `user.virtiofs.trusted.*` on the host,
-/// where it cannot use them by that name, and does not see the host's `trusted.*`.
+/// Rules in virtiofsd's language, of which the first that matches applies. The guest's `trusted.*` is
+/// `user.virtiofs.trusted.*` on the host, which the guest cannot use by that name, and it does not see the host's
+/// `trusted.*`.
 const RULES: &str = "
     /prefix/all/trusted./user.virtiofs./
     /bad/server//trusted./
     /bad/client/user.virtiofs.//
     /ok/all///";
 
-/// What the guest's names are on the host, and the host's in the guest.
+/// The mapping between the names in the guest and those on the host.
 pub fn map() -> Result<XattrMap, Error> {
     XattrMap::try_from(RULES)
 }

@@ -1,19 +1,20 @@
-//! Which blocks of the region the guest has plugged, and how many it should have.
+//! Which blocks of the region the guest has plugged, and how much it should have plugged.
 
 use super::BLOCK_SIZE;
+use crate::memory;
 
-/// What the guest is answered (virtio 1.2, section 5.15.6).
+/// A request is not done (virtio 1.2, section 5.15.6).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Refusal {
-    /// Not now: it would have more than it was asked to have.
+    /// The guest would have plugged more than was requested. It may ask again when that has changed.
     Nack,
-    /// Never: the request makes no sense.
+    /// The request is invalid.
     Error,
 }
 
-/// How much of a range is plugged.
+/// How many blocks of a range are plugged: all, none, or some.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Found {
+pub enum BlockState {
     Plugged,
     Unplugged,
     Mixed,
@@ -22,71 +23,77 @@ pub enum Found {
 /// The region's blocks.
 #[derive(Debug)]
 pub struct Blocks {
-    /// Guest-physical address of the first.
+    /// Guest-physical address of the first block.
     start: u64,
+    /// Whether each of them is plugged.
     plugged: Vec<bool>,
-    count: u64,
+    /// Number of plugged blocks.
+    plugged_count: u64,
     /// Bytes that the guest should have plugged, in whole blocks.
     pub requested: u64,
 }
 
 impl Blocks {
-    /// All of them unplugged. `size` is in bytes.
+    /// A region without plugged blocks. `size` is in bytes.
     pub fn new(start: u64, size: u64) -> Blocks {
-        let blocks = usize::try_from(size / BLOCK_SIZE).unwrap_or(usize::MAX);
-        Blocks { start, plugged: vec![false; blocks], count: 0, requested: 0 }
+        let blocks = memory::to_usize(size / BLOCK_SIZE);
+        Blocks { start, plugged: vec![false; blocks], plugged_count: 0, requested: 0 }
     }
 
     /// Bytes plugged.
     pub fn plugged(&self) -> u64 {
-        self.count * BLOCK_SIZE
+        self.plugged_count * BLOCK_SIZE
     }
 
-    /// The guest wants to use some blocks.
+    /// Plugs blocks that the guest wants to use. All of them must be unplugged.
     pub fn plug(&mut self, address: u64, blocks: u16) -> Result<(), Refusal> {
-        if self.state(address, blocks)? != Found::Unplugged {
+        if self.state(address, blocks)? != BlockState::Unplugged {
             return Err(Refusal::Error);
         }
-        if (self.count + u64::from(blocks)) * BLOCK_SIZE > self.requested {
+        if (self.plugged_count + u64::from(blocks)) * BLOCK_SIZE > self.requested {
             return Err(Refusal::Nack);
         }
         self.set(address, blocks, true)
     }
 
-    /// The guest gives some blocks back.
+    /// Unplugs blocks that the guest gives back. All of them must be plugged.
     pub fn unplug(&mut self, address: u64, blocks: u16) -> Result<(), Refusal> {
-        if self.state(address, blocks)? != Found::Plugged {
+        if self.state(address, blocks)? != BlockState::Plugged {
             return Err(Refusal::Error);
         }
         self.set(address, blocks, false)
     }
 
-    /// The guest gives everything back.
+    /// Unplugs all blocks.
     pub fn unplug_all(&mut self) {
         self.plugged.fill(false);
-        self.count = 0;
+        self.plugged_count = 0;
     }
 
-    /// The guest asks about some blocks.
-    pub fn state(&self, address: u64, blocks: u16) -> Result<Found, Refusal> {
+    /// The state of a range of blocks.
+    pub fn state(&self, address: u64, blocks: u16) -> Result<BlockState, Refusal> {
         let range = self.range(address, blocks).ok_or(Refusal::Error)?;
         let asked = self.plugged.get(range).ok_or(Refusal::Error)?;
         Ok(match (asked.iter().any(|plugged| *plugged), asked.iter().all(|plugged| *plugged)) {
-            (_, true) => Found::Plugged,
-            (false, _) => Found::Unplugged,
-            _ => Found::Mixed,
+            (_, true) => BlockState::Plugged,
+            (false, _) => BlockState::Unplugged,
+            _ => BlockState::Mixed,
         })
     }
 
     fn set(&mut self, address: u64, blocks: u16, plugged: bool) -> Result<(), Refusal> {
         let range = self.range(address, blocks).ok_or(Refusal::Error)?;
         self.plugged.get_mut(range).ok_or(Refusal::Error)?.fill(plugged);
-        let blocks = u64::from(blocks);
-        self.count = if plugged { self.count + blocks } else { self.count.saturating_sub(blocks) };
+        // `plug` and `unplug` have checked that every one of these blocks changes.
+        if plugged {
+            self.plugged_count += u64::from(blocks);
+        } else {
+            self.plugged_count -= u64::from(blocks);
+        }
         Ok(())
     }
 
-    /// Which blocks those are. `None` for none at all and for what does not begin with a block.
+    /// The indices of a range of blocks. `None` if there is no block in it, or if `address` is not a block's.
     fn range(&self, address: u64, blocks: u16) -> Option<std::ops::Range<usize>> {
         let distance = address.checked_sub(self.start)?;
         if blocks == 0 || !distance.is_multiple_of(BLOCK_SIZE) {
@@ -115,9 +122,9 @@ mod tests {
         assert_eq!(blocks.plug(START + 4 * BLOCK_SIZE, 2), Err(Refusal::Nack));
         blocks.plug(START, 1).unwrap();
         assert_eq!(blocks.plugged(), 4 * BLOCK_SIZE);
-        assert_eq!(blocks.state(START, 4), Ok(Found::Plugged));
-        assert_eq!(blocks.state(START + 3 * BLOCK_SIZE, 2), Ok(Found::Mixed));
-        assert_eq!(blocks.state(START + 4 * BLOCK_SIZE, 4), Ok(Found::Unplugged));
+        assert_eq!(blocks.state(START, 4), Ok(BlockState::Plugged));
+        assert_eq!(blocks.state(START + 3 * BLOCK_SIZE, 2), Ok(BlockState::Mixed));
+        assert_eq!(blocks.state(START + 4 * BLOCK_SIZE, 4), Ok(BlockState::Unplugged));
     }
 
     #[test]
@@ -131,7 +138,7 @@ mod tests {
         assert_eq!(blocks.plugged(), 0);
         blocks.plug(START, 4).unwrap();
         blocks.unplug_all();
-        assert_eq!((blocks.plugged(), blocks.state(START, 8)), (0, Ok(Found::Unplugged)));
+        assert_eq!((blocks.plugged(), blocks.state(START, 8)), (0, Ok(BlockState::Unplugged)));
     }
 
     #[test]

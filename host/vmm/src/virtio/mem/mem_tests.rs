@@ -15,26 +15,26 @@ const RESPONSE: u64 = 0x20_0000;
 struct Guest {
     memory: GuestMemory,
     device: Mem,
-    plugged: Plugged,
+    state: HotplugState,
     ring: Ring,
 }
 
 fn guest() -> Guest {
     let boot = memory::allocate(&[(GuestAddress(0), 16 << 20)]).unwrap();
     let memory = memory::extend(&boot, (GuestAddress(START), usize::try_from(SIZE).unwrap())).unwrap();
-    let plugged = Plugged::new(GuestAddress(START), SIZE);
-    let mut device = Mem::new(plugged.clone());
+    let state = HotplugState::new(GuestAddress(START), SIZE);
+    let mut device = Mem::new(state.clone());
     let (ring, queue) = Ring::new(&memory, 0x8000, QUEUE_SIZE);
-    assert!(!plugged.is_active());
+    assert!(!state.is_active());
     device
         .activate(Active { memory: memory.clone(), features: F_VERSION_1, queues: vec![Some(queue)] })
         .unwrap();
-    assert!(plugged.is_active());
-    Guest { memory, device, plugged, ring }
+    assert!(state.is_active());
+    Guest { memory, device, state, ring }
 }
 
 impl Guest {
-    /// Answers with the response's type and state.
+    /// Makes a request. Returns the response's type and state.
     fn request(&mut self, kind: u16, address: u64, blocks: u16) -> (u16, u16) {
         self.memory.write_obj(kind, GuestAddress(REQUEST)).unwrap();
         self.memory.write_obj(address, GuestAddress(REQUEST + 8)).unwrap();
@@ -44,7 +44,7 @@ impl Guest {
         (read(RESPONSE), read(RESPONSE + 8))
     }
 
-    /// Answers with the bytes written.
+    /// Sends a request and room for its response, of these lengths. Returns the number of bytes written.
     fn send(&mut self, request: u32, response: u32) -> Option<u32> {
         self.ring.add(&[
             Buffer { address: REQUEST, length: request, writable: false },
@@ -64,7 +64,7 @@ impl Guest {
 #[test]
 fn the_guest_plugs_what_is_requested_and_the_configuration_tells() {
     let mut guest = guest();
-    guest.plugged.request(2 * BLOCK_SIZE);
+    guest.state.request(2 * BLOCK_SIZE);
     assert_eq!(
         [0, 2, 3, 4, 5, 6].map(|field| guest.config(field)),
         [BLOCK_SIZE, START, SIZE, SIZE, 0, 2 * BLOCK_SIZE]
@@ -72,14 +72,14 @@ fn the_guest_plugs_what_is_requested_and_the_configuration_tells() {
     assert_eq!(guest.request(REQUEST_PLUG, START, 2), (RESPONSE_ACK, 0));
     assert_eq!(guest.request(REQUEST_PLUG, START + 2 * BLOCK_SIZE, 1), (RESPONSE_NACK, 0));
     assert_eq!(guest.request(REQUEST_STATE, START + BLOCK_SIZE, 2), (RESPONSE_ACK, 2));
-    assert_eq!((guest.config(5), guest.plugged.bytes()), (2 * BLOCK_SIZE, 2 * BLOCK_SIZE));
-    assert_eq!(guest.plugged.wait(Duration::ZERO), Ok(2 * BLOCK_SIZE));
+    assert_eq!((guest.config(5), guest.state.plugged_bytes()), (2 * BLOCK_SIZE, 2 * BLOCK_SIZE));
+    assert_eq!(guest.state.wait_for_request(Duration::ZERO), Ok(2 * BLOCK_SIZE));
 }
 
 #[test]
 fn what_is_unplugged_goes_back_to_the_host() {
     let mut guest = guest();
-    guest.plugged.request(SIZE);
+    guest.state.request(SIZE);
     guest.request(REQUEST_PLUG, START, 8);
     let before = memory::resident_bytes(&guest.memory);
     for block in 0..8 {
@@ -93,13 +93,13 @@ fn what_is_unplugged_goes_back_to_the_host() {
     assert_eq!(guest.memory.read_obj::<u8>(GuestAddress(START + BLOCK_SIZE)).unwrap(), 1);
     assert_eq!(guest.request(REQUEST_UNPLUG_ALL, 0, 0), (RESPONSE_ACK, 0));
     assert_eq!(guest.memory.read_obj::<u8>(GuestAddress(START + BLOCK_SIZE)).unwrap(), 0);
-    assert_eq!(guest.plugged.bytes(), 0);
+    assert_eq!(guest.state.plugged_bytes(), 0);
 }
 
 #[test]
 fn requests_that_make_no_sense_are_errors() {
     let mut guest = guest();
-    guest.plugged.request(SIZE);
+    guest.state.request(SIZE);
     for (kind, address, blocks) in [
         (REQUEST_PLUG, 0, 1),
         (REQUEST_PLUG, START, 0),
@@ -113,7 +113,7 @@ fn requests_that_make_no_sense_are_errors() {
         assert_eq!(guest.request(kind, address, blocks), (RESPONSE_ERROR, 0), "{kind} {address:#x} {blocks}");
     }
     assert_eq!((guest.send(23, 10), guest.send(24, 9), guest.send(0, 0)), (Some(0), Some(0), Some(0)));
-    assert_eq!(guest.plugged.bytes(), 0);
+    assert_eq!(guest.state.plugged_bytes(), 0);
 }
 
 #[test]
@@ -128,25 +128,28 @@ fn a_broken_queue_stops_the_device() {
 #[test]
 fn waiting_ends_with_the_time_or_with_another_request() {
     let guest = guest();
-    assert_eq!(guest.plugged.wait(Duration::ZERO), Ok(0));
-    guest.plugged.request(BLOCK_SIZE);
-    assert_eq!(guest.plugged.wait(Duration::from_millis(1)), Err(Unfinished::TimeUp(0)));
-    let plugged = guest.plugged.clone();
-    let waiting = std::thread::spawn(move || plugged.wait(Duration::from_secs(10)));
-    // Whether it has begun to wait by then or not.
+    assert_eq!(guest.state.wait_for_request(Duration::ZERO), Ok(0));
+    guest.state.request(BLOCK_SIZE);
+    assert_eq!(
+        guest.state.wait_for_request(Duration::from_millis(1)),
+        Err(WaitError::TimedOut { plugged_bytes: 0 })
+    );
+    let state = guest.state.clone();
+    let waiting = std::thread::spawn(move || state.wait_for_request(Duration::from_secs(10)));
+    // The thread may not have begun to wait yet, so the request changes until it has ended.
     while !waiting.is_finished() {
-        guest.plugged.request(if guest.plugged.requested() == BLOCK_SIZE { SIZE } else { BLOCK_SIZE });
+        guest.state.request(if guest.state.requested_bytes() == BLOCK_SIZE { SIZE } else { BLOCK_SIZE });
     }
-    assert_eq!(waiting.join().unwrap(), Err(Unfinished::Superseded));
+    assert_eq!(waiting.join().unwrap(), Err(WaitError::Superseded));
 }
 
 #[test]
 fn whoever_asks_how_much_there_is_does_not_wait_for_the_guest() {
     let mut guest = guest();
-    guest.plugged.request(2 * BLOCK_SIZE);
+    guest.state.request(2 * BLOCK_SIZE);
     assert_eq!(guest.request(REQUEST_PLUG, START, 1), (RESPONSE_ACK, 0));
-    // As while a vCPU gives memory back to the host, which may take its time.
-    let busy = guest.plugged.clone();
+    // A vCPU that gives memory back to the host holds the lock for a while.
+    let busy = guest.state.clone();
     let _busy = busy.blocks();
-    assert_eq!((guest.plugged.bytes(), guest.plugged.requested()), (BLOCK_SIZE, 2 * BLOCK_SIZE));
+    assert_eq!((guest.state.plugged_bytes(), guest.state.requested_bytes()), (BLOCK_SIZE, 2 * BLOCK_SIZE));
 }

@@ -1,23 +1,24 @@
-//! virtio-net (virtio 1.2, section 5.1) on a tap that exists already: what the tap's interface sends,
-//! the guest receives, and the other way round.
+//! virtio-net (virtio 1.2, section 5.1) on a tap, which must exist already. What the tap's interface sends, the guest
+//! receives, and the other way round.
 //!
-//! The kernel does on the tap what a network card does in hardware: checksums and segmentation, as far
-//! as the guest's driver has accepted them. Frames move between guest memory and the tap by vectored
-//! I/O, without a copy in between.
+//! The kernel does on the tap what a network card does in hardware: checksums and segmentation, as far as the guest's
+//! driver has accepted them. Frames move between guest memory and the tap by vectored I/O, without a copy in between.
 //!
-//! [`tap`] is the file descriptor, [`buffers`] guest memory as the kernel sees it, [`receive`] and
-//! [`transmit`] one queue each, [`worker`] the thread that serves a pair of queues.
+//! [`tap`] is the file descriptor; [`iovecs`] is guest memory as the kernel sees it; [`receive`] and [`transmit`] serve
+//! one queue each; [`worker`] is the thread that serves a pair of queues.
 //!
-//! With more than one pair, each has a worker and a queue of the tap's (`IFF_MULTI_QUEUE`) of its own:
-//! the machine's side of as many vCPUs works at the same time. The driver finds the pairs by
-//! `VIRTIO_NET_F_MQ` and says through the control queue ([`control`]) how many it uses; the kernel gives
-//! frames to those alone ([`steering`]). Until then, and with a driver that knows nothing of it, the
-//! first pair is in use. [`queues`] tells which queue is which. All queues share the transport's one
-//! interrupt: the guest's side of what is received works on one vCPU, unless the guest spreads it
-//! (receive packet steering). With one pair there is no control queue.
+//! With more than one pair, each has a thread and a queue of the tap (`IFF_MULTI_QUEUE`) of its own, so that the
+//! machine serves as many vCPUs at the same time. The driver finds the pairs by `VIRTIO_NET_F_MQ` and says through the
+//! control queue ([`control_queue`], a thread too) how many it uses; the kernel gives frames to those alone
+//! ([`steering`]). Until then, and with a driver without the feature, the first pair is in use. [`queues`] assigns the
+//! queues to pairs. All queues share the transport's one interrupt: the guest handles received frames on one vCPU,
+//! unless it distributes them itself (receive packet steering). With one pair there is no control queue.
+//!
+//! Trust: the guest is hostile, and so are the frames from the pod's network. Neither is looked at here: the kernel
+//! checks the header of each frame against the frame. What is checked is that every buffer lies in guest memory.
 
-mod buffers;
-mod control;
+mod control_queue;
+mod iovecs;
 mod queues;
 mod receive;
 mod steering;
@@ -36,8 +37,8 @@ use thiserror::Error;
 
 pub use self::tap::TapError;
 use self::{
-    control::Control,
-    queues::{Pair, Queues},
+    control_queue::ControlQueue,
+    queues::{NetQueues, QueuePair},
     receive::Receiver,
     steering::Steering,
     tap::Tap,
@@ -51,13 +52,13 @@ use crate::{config::NetConfig, memory::GuestMemory};
 
 /// Feature bits (virtio 1.2, section 5.1.3).
 mod feature {
-    /// The device fills in checksums of the guest's frames.
+    /// The device fills in the checksums of the guest's frames.
     pub const CSUM: u64 = 1;
     /// The guest takes frames whose checksum is not filled in.
     pub const GUEST_CSUM: u64 = 1 << 1;
-    /// The configuration space tells the MTU.
+    /// The configuration space contains the MTU.
     pub const MTU: u64 = 1 << 3;
-    /// The configuration space tells the MAC address.
+    /// The configuration space contains the MAC address.
     pub const MAC: u64 = 1 << 5;
     /// The guest takes large TCP segments.
     pub const GUEST_TSO4: u64 = 1 << 7;
@@ -69,7 +70,7 @@ mod feature {
     pub const MRG_RXBUF: u64 = 1 << 15;
     /// There is a control queue.
     pub const CTRL_VQ: u64 = 1 << 17;
-    /// There may be several pairs of queues, and the configuration space tells how many.
+    /// There may be several pairs of queues, and the configuration space contains their number.
     pub const MQ: u64 = 1 << 22;
     /// A frame's descriptors may lie in a table of their own, so that it takes one entry of the ring.
     pub const INDIRECT_DESC: u64 = 1 << 28;
@@ -88,7 +89,7 @@ const FRAME_MAX: usize = 65562;
 /// Smallest IPv4 MTU (RFC 791): a Linux guest takes no device with less.
 const MTU_MIN: u16 = 68;
 
-/// A network device cannot be made.
+/// A network device cannot be set up.
 #[derive(Debug, Error)]
 pub enum NetError {
     #[error("an MTU of {mtu} bytes is asked for on the tap {tap}; the smallest is {MTU_MIN}")]
@@ -102,8 +103,8 @@ pub enum NetError {
     Tap(#[from] TapError),
 }
 
-/// What the control server reads while the workers count, all pairs together, from the guest's point of view; bytes are of
-/// Ethernet frames.
+/// Counted by the workers of all pairs together, read by the control service. Directions are the guest's; bytes are
+/// those of Ethernet frames.
 #[derive(Clone, Default)]
 struct Counters {
     rx_packets: Counter,
@@ -112,26 +113,26 @@ struct Counters {
     rx_dropped: Counter,
     tx_packets: Counter,
     tx_bytes: Counter,
-    /// Frames that the kernel did not take, or that were none.
+    /// Frames that the kernel did not take, or that were invalid.
     tx_dropped: Counter,
 }
 
-/// A network interface of the guest's.
+/// A network interface of the guest.
 pub struct Net {
     name: String,
     /// `struct virtio_net_config` (virtio 1.2, section 5.1.4), as far as the MTU.
     config: [u8; 12],
     features: u64,
     queue_sizes: Vec<u16>,
-    /// Each pair's queue of the tap; taken by the workers.
+    /// The tap's queues, one for each pair. They go to the workers when the device is activated.
     taps: Vec<Tap>,
     counters: Counters,
-    /// Those of the pairs and of the control queue.
+    /// The workers of the pairs and of the control queue.
     workers: Vec<RunningWorker>,
 }
 
 impl Net {
-    /// Attaches to the device's tap. `index` tells the machine's network devices apart.
+    /// Attaches to the device's tap. `index` distinguishes the machine's network devices.
     pub fn new(index: usize, config: &NetConfig) -> Result<Net, NetError> {
         if config.mtu < MTU_MIN {
             return Err(NetError::Mtu { tap: config.tap.clone(), mtu: config.mtu });
@@ -152,28 +153,28 @@ impl Net {
         })
     }
 
-    fn start(&mut self, memory: &GuestMemory, features: u64, queues: Queues) -> io::Result<()> {
+    fn start(&mut self, memory: &GuestMemory, features: u64, queues: NetQueues) -> io::Result<()> {
         let taps = std::mem::take(&mut self.taps);
-        // Not before now: a driver must not get what it has not accepted.
+        // Not before now, because a driver must not receive frames of a kind that it has not accepted.
         taps.first().ok_or(io::ErrorKind::NotConnected)?.set_offloads(features)?;
-        let mut further = Vec::new();
-        // What is left of the taps' queues is closed.
+        let mut other_taps = Vec::new();
+        // The tap's queues of pairs that the driver cannot use are closed.
         for (index, (pair, tap)) in queues.pairs.into_iter().zip(taps).enumerate() {
             let tap = Arc::new(tap);
             let name = if index == 0 {
                 self.name.clone()
             } else {
-                further.push(Arc::downgrade(&tap));
+                other_taps.push(Arc::downgrade(&tap));
                 format!("{}.{index}", self.name)
             };
             self.start_pair(&name, memory, features, pair, tap)?;
         }
         if let Some(queue) = queues.control {
-            let steering = (features & feature::MQ != 0).then(|| Steering::new(further));
+            let steering = (features & feature::MQ != 0).then(|| Steering::new(other_taps));
             let name = format!("{}.control", self.name);
             let memory = memory.clone();
             self.workers.push(super::start_worker(&name, |stop| {
-                let control = Control::new(name.clone(), memory, queue, steering, stop)?;
+                let control = ControlQueue::new(name.clone(), memory, queue, steering, stop)?;
                 Ok(move || control.run())
             })?);
         }
@@ -185,7 +186,7 @@ impl Net {
         name: &str,
         memory: &GuestMemory,
         features: u64,
-        pair: Pair,
+        pair: QueuePair,
         tap: Arc<Tap>,
     ) -> io::Result<()> {
         let receiver = Receiver::new(pair.receive, memory, features, self.counters.clone());
@@ -198,8 +199,8 @@ impl Net {
     }
 }
 
-/// Not among them: explicit congestion notification in large segments, which the tap then segments
-/// itself; a link status, because the link is up for as long as there is a machine.
+/// The features of a device. Explicit congestion notification in large segments is not among them, as the tap segments
+/// those itself; nor is a link status, because the link is up for as long as there is a machine.
 fn features(segments_udp: bool, pairs: u16) -> u64 {
     use feature::{
         CSUM, CTRL_VQ, GUEST_CSUM, GUEST_TSO4, GUEST_TSO6, GUEST_USO4, GUEST_USO6, HOST_TSO4, HOST_TSO6,
@@ -207,10 +208,11 @@ fn features(segments_udp: bool, pairs: u16) -> u64 {
     };
     let tcp = CSUM | GUEST_CSUM | GUEST_TSO4 | GUEST_TSO6 | HOST_TSO4 | HOST_TSO6;
     let udp = if segments_udp { GUEST_USO4 | GUEST_USO6 | HOST_USO } else { 0 };
-    let several = if pairs > 1 { CTRL_VQ | MQ } else { 0 };
-    MAC | MTU | MRG_RXBUF | INDIRECT_DESC | F_EVENT_IDX | tcp | udp | several
+    let multi_queue = if pairs > 1 { CTRL_VQ | MQ } else { 0 };
+    MAC | MTU | MRG_RXBUF | INDIRECT_DESC | F_EVENT_IDX | tcp | udp | multi_queue
 }
 
+/// The configuration space up to the MTU.
 fn config_space(config: &NetConfig) -> [u8; 12] {
     const LINK_UP: u16 = 1;
     let mut space = [0; 12];
@@ -244,9 +246,9 @@ impl Device for Net {
 
     fn activate(&mut self, active: Active) -> Result<(), ActivateError> {
         let Active { memory, features, queues } = active;
-        let queues = Queues::assign(queues, features).ok_or(ActivateError::Queues)?;
+        let queues = NetQueues::assign(queues, features).ok_or(ActivateError::Queues)?;
         self.start(&memory, features, queues).map_err(|error| {
-            // Of several workers, some may have started.
+            // Some of the workers may have started.
             self.stop();
             ActivateError::Worker(error)
         })

@@ -1,15 +1,12 @@
-//! The whole device with several queue pairs, between a real tap and a guest that is played here.
+//! The whole device with several queue pairs, between a real tap and a guest that the tests play.
 
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 
 use vm_memory::{Bytes as _, GuestAddress};
-use vmm_sys_util::{
-    epoll::{ControlOperation, Epoll, EpollEvent, EventSet},
-    eventfd::EventFd,
-};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::{
-    testing::{OWN_NETNS, in_new_namespace, make_tap, packet_socket, switch_on},
+    testing::{OWN_NETNS, in_new_namespace, make_tap, packet_socket, switch_on, wait_for_events},
     *,
 };
 use crate::virtio::{
@@ -21,10 +18,10 @@ const COMMAND: u64 = 0x10_0000;
 const ACK: u64 = 0x10_1000;
 const RECEIVE_BUFFERS: u64 = 0x20_0000;
 const TRANSMIT_BUFFER: u64 = 0x80_0000;
-/// Frames of as many connections: the chance that the kernel gives all to one of two queues is nil.
+/// So many that the kernel does not give the frames of all to one of two queues.
 const CONNECTIONS: u16 = 64;
 const PAIRS: u16 = 2;
-/// The Ethernet type of IPv4: the kernel tells connections apart by what they are.
+/// The Ethernet type of IPv4. The kernel distinguishes connections of protocols that it knows.
 const IPV4: u16 = 0x800;
 
 struct Queue {
@@ -37,7 +34,7 @@ struct Scene {
     device: Net,
     memory: GuestMemory,
     socket: OwnedFd,
-    /// As the device has them: none where the driver has left one out.
+    /// In the device's order. `None` for each that the driver has left out.
     queues: Vec<Option<Queue>>,
 }
 
@@ -80,7 +77,7 @@ impl Scene {
         self.queue(2 * pair).notified.write(1).unwrap();
     }
 
-    /// Sends a command by a control queue; its answer.
+    /// Sends a command through a control queue. Returns its result.
     fn command(&mut self, queue: usize, command: [u8; 4]) -> u8 {
         self.memory.write_slice(&command, GuestAddress(COMMAND)).unwrap();
         self.memory.write_obj(0xaau8, GuestAddress(ACK)).unwrap();
@@ -90,7 +87,7 @@ impl Scene {
             Buffer { address: ACK, length: 1, writable: true },
         ]);
         queue.notified.write(1).unwrap();
-        wait_for(&[&queue.irqfd]);
+        wait_for_events(&[&queue.irqfd]);
         assert!(queue.ring.used().is_some_and(|(_, length)| length == 1));
         self.memory.read_obj(GuestAddress(ACK)).unwrap()
     }
@@ -99,8 +96,8 @@ impl Scene {
         self.command(4, [4, 0, pairs, 0])
     }
 
-    /// Sends a frame of each connection from the tap's side; how many arrive by each of the receive
-    /// queues. All do.
+    /// Sends a frame of each connection from the tap's side. Returns how many arrive at each receive queue, once all
+    /// have arrived.
     fn receive_all(&mut self) -> Vec<u16> {
         for connection in 0..CONNECTIONS {
             rustix::io::write(&self.socket, &datagram(connection)).unwrap();
@@ -109,7 +106,7 @@ impl Scene {
         while received.iter().sum::<u16>() < CONNECTIONS {
             let irqfds: Vec<_> =
                 self.queues[..4].iter().step_by(2).flatten().map(|queue| queue.irqfd.as_ref()).collect();
-            wait_for(&irqfds);
+            wait_for_events(&irqfds);
             for (queue, count) in self.queues.iter_mut().step_by(2).zip(&mut received) {
                 while queue.as_mut().is_some_and(|queue| queue.ring.used().is_some()) {
                     *count += 1;
@@ -119,7 +116,7 @@ impl Scene {
         received
     }
 
-    /// Sends a frame by a pair's transmit queue, which arrives.
+    /// Sends a frame through a pair's transmit queue, and checks that it arrives.
     fn send(&mut self, pair: usize) {
         let frame = datagram(0);
         self.memory.write_slice(&[0; 12], GuestAddress(TRANSMIT_BUFFER)).unwrap();
@@ -146,19 +143,7 @@ fn queue(memory: &GuestMemory, base: u64, size: u16) -> (Option<Queue>, Option<A
     (Some(Queue { ring, notified, irqfd }), Some(active))
 }
 
-fn wait_for(events: &[&EventFd]) {
-    let epoll = Epoll::new().unwrap();
-    for event in events {
-        let interest = EpollEvent::new(EventSet::IN, 0);
-        epoll.ctl(ControlOperation::Add, event.as_raw_fd(), interest).unwrap();
-    }
-    assert_ne!(epoll.wait(10_000, &mut [EpollEvent::default()]).unwrap(), 0, "no interrupt");
-    for event in events {
-        let _ = event.read();
-    }
-}
-
-/// UDP over IPv4 (RFC 791, RFC 768) from a port of the connection's own.
+/// UDP over IPv4 (RFC 791, RFC 768) from a port that depends on the connection.
 fn datagram(connection: u16) -> Vec<u8> {
     const PAYLOAD: u8 = 32;
     let mut frame = [[2, 0, 0, 0, 0, 7], [2, 0, 0, 0, 0, 9]].concat();
@@ -249,7 +234,7 @@ fn a_pair_whose_queue_the_guest_breaks_gets_no_frames_and_the_other_all() {
         let queue = scene.queue(3);
         queue.ring.set_available(1000);
         queue.notified.write(1).unwrap();
-        // The second pair's thread ends by itself.
+        // The thread of the second pair ends by itself.
         scene.device.workers.remove(1).0.join().unwrap();
         assert_eq!(scene.receive_all(), [CONNECTIONS, 0]);
         scene.send(0);

@@ -1,15 +1,15 @@
-//! Which of the device's queues is which (virtio 1.2, section 5.1.2): receiveq1, transmitq1,
-//! receiveq2, transmitq2, … and the control queue behind the last pair.
+//! The order of the device's queues (virtio 1.2, section 5.1.2): receiveq1, transmitq1, receiveq2, transmitq2, … and
+//! the control queue behind the last pair.
 
 use super::feature;
 use crate::virtio::ActiveQueue;
 
 /// Sizes of a receive and a transmit queue.
 const PAIR_SIZES: [u16; 2] = [256, 256];
-/// A driver has one command on its way at a time.
+/// Size of the control queue. A driver gives one command at a time.
 const CONTROL_SIZE: u16 = 16;
 
-/// The sizes of a device's queues. With one pair there is nothing to control.
+/// The sizes of the queues of a device with this many pairs. With a single pair there is no control queue.
 pub fn sizes(pairs: u16) -> Vec<u16> {
     let mut sizes = PAIR_SIZES.repeat(pairs.into());
     if pairs > 1 {
@@ -19,30 +19,30 @@ pub fn sizes(pairs: u16) -> Vec<u16> {
 }
 
 /// A receive and a transmit queue.
-pub struct Pair {
+pub struct QueuePair {
     pub receive: ActiveQueue,
     pub transmit: ActiveQueue,
 }
 
-/// What a driver has set up.
-pub struct Queues {
-    /// Those that can be in use, at least one.
-    pub pairs: Vec<Pair>,
-    /// The control queue, if the driver wants one.
+/// The queues that a driver has set up.
+pub struct NetQueues {
+    /// The pairs that the driver can use, at least one.
+    pub pairs: Vec<QueuePair>,
+    /// The control queue, if the driver uses it.
     pub control: Option<ActiveQueue>,
 }
 
-impl Queues {
-    /// Tells the queues of a device apart by the features that its driver has accepted. None if the
-    /// first pair is not complete.
+impl NetQueues {
+    /// Assigns a device's queues to pairs, according to the features that its driver has accepted. `None` if the first
+    /// pair is not complete.
     ///
-    /// A driver that leaves out other queues cannot use them, nor any pair after them; without control
-    /// queue it has no means to use more than the first pair.
-    pub fn assign(queues: Vec<Option<ActiveQueue>>, features: u64) -> Option<Queues> {
-        let controlled = features & feature::CTRL_VQ != 0;
-        let several = controlled && features & feature::MQ != 0;
+    /// A driver that leaves out other queues can use neither them nor any pair after them. Without the control queue it
+    /// has no means to use more than the first pair.
+    pub fn assign(queues: Vec<Option<ActiveQueue>>, features: u64) -> Option<NetQueues> {
+        let has_control = features & feature::CTRL_VQ != 0;
+        let has_multi_queue = has_control && features & feature::MQ != 0;
         // Without the feature the control queue lies behind the first pair.
-        let most = if several { queues.len() / PAIR_SIZES.len() } else { 1 };
+        let most = if has_multi_queue { queues.len() / PAIR_SIZES.len() } else { 1 };
         let mut queues = queues.into_iter();
         let mut pairs = Vec::with_capacity(most);
         let mut complete = true;
@@ -50,14 +50,14 @@ impl Queues {
             let pair = queues.next().flatten().zip(queues.next().flatten());
             complete &= pair.is_some();
             if let Some((receive, transmit)) = pair.filter(|_| complete) {
-                pairs.push(Pair { receive, transmit });
+                pairs.push(QueuePair { receive, transmit });
             }
         }
-        let control = queues.next().flatten().filter(|_| controlled);
+        let control = queues.next().flatten().filter(|_| has_control);
         if control.is_none() {
             pairs.truncate(1);
         }
-        (!pairs.is_empty()).then_some(Queues { pairs, control })
+        (!pairs.is_empty()).then_some(NetQueues { pairs, control })
     }
 }
 
@@ -79,7 +79,7 @@ mod tests {
         let queue =
             |index| (!left_out.contains(&index)).then(|| Ring::new(&memory, (index + 1) * RING_SIZE, 16).1);
         let index = |queue: &ActiveQueue| queue.queue.desc_table() / RING_SIZE - 1;
-        let queues = Queues::assign((0..7).map(queue).collect(), features)?;
+        let queues = NetQueues::assign((0..7).map(queue).collect(), features)?;
         let pairs = queues.pairs.iter().map(|pair| (index(&pair.receive), index(&pair.transmit))).collect();
         Some((pairs, queues.control.as_ref().map(index)))
     }

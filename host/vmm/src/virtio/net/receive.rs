@@ -1,55 +1,58 @@
-//! The receive queue: frames from the tap into the buffers that the guest has given for them.
+//! The receive queue: moves frames from the tap into the buffers that the guest has made available.
 
 use std::{collections::VecDeque, os::fd::AsFd as _};
 
 use virtio_queue::QueueT as _;
 
 use super::{
-    Counters, FRAME_MAX, HEADER_SIZE,
-    buffers::{BadChain, Buffers, Part},
-    feature,
-    tap::{Failure, Tap},
+    Counters, FRAME_MAX, HEADER_SIZE, feature,
+    iovecs::{ChainPart, FrameIoVecs, IoVecError},
+    tap::{Tap, TapFailure},
 };
 use crate::{memory::GuestMemory, virtio::ActiveQueue};
 
-/// Where `num_buffers` lies in a frame's header.
+/// Offset of `num_buffers` in a frame's header (`struct virtio_net_hdr`).
 const NUM_BUFFERS_OFFSET: usize = 10;
 
-/// Why the receiver has stopped.
+/// Why the receiver has moved no more frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stopped {
-    /// Its turn is over; there may be more.
-    Turn,
+pub enum ReceiveOutcome {
+    /// It has moved as many as it was to move. There may be more.
+    BudgetSpent,
     /// The tap has no frame.
     TapEmpty,
-    /// The guest has to give buffers first; it notifies the queue when it does.
+    /// The guest has made no buffers available. It notifies the queue when it does.
     NoBuffers,
     /// The tap is gone.
     TapGone,
 }
 
-/// A chain that waits for a frame.
-struct Waiting {
+/// A chain that was taken from the queue for a frame to come.
+struct ReadyChain {
     head: u16,
-    pieces: usize,
+    /// Number of its ranges of memory.
+    iovecs: usize,
+    /// Bytes in them.
     length: usize,
 }
 
+/// Serves a receive queue.
 pub struct Receiver {
     pub queue: ActiveQueue,
     memory: GuestMemory,
     counters: Counters,
     /// Whether a frame may fill several chains.
     merge: bool,
-    /// Chains that have been taken from the queue, oldest first, and their pieces. They stay when a
-    /// frame is smaller: the next one finds them ready.
-    waiting: VecDeque<Waiting>,
+    /// Chains that were taken from the queue, oldest first. Those that a frame does not fill are used for the next one.
+    ready: VecDeque<ReadyChain>,
+    /// Bytes in all of them.
     room: usize,
-    buffers: Buffers,
-    /// Takes what does not fit the guest's buffers, so that a frame which is cut off can be told from
-    /// one that fits exactly.
+    /// Their memory.
+    iovecs: FrameIoVecs,
+    /// Takes what does not fit the guest's buffers, which distinguishes a frame that is cut off from one that fits
+    /// exactly.
     spill: Box<[u8]>,
-    /// The chains of one frame, as they are handed back.
+    /// The chains of one frame, as they are returned to the guest.
     filled: Vec<(u16, u32)>,
 }
 
@@ -60,51 +63,51 @@ impl Receiver {
             memory: memory.clone(),
             counters,
             merge: features & feature::MRG_RXBUF != 0,
-            waiting: VecDeque::new(),
+            ready: VecDeque::new(),
             room: 0,
-            buffers: Buffers::new(memory.clone()),
+            iovecs: FrameIoVecs::new(memory.clone()),
             spill: vec![0; FRAME_MAX].into_boxed_slice(),
             filled: Vec::new(),
         }
     }
 
-    /// Moves up to `turn` frames. An error means that the guest has broken the queue.
-    pub fn serve(&mut self, tap: &Tap, turn: usize) -> Result<Stopped, virtio_queue::Error> {
-        let stopped = self.fill(tap, turn)?;
+    /// Moves at most `budget` frames. An error means that the guest has broken the queue.
+    pub fn serve(&mut self, tap: &Tap, budget: usize) -> Result<ReceiveOutcome, virtio_queue::Error> {
+        let outcome = self.move_frames(tap, budget)?;
         self.queue.signal(&self.memory)?;
-        Ok(stopped)
+        Ok(outcome)
     }
 
-    fn fill(&mut self, tap: &Tap, turn: usize) -> Result<Stopped, virtio_queue::Error> {
-        for _ in 0..turn {
-            if !self.collect()? {
-                // Notifications are on if the queue is empty. It is not if it held nothing but bad
-                // chains: those have had their turn.
+    fn move_frames(&mut self, tap: &Tap, budget: usize) -> Result<ReceiveOutcome, virtio_queue::Error> {
+        for _ in 0..budget {
+            if !self.gather_chains()? {
+                // Notifications are enabled if the queue is empty. It need not be: it may contain more bad chains than
+                // were returned in one go.
                 let more = self.queue.queue.enable_notification(&self.memory)?;
-                return Ok(if more { Stopped::Turn } else { Stopped::NoBuffers });
+                return Ok(if more { ReceiveOutcome::BudgetSpent } else { ReceiveOutcome::NoBuffers });
             }
-            match self.buffers.read_from(tap.as_fd(), &mut self.spill) {
-                // No tap does that; a descriptor at its end would do nothing else any more.
-                Ok(0) => return Ok(Stopped::TapGone),
-                Ok(length) if length <= self.room => self.hand_back(length)?,
+            match self.iovecs.read_from(tap.as_fd(), &mut self.spill) {
+                // A tap never returns 0. A descriptor at its end would return nothing else any more.
+                Ok(0) => return Ok(ReceiveOutcome::TapGone),
+                Ok(length) if length <= self.room => self.return_frame(length)?,
                 Ok(_) => self.counters.rx_dropped.add(1),
-                Err(error) => match Failure::of_read(&error) {
-                    Failure::NotNow => return Ok(Stopped::TapEmpty),
-                    Failure::Frame => self.counters.rx_dropped.add(1),
-                    Failure::Gone => return Ok(Stopped::TapGone),
+                Err(error) => match TapFailure::of_read(&error) {
+                    TapFailure::WouldBlock => return Ok(ReceiveOutcome::TapEmpty),
+                    TapFailure::FrameLost => self.counters.rx_dropped.add(1),
+                    TapFailure::Gone => return Ok(ReceiveOutcome::TapGone),
                 },
             }
         }
-        Ok(Stopped::Turn)
+        Ok(ReceiveOutcome::BudgetSpent)
     }
 
-    /// Takes chains from the queue until the largest frame fits, or there are no more; one chain if the
-    /// guest cannot put several together. Answers whether there is any room.
-    fn collect(&mut self) -> Result<bool, virtio_queue::Error> {
-        // A guest that gives bad chains as fast as they come back does not keep the worker here.
-        let mut patience = self.queue.queue.size();
-        while patience > 0 && self.wants_chains() {
-            patience -= 1;
+    /// Takes chains from the queue until the largest frame fits, or there are no more; a single chain if the guest
+    /// cannot merge several. Returns whether there is any chain.
+    fn gather_chains(&mut self) -> Result<bool, virtio_queue::Error> {
+        // The number is limited, because a guest may make bad chains available as fast as they are returned.
+        let mut attempts = self.queue.queue.size();
+        while attempts > 0 && self.needs_chains() {
+            attempts -= 1;
             self.queue.queue.disable_notification(&self.memory)?;
             let Some(chain) = self.queue.pop(&self.memory)? else {
                 if self.queue.queue.enable_notification(&self.memory)? {
@@ -113,58 +116,62 @@ impl Receiver {
                 break;
             };
             let head = chain.head_index();
-            match self.buffers.add(chain, Part::Writable) {
-                // The header lies in one chain (virtio 1.2, section 5.1.6.3.2).
+            match self.iovecs.add(chain, ChainPart::Writable) {
+                // The header must lie in one chain (virtio 1.2, section 5.1.6.3.2).
                 Ok(added) if added.length >= usize::from(HEADER_SIZE) => {
                     self.room += added.length;
-                    self.waiting.push_back(Waiting { head, pieces: added.pieces, length: added.length });
+                    self.ready.push_back(ReadyChain { head, iovecs: added.iovecs, length: added.length });
                 }
                 Ok(added) => {
-                    self.buffers.remove_last(added.pieces);
-                    self.refuse(head)?;
+                    self.iovecs.remove_last(added.iovecs);
+                    self.return_empty(head)?;
                 }
-                Err(BadChain::TooManyPieces) if !self.waiting.is_empty() => {
-                    // Its turn comes when those before it are used up.
+                Err(IoVecError::TooMany) if !self.ready.is_empty() => {
+                    // It fits once the chains before it are used up.
                     self.queue.unpop();
                     break;
                 }
                 Err(error) => {
                     tracing::debug!(%error, "net: a receive buffer is returned empty");
-                    self.refuse(head)?;
+                    self.return_empty(head)?;
                 }
             }
         }
-        Ok(!self.waiting.is_empty())
+        Ok(!self.ready.is_empty())
     }
 
-    fn wants_chains(&self) -> bool {
-        self.waiting.is_empty() || self.merge && self.room < FRAME_MAX
+    fn needs_chains(&self) -> bool {
+        self.ready.is_empty() || self.merge && self.room < FRAME_MAX
     }
 
-    fn refuse(&mut self, head: u16) -> Result<(), virtio_queue::Error> {
+    /// Returns a chain that cannot be used to the guest.
+    fn return_empty(&mut self, head: u16) -> Result<(), virtio_queue::Error> {
         self.counters.rx_dropped.add(1);
         self.queue.add_used(&self.memory, head, 0)
     }
 
-    /// Gives the guest the frame that has been read into the first chains.
-    fn hand_back(&mut self, length: usize) -> Result<(), virtio_queue::Error> {
+    /// Returns the first chains, into which a frame of this length was read, to the guest.
+    fn return_frame(&mut self, length: usize) -> Result<(), virtio_queue::Error> {
         let mut rest = length;
-        let mut pieces = 0;
+        let mut iovecs = 0;
         self.filled.clear();
         while rest > 0 {
-            let Some(chain) = self.waiting.pop_front() else { break };
+            let Some(chain) = self.ready.pop_front() else { break };
             let used = rest.min(chain.length);
             rest -= used;
-            pieces += chain.pieces;
+            iovecs += chain.iovecs;
             self.room -= chain.length;
-            // FRAME_MAX at most for each frame, because more is never read.
-            self.filled.push((chain.head, u32::try_from(used).unwrap_or(u32::MAX)));
+            let Ok(used) = u32::try_from(used) else {
+                unreachable!("the spill has room for {FRAME_MAX} bytes")
+            };
+            self.filled.push((chain.head, used));
         }
-        // The kernel leaves this field alone. Without merging it is 1 as well (virtio 1.2, section
-        // 5.1.6.4.1). The guest looks at it only once it has the chains back.
-        let count = u16::try_from(self.filled.len()).unwrap_or(u16::MAX);
-        self.buffers.overwrite(NUM_BUFFERS_OFFSET, &count.to_le_bytes());
-        self.buffers.remove_first(pieces);
+        // The kernel does not write this field. Without merging it is 1 as well (virtio 1.2, section 5.1.6.4.1).
+        let Ok(count) = u16::try_from(self.filled.len()) else {
+            unreachable!("a frame fills no more chains than a queue has")
+        };
+        self.iovecs.overwrite(NUM_BUFFERS_OFFSET, &count.to_le_bytes());
+        self.iovecs.remove_first(iovecs);
         self.queue.add_used_together(&self.memory, &self.filled)?;
         self.counters.rx_packets.add(1);
         self.counters.rx_bytes.add(length.saturating_sub(usize::from(HEADER_SIZE)) as u64);

@@ -1,7 +1,7 @@
 //! How many of a device's queue pairs are in use (virtio 1.2, section 5.1.6.5.5).
 //!
-//! The kernel gives a frame to any of the tap's queues that are attached, so that those of pairs which
-//! the driver does not use must not be.
+//! The kernel gives a frame to any queue of the tap that is attached. So the queues of pairs that the driver does not
+//! use must be detached.
 
 use std::{
     io,
@@ -12,7 +12,7 @@ use thiserror::Error;
 
 use super::tap::Tap;
 
-/// The number of pairs stays as it is.
+/// The number of pairs in use cannot be changed.
 #[derive(Debug, Error)]
 pub enum SteeringError {
     #[error("the driver asks for {asked} queue pairs; it can have 1 to {most}")]
@@ -29,42 +29,44 @@ pub enum SteeringError {
 
 /// Attaches and detaches the tap's queues.
 pub struct Steering {
-    /// Those of all pairs but the first, which is always in use. They belong to the pairs' workers: the
-    /// queue of one that has stopped is closed.
-    further: Vec<Weak<Tap>>,
+    /// The tap's queues of all pairs except the first, which is always in use. They belong to the pairs' workers: when
+    /// one stops, its queue is closed.
+    other_taps: Vec<Weak<Tap>>,
+    /// Number of pairs in use.
     in_use: usize,
 }
 
 impl Steering {
-    /// One pair is in use. `further` are the tap's queues of the others, detached.
-    pub fn new(further: Vec<Weak<Tap>>) -> Steering {
-        Steering { further, in_use: 1 }
+    /// For a device of which one pair is in use. `other_taps` are the tap's queues of the other pairs, detached.
+    pub fn new(other_taps: Vec<Weak<Tap>>) -> Steering {
+        Steering { other_taps, in_use: 1 }
     }
 
-    /// Puts this many pairs into use. Afterwards the guest receives nothing more by any other.
+    /// Puts this many pairs into use. Afterwards the guest receives nothing more through any other pair. After an error
+    /// as many are in use as before, as far as the kernel allows.
     pub fn set(&mut self, pairs: u16) -> Result<(), SteeringError> {
-        let most = self.further.len() + 1;
-        let wanted = usize::from(pairs);
-        if !(1..=most).contains(&wanted) {
+        let most = self.other_taps.len() + 1;
+        let requested = usize::from(pairs);
+        if !(1..=most).contains(&requested) {
             return Err(SteeringError::Number { asked: pairs, most });
         }
         let before = self.in_use;
-        self.change(wanted).inspect_err(|_| {
-            // What could not be changed just now may stay as it is now.
-            let _ = self.change(before);
+        self.change_to(requested).inspect_err(|_| {
+            // If this fails too, `in_use` is the number that was reached.
+            let _ = self.change_to(before);
         })
     }
 
-    fn change(&mut self, wanted: usize) -> Result<(), SteeringError> {
-        while self.in_use < wanted {
+    fn change_to(&mut self, pairs: usize) -> Result<(), SteeringError> {
+        while self.in_use < pairs {
             let pair = self.in_use;
             let tap = self.tap(pair).ok_or(SteeringError::Stopped { pair })?;
             tap.attach_queue().map_err(|source| SteeringError::Tap { pair, source })?;
             self.in_use += 1;
         }
-        while self.in_use > wanted {
+        while self.in_use > pairs {
             let pair = self.in_use - 1;
-            // One that has stopped is not attached any more.
+            // The queue of a pair that has stopped is closed, and so not attached.
             if let Some(tap) = self.tap(pair) {
                 tap.detach_queue().map_err(|source| SteeringError::Tap { pair, source })?;
             }
@@ -73,8 +75,8 @@ impl Steering {
         Ok(())
     }
 
-    /// The first pair, 0, is not among them.
+    /// The tap's queue of a pair, if the pair has not stopped. `pair` is not 0.
     fn tap(&self, pair: usize) -> Option<Arc<Tap>> {
-        self.further.get(pair.checked_sub(1)?)?.upgrade()
+        self.other_taps.get(pair.checked_sub(1)?)?.upgrade()
     }
 }

@@ -1,17 +1,16 @@
-//! The tap: an interface in the pod's network namespace whose other end is a file descriptor, or
-//! several.
+//! The tap: an interface in the pod's network namespace whose other end is a file descriptor, or several.
 //!
-//! A tap with several queues spreads the frames that it gives over those that are attached, by the
-//! connection that a frame belongs to; frames of a connection that the guest itself sends on come by
-//! the queue that it sends them through. A queue that is detached is given nothing, but still takes
-//! frames. (`Documentation/networking/tuntap.rst`, "Multiqueue tuntap interface".)
+//! A tap with several queues distributes frames over those that are attached, by the connection that a frame belongs
+//! to. Frames of a connection on which the guest itself sends arrive at the queue through which it sends. A detached
+//! queue is given no frames, but still takes them. (`Documentation/networking/tuntap.rst`, "Multiqueue tuntap
+//! interface".)
 
 use std::{
     fs::File,
     io, mem,
     os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Mutex, MutexGuard},
 };
 
 use rustix::{
@@ -23,6 +22,7 @@ use rustix::{
 use thiserror::Error;
 
 use super::{HEADER_SIZE, feature};
+use crate::lock::unpoisoned;
 
 const TUN: &str = "/dev/net/tun";
 
@@ -84,24 +84,24 @@ pub enum TapError {
     },
 }
 
-/// The machine's end of a tap, or of one of its queues. Reads and writes move whole frames, each behind
-/// a `virtio_net_hdr`, and do not wait.
+/// The machine's end of a tap, or of one of its queues. Reads and writes move whole frames, each behind a
+/// `virtio_net_hdr`, and do not block.
 pub struct Tap {
     fd: OwnedFd,
     /// Whether the kernel segments UDP for the tap (since Linux 6.2).
     segments_udp: bool,
-    /// Held by whoever moves frames from the tap to the guest; see [`Tap::detach_queue`].
+    /// Locked while frames are moved from the tap to the guest: see [`Tap::detach_queue`].
     receiving: Mutex<()>,
 }
 
 impl Tap {
-    /// Attaches to the tap `name` in the network namespace `netns` by one or more queues, all of which
-    /// but the first are detached until [`Tap::attach_queue`]. The caller stays in its own namespace.
+    /// Attaches to the tap `name` in the network namespace `netns` with one or more queues, of which all except the
+    /// first are detached until [`Tap::attach_queue`]. The caller stays in its own namespace.
     ///
-    /// Until [`Tap::set_offloads`], the tap gives only frames that are complete: checksums filled in,
-    /// none larger than its MTU.
+    /// Until [`Tap::set_offloads`], the tap gives only complete frames: their checksums are filled in, and none is
+    /// larger than its MTU.
     pub fn open(netns: &Path, name: &str, queues: u16) -> Result<Vec<Tap>, TapError> {
-        // Another thread enters the namespace: a process's threads may differ in theirs.
+        // Another thread enters the namespace, because each thread of a process has its own.
         let attached = std::thread::scope(|scope| {
             let namespace = rustix::fs::open(netns, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
                 .map_err(|error| TapError::Netns {
@@ -113,10 +113,8 @@ impl Tap {
                 .name("tap".into())
                 .spawn_scoped(scope, move || attach(&namespace, netns, name, queues))
                 .map_err(|source| TapError::Enter { netns: netns.to_owned(), source })?;
-            // The machine aborts when a thread panics, so that there is one answer only.
-            thread.join().unwrap_or_else(|_| {
-                Err(TapError::Enter { netns: netns.to_owned(), source: io::ErrorKind::Other.into() })
-            })
+            #[expect(clippy::expect_used, reason = "a thread that panics ends the process")]
+            thread.join().expect("the thread that attaches to a tap has panicked")
         });
         let refused = |what| {
             move |source| TapError::SetUp { what, netns: netns.to_owned(), tap: name.to_owned(), source }
@@ -125,7 +123,7 @@ impl Tap {
         for tap in taps.iter().skip(1) {
             tap.detach_queue().map_err(refused("detach a queue of"))?;
         }
-        // What is set is the whole tap's, whichever queue it is asked of.
+        // These settings are of the whole tap, whichever queue is used to change them.
         let mut segments_udp = false;
         if let Some(tap) = taps.first() {
             tap.set_header_size().map_err(refused("put virtio headers before the frames of"))?;
@@ -143,17 +141,17 @@ impl Tap {
         Tap { fd, segments_udp: false, receiving: Mutex::new(()) }
     }
 
-    /// Answers whether the kernel segments UDP too.
+    /// Switches all offloads on that the kernel knows. Returns whether it segments UDP too.
     fn try_offloads(&self) -> io::Result<bool> {
-        // The kernel refuses flags that it does not know. (It knows TUN_F_UFO, but has not given anyone
-        // a UDP datagram still to be fragmented since Linux 4.14: there is nothing to gain from it.)
+        // The kernel refuses flags that it does not know. (It knows TUN_F_UFO, but since Linux 4.14 it gives nobody a
+        // UDP datagram that is still to be fragmented, so that the flag would gain nothing.)
         if self.set_offload_flags(ALL_OFFLOADS).is_ok() {
             return Ok(true);
         }
         self.set_offload_flags(ALL_OFFLOADS & !USO).map(|()| false)
     }
 
-    /// Some other end of frames in place of a tap: a socket that keeps message boundaries.
+    /// A socket that keeps message boundaries in place of a tap.
     #[cfg(test)]
     pub fn from_fd(fd: OwnedFd) -> Tap {
         Tap { segments_udp: true, ..Tap::new(fd) }
@@ -164,40 +162,39 @@ impl Tap {
         self.segments_udp
     }
 
-    /// Lets the tap give what the guest's driver has said it can take: frames without checksum, and
-    /// frames larger than the MTU.
+    /// Lets the tap give frames that the guest's driver has said it can take: frames without a checksum, and frames
+    /// larger than the MTU.
     pub fn set_offloads(&self, features: u64) -> io::Result<()> {
         self.set_offload_flags(offload_flags(features))
     }
 
-    /// Lets the kernel give frames to this queue of the tap's, which was detached.
+    /// Lets the kernel give frames to this queue, which must be detached.
     pub fn attach_queue(&self) -> io::Result<()> {
         self.set_queue(libc::IFF_ATTACH_QUEUE)
     }
 
-    /// From the return on, the guest receives nothing more from this queue of the tap's: the kernel has
-    /// emptied it and gives it nothing, and nobody is in the middle of moving a frame.
+    /// Lets the kernel give no more frames to this queue. When this returns, the guest receives nothing more from it:
+    /// the kernel has emptied it, and no thread is moving a frame.
     pub fn detach_queue(&self) -> io::Result<()> {
         self.set_queue(libc::IFF_DETACH_QUEUE)?;
-        drop(self.receive());
+        drop(self.lock_receiving());
         Ok(())
     }
 
-    /// To be held while frames are moved from the tap to the guest.
-    pub fn receive(&self) -> MutexGuard<'_, ()> {
-        self.receiving.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Must be held while frames are moved from the tap to the guest.
+    pub fn lock_receiving(&self) -> MutexGuard<'_, ()> {
+        unpoisoned(self.receiving.lock())
     }
 
-    /// The kernel takes the lock that all of the host's network configuration shares (`rtnl_lock`), and
-    /// waits for all processors when a queue is detached.
+    /// Attaches or detaches this queue. For that the kernel takes the lock that all of the host's network configuration
+    /// shares (`rtnl_lock`), and waits for all processors when a queue is detached.
     fn set_queue(&self, change: libc::c_int) -> io::Result<()> {
         let request = no_interface(change);
         // SAFETY: the request is an ifreq, which outlives the call.
         result(unsafe { libc::ioctl(self.fd.as_raw_fd(), libc::TUNSETQUEUE, &raw const request) })
     }
 
-    /// Loses the frames that the tap has taken with whatever offloads were on: nobody has been there to
-    /// receive them anyway.
+    /// Discards the frames that the tap has queued while other offloads were on. Nobody was there to receive them.
     fn discard_queued(&self) {
         /// Longest queue of a tap (its `txqueuelen`), unless somebody has set a longer one.
         const QUEUE_MAX: usize = 1000;
@@ -251,12 +248,12 @@ fn offload_flags(features: u64) -> libc::c_uint {
     flags
 }
 
-/// Runs on a thread of its own, which ends in the tap's namespace.
+/// Attaches to a tap. The calling thread enters the tap's namespace and stays there, so it must end afterwards.
 fn attach(namespace: &OwnedFd, netns: &Path, name: &str, queues: u16) -> Result<Vec<OwnedFd>, TapError> {
     let request = interface_request(name, queues)?;
     move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))
         .map_err(|error| TapError::Enter { netns: netns.to_owned(), source: error.into() })?;
-    // Asked for first, because the tun driver makes an interface that does not exist.
+    // The interface is looked for first, because the tun driver would make one that does not exist.
     interface_index(name).map_err(|error| TapError::Missing {
         netns: netns.to_owned(),
         tap: name.to_owned(),
@@ -281,13 +278,13 @@ pub(super) fn open_tun() -> io::Result<OwnedFd> {
 }
 
 pub(super) fn interface_index(name: &str) -> Result<u32, Errno> {
-    // Any socket will do: it stands for the thread's namespace.
+    // Any socket will do: it belongs to the thread's namespace.
     let socket = rustix::net::socket(AddressFamily::UNIX, SocketType::DGRAM, None)?;
     rustix::net::netdevice::name_to_index(socket, name)
 }
 
-/// The kernel attaches to a tap with several queues only with `IFF_MULTI_QUEUE`, and to any other only
-/// without.
+/// The request to attach to a tap. A tap with several queues needs `IFF_MULTI_QUEUE`, and one with a single queue must
+/// not have it.
 pub(super) fn interface_request(name: &str, queues: u16) -> Result<libc::ifreq, TapError> {
     if name.is_empty() || name.len() >= libc::IFNAMSIZ {
         return Err(TapError::Name { name: name.to_owned() });
@@ -300,7 +297,7 @@ pub(super) fn interface_request(name: &str, queues: u16) -> Result<libc::ifreq, 
     Ok(request)
 }
 
-/// A request without the name of an interface.
+/// A request that names no interface.
 fn no_interface(flags: libc::c_int) -> libc::ifreq {
     // SAFETY: an ifreq is made of numbers and addresses, all of which may be zero.
     let mut request: libc::ifreq = unsafe { mem::zeroed() };
@@ -310,41 +307,42 @@ fn no_interface(flags: libc::c_int) -> libc::ifreq {
     request
 }
 
-pub(super) fn result(answer: libc::c_int) -> io::Result<()> {
-    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+/// The result of a system call.
+pub(super) fn result(returned: libc::c_int) -> io::Result<()> {
+    if returned < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
-/// What an error on moving a frame means.
+/// The meaning of an error when a frame is moved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Failure {
-    /// Nothing can be moved now; the descriptor becomes ready when that changes.
-    NotNow,
-    /// This frame is lost; the next may do better.
-    Frame,
+pub enum TapFailure {
+    /// Nothing can be moved at the moment. The descriptor becomes ready when that changes.
+    WouldBlock,
+    /// This frame is lost, but the next one may be moved.
+    FrameLost,
     /// The tap will never move a frame again.
     Gone,
 }
 
-impl Failure {
-    /// Of a read. The kernel has taken the frame from the tap when it reports a header that cannot be
-    /// built, or memory that cannot be written; all else would come again at once, and for ever.
-    pub fn of_read(error: &io::Error) -> Failure {
+impl TapFailure {
+    /// The meaning of an error of a read. When the kernel reports a header that cannot be built, or memory that cannot
+    /// be written, it has taken the frame from the tap. All other errors would come again at once, and without end.
+    pub fn of_read(error: &io::Error) -> TapFailure {
         match error.raw_os_error() {
-            Some(libc::EAGAIN) => Failure::NotNow,
-            Some(libc::EINVAL | libc::EFAULT | libc::ENOMEM | libc::ENOBUFS) => Failure::Frame,
-            _ => Failure::Gone,
+            Some(libc::EAGAIN) => TapFailure::WouldBlock,
+            Some(libc::EINVAL | libc::EFAULT | libc::ENOMEM | libc::ENOBUFS) => TapFailure::FrameLost,
+            _ => TapFailure::Gone,
         }
     }
 
-    /// Of a write. Each write is a frame of the guest's that is used up, so that nothing can come again
-    /// for ever: EIO is an interface that is down, EINVAL a header that the kernel does not accept.
-    pub fn of_write(error: &io::Error) -> Failure {
+    /// The meaning of an error of a write. Each write uses up a frame of the guest, so that no error can come again
+    /// without end. EIO is an interface that is down, EINVAL a header that the kernel does not accept.
+    pub fn of_write(error: &io::Error) -> TapFailure {
         match error.raw_os_error() {
-            Some(libc::EAGAIN) => Failure::NotNow,
+            Some(libc::EAGAIN) => TapFailure::WouldBlock,
             Some(
                 libc::EBADFD | libc::EBADF | libc::ENODEV | libc::ENXIO | libc::EPIPE | libc::ECONNRESET,
-            ) => Failure::Gone,
-            _ => Failure::Frame,
+            ) => TapFailure::Gone,
+            _ => TapFailure::FrameLost,
         }
     }
 }

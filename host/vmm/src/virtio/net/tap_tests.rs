@@ -1,10 +1,6 @@
-//! On real taps.
+//! The device on real taps.
 
 use vm_memory::{Bytes as _, GuestAddress};
-use vmm_sys_util::{
-    epoll::{ControlOperation, Epoll, EpollEvent, EventSet},
-    eventfd::EventFd,
-};
 
 use super::*;
 use crate::{
@@ -13,13 +9,13 @@ use crate::{
         Active, Device as _, F_VERSION_1,
         net::{
             Net,
-            testing::{OWN_NETNS, in_new_namespace, make_tap, packet_socket, switch_on},
+            testing::{OWN_NETNS, in_new_namespace, make_tap, packet_socket, switch_on, wait_for_events},
         },
         testing::{Buffer, RING_SIZE, Ring, guest_memory},
     },
 };
 
-/// An Ethernet type for experiments (IEEE 802), which no kernel sends by itself.
+/// An Ethernet type for experiments (IEEE 802). No kernel sends frames of it by itself.
 const ETHER_TYPE: u16 = 0x88b5;
 
 fn frame(length: usize) -> Vec<u8> {
@@ -27,14 +23,6 @@ fn frame(length: usize) -> Vec<u8> {
     frame.extend(ETHER_TYPE.to_be_bytes());
     frame.extend((0..=250).cycle().take(length - frame.len()));
     frame
-}
-
-fn wait_for(event: &EventFd) {
-    let epoll = Epoll::new().unwrap();
-    let interest = EpollEvent::new(EventSet::IN, 0);
-    epoll.ctl(ControlOperation::Add, event.as_raw_fd(), interest).unwrap();
-    assert_eq!(epoll.wait(10_000, &mut [interest]).unwrap(), 1, "no interrupt");
-    event.read().unwrap();
 }
 
 /// A tap with a single queue.
@@ -69,7 +57,7 @@ fn a_frame_passes_both_ways_through_a_real_tap() {
         let socket = packet_socket("tap0", ETHER_TYPE);
 
         rustix::io::write(&socket, &frame(1000)).unwrap();
-        wait_for(&irqfd);
+        wait_for_events(&[&irqfd]);
         let (Some((0, 700)), Some((1, 312))) = (receive.used(), receive.used()) else {
             panic!("the frame fills two buffers")
         };
@@ -102,7 +90,7 @@ fn to_detach_a_queue_waits_for_whoever_moves_its_frames() {
         make_tap("tap0", 2);
         let taps = Tap::open(Path::new(OWN_NETNS), "tap0", 2).unwrap();
         taps[1].attach_queue().unwrap();
-        let moving = taps[1].receive();
+        let moving = taps[1].lock_receiving();
         std::thread::scope(|scope| {
             let detached = scope.spawn(|| taps[1].detach_queue().unwrap());
             std::thread::sleep(std::time::Duration::from_millis(100));
@@ -142,10 +130,10 @@ fn a_tap_that_is_removed_is_gone_for_reads_and_writes() {
         result(unsafe { libc::ioctl(tap.fd.as_raw_fd(), libc::TUNSETPERSIST, 0) }).unwrap();
         remove("tap0");
         let read = io::Error::from(rustix::io::read(&tap, &mut [0; 2000]).unwrap_err());
-        assert_eq!(Failure::of_read(&read), Failure::Gone, "{read}");
+        assert_eq!(TapFailure::of_read(&read), TapFailure::Gone, "{read}");
         let sent = [&[0; 12][..], &frame(60)].concat();
         let write = io::Error::from(rustix::io::write(&tap, &sent).unwrap_err());
-        assert_eq!(Failure::of_write(&write), Failure::Gone, "{write}");
+        assert_eq!(TapFailure::of_write(&write), TapFailure::Gone, "{write}");
     });
 }
 

@@ -1,5 +1,5 @@
-//! Real taps in a network namespace of each test's own. They need root and the tun module, as every
-//! machine with a network does.
+//! Real taps, each test's in a network namespace of its own. They need root and the tun module, as every machine with a
+//! network does.
 
 use std::{
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
@@ -7,11 +7,20 @@ use std::{
 };
 
 use rustix::net::{AddressFamily, SocketType};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::tap::{interface_index, interface_request, open_tun, result};
+use crate::virtio::wait_context::{WaitContext, event_tokens};
 
-/// The namespace of the thread that asks.
+event_tokens! {
+    enum Token {
+        AnyEvent,
+    }
+}
+
+/// The network namespace of the calling thread.
 pub const OWN_NETNS: &str = "/proc/thread-self/ns/net";
+
 /// Runs a test on a thread in a new network namespace.
 pub fn in_new_namespace(test: impl FnOnce() + Send) {
     std::thread::scope(|scope| {
@@ -26,7 +35,7 @@ pub fn in_new_namespace(test: impl FnOnce() + Send) {
     });
 }
 
-/// Makes a tap that stays, with one or several queues.
+/// Makes a persistent tap with one or several queues.
 pub fn make_tap(name: &str, queues: u16) {
     let request = interface_request(name, queues).unwrap();
     let tun = open_tun().unwrap();
@@ -37,8 +46,8 @@ pub fn make_tap(name: &str, queues: u16) {
     }
 }
 
-/// Switches a tap on, which must be attached by now: what the kernel has to do when a tap that is on is
-/// attached, it does a little later, and until then loses all frames to it.
+/// Switches a tap on, which must be attached by now. If a tap that is on were attached, the kernel would finish that a
+/// little later, and lose all frames until then.
 pub fn switch_on(name: &str) {
     let mut request = interface_request(name, 1).unwrap();
     let socket = rustix::net::socket(AddressFamily::INET, SocketType::DGRAM, None).unwrap();
@@ -47,8 +56,7 @@ pub fn switch_on(name: &str) {
     result(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS, &raw const request) }).unwrap();
 }
 
-/// A socket that sends frames of an Ethernet type through an interface and receives those that come in
-/// by it.
+/// A socket that sends frames of an Ethernet type through an interface, and receives those that arrive at it.
 pub fn packet_socket(interface: &str, ether_type: u16) -> OwnedFd {
     let protocol = ether_type.to_be();
     // SAFETY: numbers only; the descriptor is nobody else's.
@@ -72,4 +80,17 @@ pub fn packet_socket(interface: &str, ether_type: u16) -> OwnedFd {
     )
     .unwrap();
     socket
+}
+
+/// Waits until one of the events is written, and reads all of them.
+pub fn wait_for_events(events: &[&EventFd]) {
+    let wait_context = WaitContext::new().unwrap();
+    for event in events {
+        wait_context.add(*event, Token::AnyEvent).unwrap();
+    }
+    let count = wait_context.wait::<1>(Some(Duration::from_secs(10))).unwrap().count();
+    assert_ne!(count, 0, "no interrupt");
+    for event in events {
+        let _ = event.read();
+    }
 }

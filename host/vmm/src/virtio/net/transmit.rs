@@ -1,4 +1,4 @@
-//! The transmit queue: the guest's frames, out of its memory into the tap.
+//! The transmit queue: moves the guest's frames from its memory into the tap.
 
 use std::os::fd::AsFd as _;
 
@@ -6,116 +6,127 @@ use virtio_queue::QueueT as _;
 
 use super::{
     Counters, FRAME_MAX, HEADER_SIZE,
-    buffers::{Buffers, Part},
-    tap::{Failure, Tap},
+    iovecs::{ChainPart, FrameIoVecs},
+    tap::{Tap, TapFailure},
 };
 use crate::{
     memory::GuestMemory,
     virtio::{ActiveQueue, Chain},
 };
 
-/// Length of an Ethernet header.
-const ETHERNET: usize = 14;
+/// Bytes of an Ethernet header.
+const ETHERNET_HEADER_SIZE: usize = 14;
 
-/// Why the transmitter has stopped.
+/// Why the transmitter has moved no more frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stopped {
-    /// Its turn is over; there may be more.
-    Turn,
-    /// The guest has sent everything; it notifies the queue when there is more.
+pub enum TransmitOutcome {
+    /// It has moved as many as it was to move. There may be more.
+    BudgetSpent,
+    /// The guest has no more frames. It notifies the queue when it has.
     QueueEmpty,
-    /// The tap takes no frame now.
+    /// The tap takes no frame at the moment.
     TapFull,
     /// The tap is gone.
     TapGone,
 }
 
-/// What has become of a frame.
-enum Fate {
+/// The outcome of sending one frame.
+enum SendOutcome {
+    /// The tap has taken it, with this length in bytes.
     Sent(usize),
     Dropped,
-    NotNow,
+    TapFull,
     TapGone,
 }
 
+/// Serves a transmit queue.
 pub struct Transmitter {
     pub queue: ActiveQueue,
     memory: GuestMemory,
     counters: Counters,
-    /// One frame.
-    buffers: Buffers,
+    /// The memory of one frame.
+    iovecs: FrameIoVecs,
 }
 
 impl Transmitter {
     pub fn new(queue: ActiveQueue, memory: &GuestMemory, counters: Counters) -> Transmitter {
-        Transmitter { queue, memory: memory.clone(), counters, buffers: Buffers::new(memory.clone()) }
+        Transmitter { queue, memory: memory.clone(), counters, iovecs: FrameIoVecs::new(memory.clone()) }
     }
 
-    /// Moves up to `turn` frames; drops them if there is no tap. An error means that the guest has
+    /// Moves at most `budget` frames to the tap. Without a tap, they are dropped. An error means that the guest has
     /// broken the queue.
-    pub fn serve(&mut self, tap: Option<&Tap>, turn: usize) -> Result<Stopped, virtio_queue::Error> {
-        let stopped = self.empty(tap, turn)?;
+    pub fn serve(
+        &mut self,
+        tap: Option<&Tap>,
+        budget: usize,
+    ) -> Result<TransmitOutcome, virtio_queue::Error> {
+        let outcome = self.move_frames(tap, budget)?;
         self.queue.signal(&self.memory)?;
-        Ok(stopped)
+        Ok(outcome)
     }
 
-    fn empty(&mut self, tap: Option<&Tap>, turn: usize) -> Result<Stopped, virtio_queue::Error> {
+    fn move_frames(
+        &mut self,
+        tap: Option<&Tap>,
+        budget: usize,
+    ) -> Result<TransmitOutcome, virtio_queue::Error> {
         self.queue.queue.disable_notification(&self.memory)?;
-        for _ in 0..turn {
+        for _ in 0..budget {
             let Some(chain) = self.queue.pop(&self.memory)? else {
                 if self.queue.queue.enable_notification(&self.memory)? {
                     continue;
                 }
-                return Ok(Stopped::QueueEmpty);
+                return Ok(TransmitOutcome::QueueEmpty);
             };
             let head = chain.head_index();
-            match send(&mut self.buffers, chain, tap) {
-                Fate::Sent(length) => {
+            match send(&mut self.iovecs, chain, tap) {
+                SendOutcome::Sent(length) => {
                     self.counters.tx_packets.add(1);
                     self.counters.tx_bytes.add((length - usize::from(HEADER_SIZE)) as u64);
                 }
-                Fate::Dropped => self.counters.tx_dropped.add(1),
-                Fate::NotNow => {
-                    // Read and checked from scratch when its turn comes.
+                SendOutcome::Dropped => self.counters.tx_dropped.add(1),
+                SendOutcome::TapFull => {
+                    // The frame is read and checked again when the tap takes frames again.
                     self.queue.unpop();
-                    return Ok(Stopped::TapFull);
+                    return Ok(TransmitOutcome::TapFull);
                 }
-                Fate::TapGone => {
+                SendOutcome::TapGone => {
                     self.queue.unpop();
-                    return Ok(Stopped::TapGone);
+                    return Ok(TransmitOutcome::TapGone);
                 }
             }
             self.queue.add_used(&self.memory, head, 0)?;
         }
-        Ok(Stopped::Turn)
+        Ok(TransmitOutcome::BudgetSpent)
     }
 }
 
-/// Sends one frame. The header that the guest has put before it goes to the kernel as it is: the tun
-/// driver is made for headers of whatever process holds the tap, copies each once, and refuses with
-/// EINVAL what does not fit the frame that follows (lengths and offsets beyond its end, kinds of
-/// segmentation it does not know). Looking at it here, in memory that the guest can still change, would
-/// prove nothing about what the kernel reads.
-fn send(buffers: &mut Buffers, chain: Chain<'_>, tap: Option<&Tap>) -> Fate {
-    buffers.clear();
-    let length = match buffers.add(chain, Part::Readable) {
+/// Sends one frame.
+///
+/// The header that the guest has put before the frame goes to the kernel as it is. The tun driver expects headers from
+/// any process that has the tap: it copies each once, and refuses with EINVAL what does not match the frame that
+/// follows (lengths and offsets beyond its end, kinds of segmentation that it does not know). To check the header here,
+/// in memory that the guest can still change, would prove nothing about what the kernel reads.
+fn send(iovecs: &mut FrameIoVecs, chain: Chain<'_>, tap: Option<&Tap>) -> SendOutcome {
+    iovecs.clear();
+    let length = match iovecs.add(chain, ChainPart::Readable) {
         Ok(added) => added.length,
         Err(error) => {
             tracing::debug!(%error, "net: a frame is dropped");
-            return Fate::Dropped;
+            return SendOutcome::Dropped;
         }
     };
-    let Some(tap) = tap else { return Fate::Dropped };
-    if !(usize::from(HEADER_SIZE) + ETHERNET..=FRAME_MAX).contains(&length) {
+    let Some(tap) = tap else { return SendOutcome::Dropped };
+    if !(usize::from(HEADER_SIZE) + ETHERNET_HEADER_SIZE..=FRAME_MAX).contains(&length) {
         tracing::debug!(length, "net: a frame that is too short or too long is dropped");
-        return Fate::Dropped;
+        return SendOutcome::Dropped;
     }
-    match buffers.write_to(tap.as_fd()) {
-        Ok(_) => Fate::Sent(length),
-        Err(error) => match Failure::of_write(&error) {
-            Failure::NotNow => Fate::NotNow,
-            Failure::Frame => Fate::Dropped,
-            Failure::Gone => Fate::TapGone,
+    match iovecs.write_to(tap.as_fd()) {
+        Ok(_) => SendOutcome::Sent(length),
+        Err(error) => match TapFailure::of_write(&error) {
+            TapFailure::WouldBlock => SendOutcome::TapFull,
+            TapFailure::FrameLost => SendOutcome::Dropped,
+            TapFailure::Gone => SendOutcome::TapGone,
         },
     }
 }

@@ -1,41 +1,47 @@
 //! The thread that serves one pair of queues.
 
-use std::{
-    io,
-    ops::ControlFlow,
-    os::fd::{AsFd as _, AsRawFd as _},
-    sync::Arc,
-};
+use std::{io, ops::ControlFlow, os::fd::AsFd as _, sync::Arc, time::Duration};
 
-use vmm_sys_util::{
-    epoll::{ControlOperation, Epoll, EpollEvent, EventSet},
-    eventfd::EventFd,
-};
+use vmm_sys_util::{epoll::EventSet, eventfd::EventFd};
 
 use super::{
-    receive::{self, Receiver},
+    receive::{ReceiveOutcome, Receiver},
     tap::Tap,
-    transmit::{self, Transmitter},
+    transmit::{TransmitOutcome, Transmitter},
 };
+use crate::virtio::wait_context::{WaitContext, event_tokens};
 
-const TOKEN_RECEIVE: u64 = 1;
-const TOKEN_TRANSMIT: u64 = 2;
-const TOKEN_STOP: u64 = 3;
-const TOKEN_TAP: u64 = 4;
-/// Frames moved one way before the other way has its turn.
+/// Most frames moved one way before the other way has its turn.
 const BATCH: usize = 64;
+/// The tap reports changes only (`EPOLLET`): frames that wait because the guest has no buffers for them do not wake the
+/// worker again and again.
+const TAP_READABLE: EventSet = EventSet::IN.union(EventSet::EDGE_TRIGGERED);
+const TAP_READABLE_OR_WRITABLE: EventSet = TAP_READABLE.union(EventSet::OUT);
 
+event_tokens! {
+    enum Token {
+        /// The guest has notified the receive queue.
+        ReceiveQueue,
+        /// The guest has notified the transmit queue.
+        TransmitQueue,
+        /// The tap has frames, or takes them again.
+        Tap,
+        Stop,
+    }
+}
+
+/// Serves a pair of queues.
 pub struct Worker {
-    /// For messages.
+    /// The pair's name, for messages.
     name: String,
-    epoll: Epoll,
+    wait_context: WaitContext<Token>,
     receiver: Receiver,
     transmitter: Transmitter,
-    /// None once it is gone: the guest then receives nothing, and what it sends is dropped.
+    /// `None` once the tap is gone. The guest then receives nothing, and what it sends is dropped.
     tap: Option<Arc<Tap>>,
-    /// The tap may have frames: none has been missed since it last said that it had none.
+    /// Whether the tap may have frames.
     readable: bool,
-    /// The tap has not refused a frame since it last said that it takes some.
+    /// Whether the tap may take frames.
     writable: bool,
 }
 
@@ -47,34 +53,33 @@ impl Worker {
         tap: Arc<Tap>,
         stop: &EventFd,
     ) -> io::Result<Worker> {
-        let epoll = Epoll::new()?;
-        let watched = [
-            (&receiver.queue.notified, TOKEN_RECEIVE),
-            (&transmitter.queue.notified, TOKEN_TRANSMIT),
-            (stop, TOKEN_STOP),
-        ];
-        for (event, token) in watched {
-            epoll.ctl(ControlOperation::Add, event.as_raw_fd(), EpollEvent::new(EventSet::IN, token))?;
-        }
-        let worker =
-            Worker { name, epoll, receiver, transmitter, tap: Some(tap), readable: true, writable: true };
-        worker.watch_tap(ControlOperation::Add, EventSet::IN)?;
-        Ok(worker)
+        let wait_context = WaitContext::new()?;
+        wait_context.add(&receiver.queue.notified, Token::ReceiveQueue)?;
+        wait_context.add(&transmitter.queue.notified, Token::TransmitQueue)?;
+        wait_context.add(stop, Token::Stop)?;
+        wait_context.add_for(&tap.as_fd(), TAP_READABLE, Token::Tap)?;
+        Ok(Worker {
+            name,
+            wait_context,
+            receiver,
+            transmitter,
+            tap: Some(tap),
+            readable: true,
+            writable: true,
+        })
     }
 
-    /// The tap reports changes only (`EPOLLET`): frames that wait because the guest has no buffers for
-    /// them do not wake this thread again and again.
-    fn watch_tap(&self, operation: ControlOperation, events: EventSet) -> io::Result<()> {
+    /// Replaces the events of the tap that wake the worker.
+    fn watch_tap(&self, events: EventSet) -> io::Result<()> {
         let Some(tap) = &self.tap else { return Ok(()) };
-        let interest = EpollEvent::new(events | EventSet::EDGE_TRIGGERED, TOKEN_TAP);
-        self.epoll.ctl(operation, tap.as_fd().as_raw_fd(), interest)
+        self.wait_context.modify(&tap.as_fd(), events, Token::Tap)
     }
 
-    /// Serves until it is told to stop or the guest breaks a queue.
+    /// Serves until the stop event is written or the guest breaks a queue.
     pub fn run(mut self) {
         let mut more = true;
         loop {
-            match self.handle_events(if more { 0 } else { -1 }) {
+            match self.handle_events(more.then_some(Duration::ZERO)) {
                 Ok(ControlFlow::Continue(())) => {}
                 Ok(ControlFlow::Break(())) => return,
                 Err(error) => {
@@ -92,38 +97,33 @@ impl Worker {
         }
     }
 
-    /// Waits for at most `patience` milliseconds (-1: for ever). Breaks when it is time to stop.
-    fn handle_events(&mut self, patience: i32) -> io::Result<ControlFlow<()>> {
-        let mut events = [EpollEvent::default(); 4];
-        let count = match self.epoll.wait(patience, &mut events) {
-            Ok(count) => count,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
-            Err(error) => return Err(error),
-        };
-        for event in &events[..count] {
-            match event.data() {
-                TOKEN_STOP => return Ok(ControlFlow::Break(())),
+    /// Waits for events, at most for `timeout` (`None`: without a limit). Breaks when the worker is to stop.
+    fn handle_events(&mut self, timeout: Option<Duration>) -> io::Result<ControlFlow<()>> {
+        for event in self.wait_context.wait::<4>(timeout)? {
+            match event.token {
+                Token::Stop => return Ok(ControlFlow::Break(())),
                 // An error means that there was no notification after all.
-                TOKEN_RECEIVE => drop(self.receiver.queue.notified.read()),
-                TOKEN_TRANSMIT => drop(self.transmitter.queue.notified.read()),
-                _ => self.tap_has_changed(event.event_set())?,
+                Token::ReceiveQueue => drop(self.receiver.queue.notified.read()),
+                Token::TransmitQueue => drop(self.transmitter.queue.notified.read()),
+                Token::Tap => self.on_tap_event(event.readiness())?,
             }
         }
         Ok(ControlFlow::Continue(()))
     }
 
-    fn tap_has_changed(&mut self, events: EventSet) -> io::Result<()> {
-        // An error or the end of the tap shows when it is read or written.
+    fn on_tap_event(&mut self, events: EventSet) -> io::Result<()> {
+        // An error of the tap, or its end, is found when the tap is read or written.
         let failed = events.intersects(EventSet::ERROR | EventSet::HANG_UP);
         self.readable |= failed || events.contains(EventSet::IN);
         if !self.writable && (failed || events.contains(EventSet::OUT)) {
             self.writable = true;
-            self.watch_tap(ControlOperation::Modify, EventSet::IN)?;
+            self.watch_tap(TAP_READABLE)?;
         }
         Ok(())
     }
 
-    /// Moves some frames both ways. Answers whether there may be more without another event.
+    /// Moves some frames both ways. Returns whether there may be more without another event. An error means that the
+    /// guest has broken a queue.
     fn move_frames(&mut self) -> Result<bool, virtio_queue::Error> {
         let more_from_guest = self.transmit()?;
         let more_to_guest = self.receive()?;
@@ -135,20 +135,20 @@ impl Worker {
             return Ok(false);
         }
         match self.transmitter.serve(self.tap.as_deref(), BATCH)? {
-            transmit::Stopped::Turn => Ok(true),
-            transmit::Stopped::QueueEmpty => Ok(false),
-            transmit::Stopped::TapFull => {
+            TransmitOutcome::BudgetSpent => Ok(true),
+            TransmitOutcome::QueueEmpty => Ok(false),
+            TransmitOutcome::TapFull => {
                 self.writable = false;
-                // Reports at once if the tap takes frames again by now.
-                if let Err(error) = self.watch_tap(ControlOperation::Modify, EventSet::IN | EventSet::OUT) {
+                // If the tap takes frames again by now, epoll reports that at once.
+                if let Err(error) = self.watch_tap(TAP_READABLE_OR_WRITABLE) {
                     tracing::error!(device = self.name, %error, "cannot wait for the tap");
-                    self.lose_tap();
+                    self.give_up_tap();
                 }
                 Ok(self.writable)
             }
-            transmit::Stopped::TapGone => {
-                self.lose_tap();
-                // What the guest has sent is now dropped.
+            TransmitOutcome::TapGone => {
+                self.give_up_tap();
+                // The frames that the guest has sent can now be dropped.
                 Ok(true)
             }
         }
@@ -156,30 +156,31 @@ impl Worker {
 
     fn receive(&mut self) -> Result<bool, virtio_queue::Error> {
         let Some(tap) = self.tap.as_deref().filter(|_| self.readable) else { return Ok(false) };
-        let turn = tap.receive();
-        let stopped = self.receiver.serve(tap, BATCH)?;
-        drop(turn);
-        match stopped {
-            receive::Stopped::Turn => Ok(true),
-            receive::Stopped::NoBuffers => Ok(false),
-            receive::Stopped::TapEmpty => {
+        let receiving = tap.lock_receiving();
+        let outcome = self.receiver.serve(tap, BATCH)?;
+        drop(receiving);
+        match outcome {
+            ReceiveOutcome::BudgetSpent => Ok(true),
+            ReceiveOutcome::NoBuffers => Ok(false),
+            ReceiveOutcome::TapEmpty => {
                 self.readable = false;
                 Ok(false)
             }
-            receive::Stopped::TapGone => {
-                self.lose_tap();
-                // The guest's frames may wait for this tap.
+            ReceiveOutcome::TapGone => {
+                self.give_up_tap();
+                // The guest's frames, which may wait for the tap, can now be dropped.
                 Ok(true)
             }
         }
     }
 
-    fn lose_tap(&mut self) {
+    /// Goes on without the tap, which is gone.
+    fn give_up_tap(&mut self) {
         tracing::warn!(
             device = self.name,
             "the tap is gone, and with it the guest's connection; the machine goes on without it"
         );
-        // Closing it, now or once nobody changes its queues, ends the watch too.
+        // When it is closed, now or once the control queue's thread does not use it any more, epoll forgets it.
         self.tap = None;
         self.writable = true;
     }

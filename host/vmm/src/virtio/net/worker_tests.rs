@@ -1,4 +1,4 @@
-//! The device between a socket that stands for the tap and a guest that is played here.
+//! The device between a socket that stands for the tap and a guest that the tests play.
 
 use std::os::fd::OwnedFd;
 
@@ -29,7 +29,7 @@ struct Scene {
     transmit: Ring,
     counters: Counters,
     receive_interrupt: crate::virtio::Interrupt,
-    /// What is behind the tap.
+    /// The other end of the tap.
     host: Option<OwnedFd>,
     next_buffer: u64,
 }
@@ -65,7 +65,7 @@ impl Scene {
         }
     }
 
-    /// Gives the device a receive buffer in one piece; answers with its address.
+    /// Makes a receive buffer available. Returns its address.
     fn give(&mut self, length: u32) -> u64 {
         let address = self.next_buffer;
         self.next_buffer += u64::from(length);
@@ -78,7 +78,7 @@ impl Scene {
         rustix::io::write(self.host.as_ref().unwrap(), &frame).unwrap();
     }
 
-    /// The next frame behind the tap, with its header.
+    /// The next frame that the tap has been given, with its header.
     fn host_gets(&self) -> Option<Vec<u8>> {
         let mut frame = vec![0; 2 * FRAME_MAX];
         let length = rustix::io::read(self.host.as_ref().unwrap(), &mut frame).ok()?;
@@ -110,10 +110,10 @@ impl Scene {
         bytes
     }
 
-    /// Lets the worker go on until it would wait.
-    fn settle(&mut self) {
+    /// Lets the worker work until it would wait.
+    fn run_until_idle(&mut self) {
         for _ in 0..100 {
-            assert_eq!(self.worker.handle_events(0).unwrap(), ControlFlow::Continue(()));
+            assert_eq!(self.worker.handle_events(Some(Duration::ZERO)).unwrap(), ControlFlow::Continue(()));
             if !self.worker.move_frames().unwrap() {
                 return;
             }
@@ -131,7 +131,7 @@ fn a_frame_that_fits_one_buffer_has_one_in_its_header() {
     let mut scene = Scene::merging();
     let address = scene.give(2048);
     scene.host_sends(&payload(100));
-    scene.settle();
+    scene.run_until_idle();
     assert_eq!(scene.receive.used(), Some((0, 112)));
     assert_eq!(scene.read(address, 12), [255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 1, 0]);
     assert_eq!(scene.read(address + 12, 100), payload(100));
@@ -144,7 +144,7 @@ fn a_large_frame_is_merged_from_as_many_buffers_as_it_fills() {
     let addresses: Vec<_> = (0..100).map(|_| scene.give(1500)).collect();
     scene.host_sends(&payload(65550));
     scene.host_sends(&payload(60));
-    scene.settle();
+    scene.run_until_idle();
     // 43 full buffers and 1062 bytes.
     let used: Vec<_> = std::iter::from_fn(|| scene.receive.used()).collect();
     assert_eq!(used.len(), 45);
@@ -165,7 +165,7 @@ fn the_number_of_buffers_is_written_wherever_the_guest_has_cut_the_header() {
     let other = RECEIVE_BUFFERS + 0x1000;
     scene.receive.add(&[piece(RECEIVE_BUFFERS, 11), piece(other, 1), piece(other + 0x1000, 500)]);
     scene.host_sends(&payload(20));
-    scene.settle();
+    scene.run_until_idle();
     assert_eq!(scene.receive.used(), Some((0, 32)));
     assert_eq!((scene.read(RECEIVE_BUFFERS + 10, 1), scene.read(other, 1)), (vec![1], vec![0]));
     assert_eq!(scene.read(other + 0x1000, 20), payload(20));
@@ -182,13 +182,13 @@ fn a_guest_that_waits_for_a_buffer_in_the_middle_of_a_frame_is_interrupted() {
 
     scene.memory.write_obj(3u16, GuestAddress(used_event)).unwrap();
     scene.host_sends(&payload(88));
-    scene.settle();
+    scene.run_until_idle();
     assert!(!interrupted(&scene));
     scene.host_sends(&payload(900));
-    scene.settle();
+    scene.run_until_idle();
     assert!(interrupted(&scene));
     scene.host_sends(&payload(900));
-    scene.settle();
+    scene.run_until_idle();
     assert!(!interrupted(&scene));
 }
 
@@ -199,7 +199,7 @@ fn without_merging_a_frame_takes_one_chain_and_is_dropped_if_it_does_not_fit() {
     scene.give(1526);
     scene.host_sends(&payload(1515));
     scene.host_sends(&payload(1514));
-    scene.settle();
+    scene.run_until_idle();
     assert_eq!(scene.receive.used(), Some((0, 1526)));
     assert_eq!(scene.receive.used(), None);
     assert_eq!(scene.read(first + 10, 2), [1, 0]);
@@ -214,7 +214,7 @@ fn a_frame_larger_than_all_buffers_is_dropped_and_the_buffers_stay() {
     scene.give(1000);
     scene.host_sends(&payload(5000));
     scene.host_sends(&payload(1200));
-    scene.settle();
+    scene.run_until_idle();
     assert_eq!((scene.receive.used(), scene.receive.used()), (Some((0, 1000)), Some((1, 212))));
     assert_eq!(scene.counters.rx_dropped.get(), 1);
 }
@@ -223,13 +223,12 @@ fn a_frame_larger_than_all_buffers_is_dropped_and_the_buffers_stay() {
 fn a_guest_without_buffers_lets_the_worker_sleep_and_gets_its_frames_later() {
     let mut scene = Scene::merging();
     scene.host_sends(&payload(100));
-    scene.settle();
-    // What waits in the tap is not reported again: a wait without time limit would not return.
-    let mut events = [EpollEvent::default(); 4];
-    assert_eq!(scene.worker.epoll.wait(0, &mut events).unwrap(), 0);
+    scene.run_until_idle();
+    // The frame in the tap is not reported again: a wait without a time limit would not return.
+    assert_eq!(scene.worker.wait_context.wait::<4>(Some(Duration::ZERO)).unwrap().count(), 0);
     scene.give(2048);
     scene.worker.receiver.queue.notified.write(1).unwrap();
-    scene.settle();
+    scene.run_until_idle();
     assert_eq!(scene.receive.used(), Some((0, 112)));
 }
 
@@ -246,7 +245,7 @@ fn hostile_receive_buffers_are_returned_empty_and_the_next_good_one_is_used() {
     scene.receive.add(&[buffer(RECEIVE_BUFFERS, 100), buffer(OUTSIDE, 100)]);
     let good = scene.give(2048);
     scene.host_sends(&payload(300));
-    scene.settle();
+    scene.run_until_idle();
     for head in [0, 1, 2, 3, 4, 5, 6] {
         assert_eq!(scene.receive.used(), Some((head, 0)));
     }
@@ -259,7 +258,7 @@ fn hostile_receive_buffers_are_returned_empty_and_the_next_good_one_is_used() {
 fn a_frame_cut_into_odd_pieces_arrives_whole() {
     let mut scene = Scene::merging();
     scene.guest_sends(&payload(1000), &[1, 10, 3, 13, 0, 985]);
-    scene.settle();
+    scene.run_until_idle();
     assert_eq!(scene.host_gets().unwrap(), [&[0; 12][..], &payload(1000)].concat());
     assert_eq!(scene.transmit.used(), Some((0, 0)));
     assert_eq!((scene.counters.tx_packets.get(), scene.counters.tx_bytes.get()), (1, 1000));
@@ -270,7 +269,7 @@ fn the_largest_frame_is_sent_and_a_larger_one_is_not() {
     let mut scene = Scene::merging();
     scene.guest_sends(&payload(65551), &[FRAME_MAX + 1]);
     scene.guest_sends(&payload(65550), &[12, 65550]);
-    scene.settle();
+    scene.run_until_idle();
     assert_eq!(scene.host_gets().unwrap().len(), FRAME_MAX);
     assert!(scene.host_gets().is_none());
     assert_eq!((scene.counters.tx_packets.get(), scene.counters.tx_dropped.get()), (1, 1));
@@ -287,7 +286,7 @@ fn hostile_frames_are_dropped_and_the_next_good_one_is_sent() {
     scene.transmit.add(&[buffer(TRANSMIT_BUFFER, 50), buffer(u64::MAX - 5, 50)]);
     scene.transmit.add(&[Buffer { address: TRANSMIT_BUFFER, length: 100, writable: true }]);
     scene.guest_sends(&payload(60), &[72]);
-    scene.settle();
+    scene.run_until_idle();
     assert_eq!(scene.host_gets().unwrap().len(), 72);
     assert!(scene.host_gets().is_none());
     assert_eq!(std::iter::from_fn(|| scene.transmit.used()).count(), 7);
@@ -303,7 +302,7 @@ fn a_loop_of_descriptors_ends() {
     let second = TRANSMIT_RING + 16;
     scene.memory.write_obj(1u16, GuestAddress(second + 12)).unwrap();
     scene.memory.write_obj(0u16, GuestAddress(second + 14)).unwrap();
-    scene.settle();
+    scene.run_until_idle();
     assert!(scene.host_gets().is_none());
     assert_eq!(scene.counters.tx_dropped.get(), 1);
 }
@@ -336,14 +335,14 @@ fn frames_that_the_tap_does_not_take_wait_without_spinning_and_arrive_in_order()
         }]);
         scene.memory.write_obj(number, GuestAddress(TRANSMIT_BUFFER + number * 16)).unwrap();
     }
-    scene.settle();
+    scene.run_until_idle();
     assert!(!scene.worker.writable);
     assert!(scene.counters.tx_packets.get() < 40);
     let mut got = 0u64;
     while let Some(frame) = scene.host_gets() {
         assert_eq!(frame[..8], got.to_le_bytes());
         got += 1;
-        scene.settle();
+        scene.run_until_idle();
     }
     assert_eq!(got, 40);
     assert_eq!((scene.counters.tx_packets.get(), scene.counters.tx_dropped.get()), (40, 0));
@@ -360,7 +359,7 @@ fn frames_from_both_sides_take_turns() {
     assert!(scene.worker.move_frames().unwrap());
     let batch = BATCH as u64;
     assert_eq!((scene.counters.tx_packets.get(), scene.counters.rx_packets.get()), (batch, batch));
-    scene.settle();
+    scene.run_until_idle();
     assert_eq!((scene.counters.tx_packets.get(), scene.counters.rx_packets.get()), (batch + 5, batch + 5));
 }
 
@@ -369,10 +368,10 @@ fn without_the_tap_nothing_is_received_and_what_is_sent_is_dropped() {
     let mut scene = Scene::merging();
     scene.give(2048);
     scene.host = None;
-    scene.settle();
+    scene.run_until_idle();
     assert!(scene.worker.tap.is_none());
     scene.guest_sends(&payload(60), &[72]);
-    scene.settle();
+    scene.run_until_idle();
     assert_eq!(scene.transmit.used(), Some((0, 0)));
     assert_eq!(scene.receive.used(), None);
     assert_eq!(scene.counters.tx_dropped.get(), 1);

@@ -1,21 +1,26 @@
-//! virtio-vsock (virtio 1.2, section 5.10) with a unix socket for the host's side: no vhost module,
-//! and whoever may reach the guest is decided by file permissions.
+//! virtio-vsock (virtio 1.2, section 5.10) with unix sockets for the host's side, as in Firecracker. The host needs no
+//! vhost module, and file permissions decide who may reach the guest.
 //!
-//! * A host program connects to [`VsockConfig::path`], sends `CONNECT <port>\n`, and gets
-//!   `OK <host port>\n` once the guest has accepted.
-//! * The guest connects to host port P, and the device to `<path>_<P>`, if P is among
+//! * A host program connects to [`VsockConfig::path`], sends `CONNECT <port>\n`, and receives `OK <host port>\n` once
+//!   the guest has accepted the connection.
+//! * When the guest connects to host port P, the device connects to `<path>_<P>`, if P is among
 //!   [`VsockConfig::host_ports`].
 //! * Connections to localhost in the pod's network namespace go to the guest's [`VsockConfig::forward_port`]:
-//!   see [`forward`].
+//!   see [`port_forward`].
 //!
-//! [`connection`] is one stream and its flow control, [`mux`] all streams without the queues,
-//! [`worker`] the thread that moves packets between the queues and the mux.
+//! One thread ([`worker`]) moves packets between the queues and the sockets. [`mux`] has all streams, without the
+//! queues; [`connection`] is one stream and its flow control; [`connection_limits`] bounds their number.
+//!
+//! Trust: the guest is hostile. It chooses every field of its packets, may ignore the end of a connection, and may take
+//! or send packets without end; the worker keeps no more for it than [`connection::BUF_ALLOC`] bytes for each
+//! connection. Host programs are trusted to connect, but one that is slow delays no other.
 
 mod connection;
-mod forward;
+mod connection_limits;
 mod mux;
 mod packet;
-mod places;
+mod port_forward;
+mod token;
 mod worker;
 
 use std::{
@@ -27,7 +32,7 @@ use std::{
 
 use thiserror::Error;
 
-pub use self::forward::Forward;
+pub use self::port_forward::Forward;
 use self::{mux::Mux, packet::GUEST_CID, worker::Worker};
 use super::{
     ActivateError, Active, ActiveQueue, Counter, Device, F_EVENT_IDX, RunningWorker, all_queues, device_type,
@@ -38,7 +43,7 @@ use crate::{config::VsockConfig, memory::GuestMemory};
 /// Receive, transmit and event queue.
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
 
-/// The device's sockets cannot be had.
+/// The device's sockets cannot be opened.
 #[derive(Debug, Error)]
 pub enum VsockError {
     #[error("cannot listen on the vsock socket {path}")]
@@ -51,7 +56,7 @@ pub enum VsockError {
     Forward(#[source] io::Error),
 }
 
-/// What the control server reads while the worker counts.
+/// Counted by the worker, read by the control service.
 #[derive(Clone, Default)]
 struct Counters {
     to_guest_packets: Counter,
@@ -65,17 +70,17 @@ struct Counters {
 /// The guest's vsock device.
 pub struct Vsock {
     config: VsockConfig,
-    /// Taken by the worker.
+    /// Goes to the worker when the device is activated.
     listener: Option<UnixListener>,
-    /// Taken by the worker.
+    /// Goes to the worker when the device is activated.
     forward: Option<Forward>,
     counters: Counters,
     worker: Option<RunningWorker>,
 }
 
 impl Vsock {
-    /// Listens on the socket, readable and writable by its owner alone. A connection that is made
-    /// before the guest is up waits.
+    /// Listens on the socket, which only its owner may connect to. A connection that is made before the guest is up
+    /// waits.
     pub fn new(config: &VsockConfig, forward: Option<Forward>) -> Result<Vsock, VsockError> {
         let error = |source| VsockError::Listen { path: config.path.clone(), source };
         let listener = UnixListener::bind(&config.path).map_err(error)?;

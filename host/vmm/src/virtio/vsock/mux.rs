@@ -1,11 +1,11 @@
-//! All streams of a machine: who is connected to whom, and whose turn it is to send.
+//! All streams of a machine: who is connected to whom, and whose turn it is to send to the guest.
 
 use std::{
     collections::{BTreeSet, HashMap, VecDeque},
     io,
     net::TcpStream,
     os::{
-        fd::{AsFd, AsRawFd as _, BorrowedFd},
+        fd::AsRawFd,
         unix::net::{UnixListener, UnixStream},
     },
     path::PathBuf,
@@ -13,35 +13,46 @@ use std::{
 };
 
 use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType};
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::epoll::EventSet;
 
 use super::{
     Counters,
     connection::{BUF_ALLOC, Connection, State},
-    forward::{self, Forward},
+    connection_limits::{ConnectionLimits, ConnectionPermit, Initiator},
     packet::{Header, Operation, Ports},
-    places::{Kind, Place, Places},
+    port_forward::{self, Forward},
+    token::{Listener, StreamId, Token},
 };
-use crate::config::VsockConfig;
+use crate::{config::VsockConfig, virtio::wait_context::WaitContext};
 
-/// How long a guest may take to let go of a connection that has ended on the host; Linux waits as long for its peers
+/// How long a guest may take to reset a connection that has ended on the host. Linux waits as long for its peers
 /// (`VSOCK_CLOSE_TIMEOUT`).
 pub const CLOSE_TIMEOUT: Duration = Duration::from_secs(8);
 /// Connections accepted before those that exist have their turn.
 const ACCEPT_BATCH: usize = 32;
-/// Resets that are owed to the guest for packets without a connection. While the list is full, no
-/// further packet is taken from the guest.
+/// Most resets that wait to be sent to the guest, for packets without a connection. While as many wait, no further
+/// packet is taken from the guest.
 const RESETS_MAX: usize = 256;
-/// `CONNECT 4294967295\n`
-const GREETING_MAX: usize = 19;
-/// Host ports that stand for connections from host programs; above all that anybody listens on.
+/// Bytes of the longest line with which a host program asks for a port: `CONNECT 4294967295\n`.
+const CONNECT_LINE_MAX: usize = 19;
+/// The first of the host ports that stand for connections from host programs. They are above all that anybody listens
+/// on.
 const FIRST_HOST_PORT: u32 = 1 << 30;
+/// Events of a stream's socket that wake the worker.
+const STREAM_EVENTS: EventSet =
+    EventSet::IN.union(EventSet::OUT).union(EventSet::READ_HANG_UP).union(EventSet::EDGE_TRIGGERED);
+/// Events of a listener that wake the worker: edge-triggered, so that running out of descriptors does not become a busy
+/// loop.
+const LISTENER_EVENTS: EventSet = EventSet::IN.union(EventSet::EDGE_TRIGGERED);
 
-/// Epoll tokens of the two listeners. Connections count up from [`FIRST_ID`].
-pub const LISTENER: u64 = 0;
-pub const FORWARD: u64 = 15;
-/// Tokens below this belong to the listeners and the worker.
-pub const FIRST_ID: u64 = 16;
+/// What has come of accepting connections from a listener.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Accepted {
+    /// None is left.
+    All,
+    /// There may be more, which the listener does not report again.
+    Batch,
+}
 
 /// All streams of a machine.
 pub struct Mux {
@@ -49,78 +60,85 @@ pub struct Mux {
     listener: UnixListener,
     /// Connections to the pod's localhost, and the guest's port that takes them.
     forward: Option<(Forward, u32)>,
-    epoll: Epoll,
+    wait_context: WaitContext<Token>,
     /// Host programs that have connected and not yet said to which port.
-    greetings: HashMap<u64, (UnixStream, Place)>,
-    connections: HashMap<u64, Connection>,
-    /// Connections by their ports, without those that the guest has dropped.
-    by_ports: HashMap<Ports, u64>,
-    /// Connections that may have something for the guest, each at most once.
-    ready: VecDeque<u64>,
+    handshakes: HashMap<StreamId, (UnixStream, ConnectionPermit)>,
+    connections: HashMap<StreamId, Connection>,
+    /// Connections by their ports, without those that the guest has reset.
+    by_ports: HashMap<Ports, StreamId>,
+    /// Connections that may have packets for the guest, each at most once.
+    ready: VecDeque<StreamId>,
+    /// Resets for the guest that belong to no connection.
     resets: VecDeque<Ports>,
-    /// When connections that wait for the guest's last word are ended without it.
-    ending: BTreeSet<(Instant, u64)>,
-    places: Places,
-    /// Listeners that may have more connections than were accepted in one turn.
-    unaccepted: VecDeque<u64>,
-    next_id: u64,
+    /// Connections that wait for the guest's reset, by the time at which they are closed without it.
+    closing: BTreeSet<(Instant, StreamId)>,
+    limits: ConnectionLimits,
+    /// Listeners that may have more connections than were accepted in one batch.
+    unaccepted: VecDeque<Listener>,
+    next_id: StreamId,
     next_host_port: u32,
     counters: Counters,
 }
 
 impl Mux {
+    /// Watches the listeners, which must not block. `forward` is used only if the configuration names a port for it.
     pub fn new(
         config: VsockConfig,
         listener: UnixListener,
         forward: Option<Forward>,
         counters: Counters,
     ) -> io::Result<Mux> {
-        let epoll = Epoll::new()?;
-        let watch = |listener: BorrowedFd<'_>, token| {
-            // Edge-triggered, so that running out of descriptors does not become a busy loop.
-            let interest = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, token);
-            epoll.ctl(ControlOperation::Add, listener.as_raw_fd(), interest)
-        };
-        watch(listener.as_fd(), LISTENER)?;
+        let wait_context = WaitContext::new()?;
+        wait_context.add_for(&listener, LISTENER_EVENTS, Token::Listener(Listener::HostPrograms))?;
         let forward = forward.zip(config.forward_port);
         if let Some((forward, _)) = &forward {
-            watch(forward.listener.as_fd(), FORWARD)?;
+            wait_context.add_for(
+                &forward.listener,
+                LISTENER_EVENTS,
+                Token::Listener(Listener::PortForward),
+            )?;
         }
         Ok(Mux {
             config,
             listener,
             forward,
-            epoll,
-            greetings: HashMap::new(),
+            wait_context,
+            handshakes: HashMap::new(),
             connections: HashMap::new(),
             by_ports: HashMap::new(),
             ready: VecDeque::new(),
             resets: VecDeque::new(),
-            ending: BTreeSet::new(),
-            places: Places::default(),
+            closing: BTreeSet::new(),
+            limits: ConnectionLimits::default(),
             unaccepted: VecDeque::new(),
-            next_id: FIRST_ID,
+            next_id: StreamId::FIRST,
             next_host_port: FIRST_HOST_PORT,
             counters,
         })
     }
 
-    /// What to wait on; the worker adds its own descriptors.
-    pub fn epoll(&self) -> &Epoll {
-        &self.epoll
+    /// What the worker waits on. It adds its own descriptors.
+    pub fn wait_context(&self) -> &WaitContext<Token> {
+        &self.wait_context
     }
 
-    /// Something happened on one of the mux's own descriptors.
-    pub fn on_event(&mut self, token: u64, events: EventSet) {
-        if token == LISTENER || token == FORWARD {
-            // Edge-triggered: what this turn does not take is remembered.
-            let all = if token == LISTENER { self.accept() } else { self.accept_forwarded() };
-            if !all && !self.unaccepted.contains(&token) {
-                self.unaccepted.push_back(token);
-            }
-        } else if self.greetings.contains_key(&token) {
-            self.greet(token);
-        } else if let Some(connection) = self.connections.get_mut(&token) {
+    /// Handles an event of a listener: accepts a batch of its connections.
+    pub fn on_listener_event(&mut self, listener: Listener) {
+        let accepted = match listener {
+            Listener::HostPrograms => self.accept_host_programs(),
+            Listener::PortForward => self.accept_forwarded(),
+        };
+        // The event is edge-triggered, so what is left over has to be remembered.
+        if accepted == Accepted::Batch && !self.unaccepted.contains(&listener) {
+            self.unaccepted.push_back(listener);
+        }
+    }
+
+    /// Handles an event of a stream's socket.
+    pub fn on_stream_event(&mut self, id: StreamId, events: EventSet) {
+        if self.handshakes.contains_key(&id) {
+            self.read_connect_line(id);
+        } else if let Some(connection) = self.connections.get_mut(&id) {
             if events.contains(EventSet::OUT) {
                 connection.on_writable();
             }
@@ -128,129 +146,127 @@ impl Mux {
             {
                 connection.on_readable(events.intersects(EventSet::HANG_UP | EventSet::ERROR));
             }
-            self.settle(token);
+            self.update_tables(id);
         }
     }
 
-    fn watch(&mut self, fd: BorrowedFd<'_>) -> io::Result<u64> {
+    fn watch_stream(&mut self, stream: &impl AsRawFd) -> io::Result<StreamId> {
         let id = self.next_id;
-        self.next_id += 1;
-        let events = EventSet::IN | EventSet::OUT | EventSet::READ_HANG_UP | EventSet::EDGE_TRIGGERED;
-        self.epoll.ctl(ControlOperation::Add, fd.as_raw_fd(), EpollEvent::new(events, id))?;
+        self.next_id = id.next();
+        self.wait_context.add_for(stream, STREAM_EVENTS, Token::Stream(id))?;
         Ok(id)
     }
 
     #[cfg(test)]
     pub fn is_empty(&self) -> bool {
-        self.connections.is_empty() && self.by_ports.is_empty() && self.greetings.is_empty()
+        self.connections.is_empty() && self.by_ports.is_empty() && self.handshakes.is_empty()
     }
 
-    /// Whether connections wait that can be accepted without another event.
-    pub fn accepts_more(&self) -> bool {
+    /// Whether a listener may have connections that it does not report again.
+    pub fn has_unaccepted(&self) -> bool {
         !self.unaccepted.is_empty()
     }
 
-    /// Accepts some of them.
-    pub fn accept_more(&mut self) {
-        if let Some(token) = self.unaccepted.pop_front() {
-            self.on_event(token, EventSet::IN);
+    /// Accepts another batch of connections from a listener of which not all were accepted.
+    pub fn accept_remaining(&mut self) {
+        if let Some(listener) = self.unaccepted.pop_front() {
+            self.on_listener_event(listener);
         }
     }
 
-    /// Accepts some of the host programs' connections. Answers whether those were all.
-    fn accept(&mut self) -> bool {
+    fn accept_host_programs(&mut self) -> Accepted {
         for _ in 0..ACCEPT_BATCH {
             let watched = match self.listener.accept() {
                 Ok((stream, _)) => {
-                    // Dropping the stream is the answer to a host program that is one too many.
-                    let Some(place) = self.places.take(Kind::HostProgram) else { continue };
+                    // A connection that is one too many is closed by dropping it.
+                    let Some(permit) = self.limits.try_acquire(Initiator::HostProgram) else { continue };
                     stream
                         .set_nonblocking(true)
-                        .and_then(|()| self.watch(stream.as_fd()))
-                        .map(|id| self.greetings.insert(id, (stream, place)))
+                        .and_then(|()| self.watch_stream(&stream))
+                        .map(|id| self.handshakes.insert(id, (stream, permit)))
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Accepted::All,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => {
                     tracing::warn!(%error, "vsock: cannot accept a host program's connection");
-                    return true;
+                    return Accepted::All;
                 }
             };
             if let Err(error) = watched {
                 tracing::warn!(%error, "vsock: cannot watch a host program's connection");
             }
         }
-        false
+        Accepted::Batch
     }
 
-    /// The same for connections to the pod's localhost.
-    fn accept_forwarded(&mut self) -> bool {
+    fn accept_forwarded(&mut self) -> Accepted {
         for _ in 0..ACCEPT_BATCH {
-            let Some((forward, guest)) = &self.forward else { return true };
-            let guest = *guest;
-            let taken = match forward.listener.accept() {
-                Ok((stream, _)) => self.carry(stream, guest),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return true,
+            let Some((forward, guest_port)) = &self.forward else { return Accepted::All };
+            let guest_port = *guest_port;
+            let started = match forward.listener.accept() {
+                Ok((stream, _)) => self.start_port_forward(stream, guest_port),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Accepted::All,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
-                // Its client has taken it back.
+                // The client has closed it before it was accepted.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => Ok(()),
                 Err(error) => {
                     tracing::warn!(%error, "vsock: cannot accept a connection to be forwarded");
-                    return true;
+                    return Accepted::All;
                 }
             };
-            if let Err(error) = taken {
+            if let Err(error) = started {
                 tracing::warn!(%error, "vsock: cannot watch a connection to be forwarded");
             }
         }
-        false
+        Accepted::Batch
     }
 
     /// Begins a stream to the guest for a connection to the pod's localhost.
-    fn carry(&mut self, stream: TcpStream, guest: u32) -> io::Result<()> {
-        let port = forward::prepare(&stream)?;
-        // Dropping the stream resets it.
-        if let Some(place) = self.places.take(Kind::Forwarded) {
-            let id = self.watch(stream.as_fd())?;
-            let ports = Ports { host: self.free_host_port(guest), guest };
-            self.insert(id, Connection::forwarded(ports, stream, port, place));
+    fn start_port_forward(&mut self, stream: TcpStream, guest: u32) -> io::Result<()> {
+        let port = port_forward::configure_accepted(&stream)?;
+        // A connection that is one too many is reset by dropping it.
+        if let Some(permit) = self.limits.try_acquire(Initiator::PortForward) {
+            let id = self.watch_stream(&stream)?;
+            let ports = Ports { host: self.next_free_host_port(guest), guest };
+            self.insert(id, Connection::port_forward(ports, stream, port, permit));
         }
         Ok(())
     }
 
-    /// Reads `CONNECT <port>\n`, and not a byte more: what follows is for the guest.
-    fn greet(&mut self, id: u64) {
-        let Some((stream, _)) = self.greetings.get(&id) else { return };
-        let mut line = [0; GREETING_MAX];
+    /// Reads `CONNECT <port>\n` from a host program, and not a byte more: what follows is for the guest.
+    fn read_connect_line(&mut self, id: StreamId) {
+        let Some((stream, _)) = self.handshakes.get(&id) else { return };
+        let mut line = [0; CONNECT_LINE_MAX];
         let length = match rustix::net::recv(stream, &mut line[..], RecvFlags::PEEK) {
             Ok((_, 0)) => {
-                self.greetings.remove(&id);
+                self.handshakes.remove(&id);
                 return;
             }
-            Ok((_, length)) => length.min(GREETING_MAX),
+            Ok((_, length)) => length.min(CONNECT_LINE_MAX),
             Err(rustix::io::Errno::AGAIN | rustix::io::Errno::INTR) => return,
             Err(_) => {
-                self.greetings.remove(&id);
+                self.handshakes.remove(&id);
                 return;
             }
         };
         let Some(end) = line[..length].iter().position(|byte| *byte == b'\n') else {
-            if length == GREETING_MAX {
-                self.greetings.remove(&id);
+            if length == CONNECT_LINE_MAX {
+                self.handshakes.remove(&id);
             }
             return;
         };
-        let Some((stream, place)) = self.greetings.remove(&id) else { return };
+        let Some((stream, permit)) = self.handshakes.remove(&id) else { return };
         let consumed = rustix::net::recv(&stream, &mut line[..=end], RecvFlags::empty());
-        if let (Some(guest), Ok((_, count))) = (parse_greeting(&line[..end]), consumed)
+        if let (Some(guest), Ok((_, count))) = (parse_connect_line(&line[..end]), consumed)
             && count == end + 1
         {
-            let ports = Ports { host: self.free_host_port(guest), guest };
-            self.insert(id, Connection::to_guest(ports, stream, place));
+            let ports = Ports { host: self.next_free_host_port(guest), guest };
+            self.insert(id, Connection::to_guest(ports, stream, permit));
         }
     }
 
-    fn free_host_port(&mut self, guest: u32) -> u32 {
+    /// A host port that no connection to the guest's port `guest` has.
+    fn next_free_host_port(&mut self, guest: u32) -> u32 {
         loop {
             let host = self.next_host_port;
             self.next_host_port = host.checked_add(1).unwrap_or(FIRST_HOST_PORT);
@@ -260,25 +276,25 @@ impl Mux {
         }
     }
 
-    fn insert(&mut self, id: u64, connection: Connection) {
+    fn insert(&mut self, id: StreamId, connection: Connection) {
         self.counters.connections.add(1);
         self.by_ports.insert(connection.ports, id);
         self.connections.insert(id, connection);
-        self.settle(id);
+        self.update_tables(id);
     }
 
-    /// Brings the tables up to date with a connection that has changed.
-    fn settle(&mut self, id: u64) {
+    /// Brings the tables up to date with a connection that has changed, and removes it if it is closed.
+    fn update_tables(&mut self, id: StreamId) {
         let Some(connection) = self.connections.get_mut(&id) else { return };
-        if connection.deadline.is_none() && connection.ending() {
+        if connection.close_deadline.is_none() && connection.is_closing() {
             let deadline = Instant::now() + CLOSE_TIMEOUT;
-            connection.deadline = Some(deadline);
-            self.ending.insert((deadline, id));
+            connection.close_deadline = Some(deadline);
+            self.closing.insert((deadline, id));
         }
         match connection.state {
             State::Requested | State::Established => {
-                if connection.has_output() && !connection.queued {
-                    connection.queued = true;
+                if connection.has_output() && !connection.in_ready_queue {
+                    connection.in_ready_queue = true;
                     self.ready.push_back(id);
                 }
                 return;
@@ -290,89 +306,92 @@ impl Mux {
             self.by_ports.remove(&connection.ports);
         }
         if connection.state == State::Closed {
-            if let Some(deadline) = connection.deadline {
-                self.ending.remove(&(deadline, id));
+            if let Some(deadline) = connection.close_deadline {
+                self.closing.remove(&(deadline, id));
             }
-            if connection.queued {
-                // A guest that takes no packets and makes one connection after the other would have the queue grow for ever.
+            if connection.in_ready_queue {
+                // Otherwise a guest that takes no packets and makes one connection after the other would make the queue
+                // grow without end.
                 self.ready.retain(|ready| *ready != id);
             }
             self.connections.remove(&id);
         }
     }
 
-    /// When [`expire`](Self::expire) has something to do next.
-    pub fn deadline(&self) -> Option<Instant> {
-        self.ending.first().map(|(deadline, _)| *deadline)
+    /// When [`close_expired`](Self::close_expired) has something to do next.
+    pub fn next_deadline(&self) -> Option<Instant> {
+        self.closing.first().map(|(deadline, _)| *deadline)
     }
 
-    /// Ends the connections for whose last word from the guest the time is up: their places are needed, and a guest
-    /// that ignores their end, or takes no packets, must not keep them.
-    pub fn expire(&mut self, now: Instant) {
-        while let Some((deadline, id)) = self.ending.first().copied()
+    /// Closes the connections that the guest has not reset in time. Otherwise a guest that ignores their end, or takes
+    /// no packets, could use up the connections that host programs need.
+    pub fn close_expired(&mut self, now: Instant) {
+        while let Some((deadline, id)) = self.closing.first().copied()
             && deadline <= now
         {
-            self.ending.pop_first();
+            self.closing.pop_first();
             let Some(connection) = self.connections.get_mut(&id) else { continue };
-            let (ports, known) = (connection.ports, self.by_ports.get(&connection.ports) == Some(&id));
-            connection.deadline = None;
+            let ports = connection.ports;
+            let has_ports = self.by_ports.get(&ports) == Some(&id);
+            connection.close_deadline = None;
             connection.state = State::Closed;
-            self.settle(id);
-            if known {
-                self.refuse(ports);
+            self.update_tables(id);
+            if has_ports {
+                self.queue_reset(ports);
             }
         }
     }
 
     /// Whether a packet from the guest can be taken now.
-    pub fn accepts_packets(&self) -> bool {
+    pub fn can_take_packet(&self) -> bool {
         self.resets.len() < RESETS_MAX
     }
 
-    /// A packet from the guest. `data` is its payload; `None` if the guest did not supply as much as
-    /// the header says.
-    pub fn take_packet(&mut self, header: &Header, data: Option<&[u8]>) {
+    /// Handles a packet from the guest. `data` is its payload; `None` if the guest did not supply as many bytes as the
+    /// header says.
+    pub fn on_packet(&mut self, header: &Header, data: Option<&[u8]>) {
         self.counters.from_guest_packets.add(1);
         self.counters.from_guest_bytes.add(data.map_or(0, |data| data.len() as u64));
-        let known = self.by_ports.get(&header.ports).copied();
-        match (known, header.operation) {
+        let id = self.by_ports.get(&header.ports).copied();
+        match (id, header.operation) {
             (Some(id), Operation::Request) => {
                 // A second request for a stream that exists: the two sides disagree.
                 if let Some(connection) = self.connections.get_mut(&id) {
                     connection.reset();
                 }
-                self.settle(id);
+                self.update_tables(id);
             }
             (Some(id), _) => {
                 if let Some(connection) = self.connections.get_mut(&id) {
                     connection.on_packet(header, data);
                 }
-                self.settle(id);
+                self.update_tables(id);
             }
             (None, Operation::Request) => {
-                if let Err(error) = self.connect(header) {
+                if let Err(error) = self.connect_to_host(header) {
                     tracing::debug!(port = header.ports.host, %error, "vsock: the guest's connection is refused");
-                    self.refuse(header.ports);
+                    self.queue_reset(header.ports);
                 }
             }
             (None, Operation::Reset) => {}
-            (None, _) => self.refuse(header.ports),
+            (None, _) => self.queue_reset(header.ports),
         }
     }
 
-    fn refuse(&mut self, ports: Ports) {
+    /// Sends the guest a reset that belongs to no connection. It is lost if too many wait already.
+    fn queue_reset(&mut self, ports: Ports) {
         self.counters.resets.add(1);
-        if self.accepts_packets() {
+        if self.can_take_packet() {
             self.resets.push_back(ports);
         }
     }
 
-    /// The guest connects to a host port.
-    fn connect(&mut self, request: &Header) -> io::Result<()> {
+    /// Connects the guest to the program that serves a host port.
+    fn connect_to_host(&mut self, request: &Header) -> io::Result<()> {
         if !self.config.host_ports.contains(&request.ports.host) {
             return Err(io::ErrorKind::ConnectionRefused.into());
         }
-        let place = self.places.take(Kind::Guest).ok_or(io::ErrorKind::QuotaExceeded)?;
+        let permit = self.limits.try_acquire(Initiator::Guest).ok_or(io::ErrorKind::QuotaExceeded)?;
         let mut path = self.config.path.clone().into_os_string();
         path.push(format!("_{}", request.ports.host));
         let socket = rustix::net::socket_with(
@@ -384,8 +403,8 @@ impl Mux {
         // A unix socket connects at once, or not at all (its queue is full).
         rustix::net::connect(&socket, &SocketAddrUnix::new(PathBuf::from(path))?)?;
         let stream = UnixStream::from(socket);
-        let id = self.watch(stream.as_fd())?;
-        self.insert(id, Connection::from_guest(request, stream, place));
+        let id = self.watch_stream(&stream)?;
+        self.insert(id, Connection::from_guest(request, stream, permit));
         Ok(())
     }
 
@@ -394,8 +413,8 @@ impl Mux {
         !self.resets.is_empty() || !self.ready.is_empty()
     }
 
-    /// The next packet for the guest, its payload in the start of `data`. Connections take turns, a
-    /// packet each.
+    /// Returns the next packet for the guest, and puts its payload into the start of `data`. The connections take
+    /// turns, with one packet each.
     pub fn next_packet(&mut self, data: &mut [u8]) -> Option<Header> {
         if let Some(ports) = self.resets.pop_front() {
             self.counters.to_guest_packets.add(1);
@@ -404,10 +423,10 @@ impl Mux {
         }
         while let Some(id) = self.ready.pop_front() {
             let packet = self.connections.get_mut(&id).and_then(|connection| {
-                connection.queued = false;
+                connection.in_ready_queue = false;
                 connection.next_packet(data)
             });
-            self.settle(id);
+            self.update_tables(id);
             if let Some(header) = packet {
                 self.counters.to_guest_packets.add(1);
                 self.counters.to_guest_bytes.add(u64::from(header.length));
@@ -421,6 +440,6 @@ impl Mux {
     }
 }
 
-fn parse_greeting(line: &[u8]) -> Option<u32> {
+fn parse_connect_line(line: &[u8]) -> Option<u32> {
     std::str::from_utf8(line).ok()?.strip_prefix("CONNECT ")?.trim_end_matches('\r').parse().ok()
 }

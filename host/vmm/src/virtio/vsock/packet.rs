@@ -1,16 +1,32 @@
-//! A packet's header (virtio 1.2, section 5.10.6): 44 bytes before the payload, little-endian.
+//! The header of a packet (`struct virtio_vsock_hdr`, virtio 1.2, section 5.10.6): 44 bytes before the payload,
+//! little-endian.
 
-/// Size of a header in a queue.
+/// Size of a header in bytes.
 pub const HEADER_SIZE: usize = 44;
-/// Most payload that one packet carries, in either direction. Linux sends no more than this.
+/// Most bytes of payload that one packet carries, in either direction. Linux sends no more than this.
 pub const PAYLOAD_MAX: usize = 64 * 1024;
 
-/// The addresses of the two ends; there are no others.
+/// The host's address (`VMADDR_CID_HOST`).
 pub const HOST_CID: u64 = 2;
-/// The guest's address. Every machine has the same: nothing but its own device can reach it.
+/// The guest's address. All machines have the same: nothing except a guest's own device can reach it.
 pub const GUEST_CID: u64 = 3;
 
+/// `VIRTIO_VSOCK_TYPE_STREAM`.
 const TYPE_STREAM: u16 = 1;
+
+/// Offsets of the header's fields, by their names in the specification.
+mod field {
+    pub const SRC_CID: usize = 0;
+    pub const DST_CID: usize = 8;
+    pub const SRC_PORT: usize = 16;
+    pub const DST_PORT: usize = 20;
+    pub const LEN: usize = 24;
+    pub const TYPE: usize = 28;
+    pub const OP: usize = 30;
+    pub const FLAGS: usize = 32;
+    pub const BUF_ALLOC: usize = 36;
+    pub const FWD_CNT: usize = 40;
+}
 
 /// `virtio_vsock_hdr.op`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,19 +55,20 @@ impl Operation {
     }
 }
 
-/// Flags of [`Operation::Shutdown`]: the sender will receive, or send, no more.
+/// Flag of [`Operation::Shutdown`]: the sender will receive no more (`VIRTIO_VSOCK_SHUTDOWN_F_RECEIVE`).
 pub const SHUTDOWN_RECEIVE: u32 = 1;
+/// Flag of [`Operation::Shutdown`]: the sender will send no more (`VIRTIO_VSOCK_SHUTDOWN_F_SEND`).
 pub const SHUTDOWN_SEND: u32 = 2;
 pub const SHUTDOWN_BOTH: u32 = SHUTDOWN_RECEIVE | SHUTDOWN_SEND;
 
-/// The two ends of a stream.
+/// The two ports of a stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Ports {
     pub host: u32,
     pub guest: u32,
 }
 
-/// A header without what is the same in all of them.
+/// The fields of a header that are not the same in all of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Header {
     pub ports: Ports,
@@ -59,55 +76,56 @@ pub struct Header {
     /// Bytes of payload.
     pub length: u32,
     pub flags: u32,
-    /// Size of the sender's receive buffer.
+    /// Size in bytes of the sender's receive buffer.
     pub buf_alloc: u32,
     /// Bytes that the sender has taken out of its receive buffer, modulo 2³².
     pub fwd_cnt: u32,
 }
 
 impl Header {
-    /// Reads a header from the guest. `None` if it is not from the guest's own address to the host,
-    /// or no operation on a stream: the device offers nothing else.
+    /// Reads a header that the guest has written. `None` if it is not from the guest's own address to the host, or no
+    /// operation on a stream: the device offers nothing else.
     pub fn from_guest(bytes: &[u8; HEADER_SIZE]) -> Option<Header> {
         let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
         let u32_at = |at: usize| u32::from(u16_at(at)) | u32::from(u16_at(at + 2)) << 16;
         let u64_at = |at: usize| u64::from(u32_at(at)) | u64::from(u32_at(at + 4)) << 32;
-        if u64_at(0) != GUEST_CID || u64_at(8) != HOST_CID || u16_at(28) != TYPE_STREAM {
+        let is_stream = u16_at(field::TYPE) == TYPE_STREAM;
+        if u64_at(field::SRC_CID) != GUEST_CID || u64_at(field::DST_CID) != HOST_CID || !is_stream {
             return None;
         }
         Some(Header {
-            ports: Ports { guest: u32_at(16), host: u32_at(20) },
-            length: u32_at(24),
-            operation: Operation::from_number(u16_at(30))?,
-            flags: u32_at(32),
-            buf_alloc: u32_at(36),
-            fwd_cnt: u32_at(40),
+            ports: Ports { guest: u32_at(field::SRC_PORT), host: u32_at(field::DST_PORT) },
+            length: u32_at(field::LEN),
+            operation: Operation::from_number(u16_at(field::OP))?,
+            flags: u32_at(field::FLAGS),
+            buf_alloc: u32_at(field::BUF_ALLOC),
+            fwd_cnt: u32_at(field::FWD_CNT),
         })
     }
 
-    /// The header as the guest reads it.
+    /// Writes the header as the guest reads it.
     pub fn to_guest(self) -> [u8; HEADER_SIZE] {
         let mut bytes = [0; HEADER_SIZE];
         let fields: [(usize, &[u8]); 10] = [
-            (0, &HOST_CID.to_le_bytes()),
-            (8, &GUEST_CID.to_le_bytes()),
-            (16, &self.ports.host.to_le_bytes()),
-            (20, &self.ports.guest.to_le_bytes()),
-            (24, &self.length.to_le_bytes()),
-            (28, &TYPE_STREAM.to_le_bytes()),
-            (30, &(self.operation as u16).to_le_bytes()),
-            (32, &self.flags.to_le_bytes()),
-            (36, &self.buf_alloc.to_le_bytes()),
-            (40, &self.fwd_cnt.to_le_bytes()),
+            (field::SRC_CID, &HOST_CID.to_le_bytes()),
+            (field::DST_CID, &GUEST_CID.to_le_bytes()),
+            (field::SRC_PORT, &self.ports.host.to_le_bytes()),
+            (field::DST_PORT, &self.ports.guest.to_le_bytes()),
+            (field::LEN, &self.length.to_le_bytes()),
+            (field::TYPE, &TYPE_STREAM.to_le_bytes()),
+            (field::OP, &(self.operation as u16).to_le_bytes()),
+            (field::FLAGS, &self.flags.to_le_bytes()),
+            (field::BUF_ALLOC, &self.buf_alloc.to_le_bytes()),
+            (field::FWD_CNT, &self.fwd_cnt.to_le_bytes()),
         ];
-        for (at, value) in fields {
-            bytes[at..at + value.len()].copy_from_slice(value);
+        for (offset, value) in fields {
+            bytes[offset..offset + value.len()].copy_from_slice(value);
         }
         bytes
     }
 }
 
-/// The same packet on the other side: source and destination changed over.
+/// The same packet as the other side would send it: with source and destination exchanged.
 #[cfg(test)]
 pub fn reversed(bytes: [u8; HEADER_SIZE]) -> [u8; HEADER_SIZE] {
     let mut reversed = bytes;

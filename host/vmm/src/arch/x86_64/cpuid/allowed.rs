@@ -1,13 +1,13 @@
-//! What a guest may see of CPUID: instruction sets, what the kernel needs to protect itself, sizes and names. Absent
-//! are virtualization, performance counters, tracing, resource control, enclaves, memory encryption, transactional
-//! memory, AMX, waiting in user mode, and whatever processors have that this list does not know. Firecracker's CPU
-//! templates draw the line at much the same place.
+//! The part of CPUID that a guest may see: instruction sets, what the kernel needs to protect itself, sizes and names.
+//! Everything else is hidden: virtualization, performance counters, tracing, resource control, enclaves, memory
+//! encryption, transactional memory, AMX, waiting in user mode, and all features that this list does not name.
+//! Firecracker's CPU templates hide much the same.
 //!
 //! Sources: Intel SDM volume 2A (CPUID), AMD APM volume 3 appendix E, Linux `Documentation/virt/kvm/x86/cpuid.rst`.
 
 use kvm_bindings::{CpuId, kvm_cpuid_entry2};
 
-/// The bits of one leaf that are passed on as KVM has them.
+/// The bits of one leaf that a guest sees as KVM reports them.
 struct Leaf {
     function: u32,
     /// The first subleaf and the last.
@@ -20,12 +20,13 @@ struct Leaf {
 
 /// All bits of a register.
 const ALL: u32 = u32::MAX;
-/// For leaves whose number of subleaves the processor tells by an empty one.
+/// All subleaves, for leaves whose number of subleaves depends on the processor.
 const ANY: (u32, u32) = (0, u32::MAX);
-/// The highest basic leaf that a guest is told of, and the highest extended one.
+/// The highest basic leaf that a guest sees.
 const LAST_BASIC: u32 = 0x1f;
+/// The highest extended leaf that a guest sees.
 const LAST_EXTENDED: u32 = 0x8000_0021;
-/// The highest subleaf of leaf 7.
+/// The highest subleaf of leaf 7 that a guest sees.
 const LAST_FEATURES: u32 = 2;
 
 /// A register with these bits.
@@ -38,16 +39,17 @@ const fn bits(list: &[u32]) -> u32 {
     bits
 }
 
-/// A leaf without subleaves of which everything is passed on.
+/// A leaf without subleaves that a guest sees completely.
 const fn whole(function: u32) -> Leaf {
     whole_in(function, (0, 0))
 }
 
+/// A leaf of which a guest sees the given subleaves completely.
 const fn whole_in(function: u32, subleaves: (u32, u32)) -> Leaf {
     Leaf { function, subleaves, eax: ALL, ebx: ALL, ecx: ALL, edx: ALL }
 }
 
-/// Every guest's.
+/// What every guest may see.
 #[rustfmt::skip]
 const ALLOWED: &[Leaf] = &[
     // Highest leaf, and the vendor.
@@ -108,8 +110,9 @@ const ALLOWED: &[Leaf] = &[
     whole_in(0xd, (5, 7)),
     whole_in(0xd, (9, 9)),
 
-    // KVM's signature, and what it does for its guests: clocks (0, 3, 24), no I/O delays, asynchronous page faults (4, 14),
-    // steal time, end of interrupt, kicks, TLB flushes, interrupts to many, polling, yielding, 15-bit destination ids.
+    // KVM's signature, and what it does for its guests: clocks (0, 3, 24), no I/O delays, asynchronous page faults (4,
+    // 14), steal time, end of interrupt, kicks, TLB flushes, interrupts to many, polling, yielding, 15-bit destination
+    // ids.
     whole(0x4000_0000),
     Leaf {
         function: 0x4000_0001,
@@ -172,7 +175,8 @@ const ALLOWED: &[Leaf] = &[
     },
 ];
 
-/// Added where the guest may have virtual machines of its own: VMX, SVM and its leaf, and KVM's page faults for those.
+/// What a guest that may run virtual machines itself sees besides: VMX, SVM and its leaf, and KVM's page faults for
+/// those.
 #[rustfmt::skip]
 const NESTED: &[Leaf] = &[
     Leaf { function: 0x1, subleaves: (0, 0), eax: 0, ebx: 0, ecx: bits(&[5]), edx: 0 },
@@ -181,18 +185,18 @@ const NESTED: &[Leaf] = &[
     whole(0x8000_000a),
 ];
 
-/// What a guest may see of what KVM supports. Only [`restrict`] makes one.
-pub struct Allowed(CpuId);
+/// The part of CPUID that a guest may see, as [`restrict`] returns it.
+pub struct AllowedCpuid(CpuId);
 
-impl Allowed {
-    /// Every entry.
+impl AllowedCpuid {
+    /// All entries.
     pub fn entries(&self) -> CpuId {
         self.0.clone()
     }
 }
 
-/// Takes out of `cpuid` whatever a guest may not see. `nested`: whether it may have virtual machines of its own.
-pub fn restrict(mut cpuid: CpuId, nested: bool) -> Allowed {
+/// Removes from `cpuid` what a guest may not see. `nested`: whether the guest may run virtual machines itself.
+pub fn restrict(mut cpuid: CpuId, nested: bool) -> AllowedCpuid {
     cpuid.retain(|entry| leaves(nested).any(|leaf| leaf.is_of(entry)));
     for entry in cpuid.as_mut_slice() {
         let (mut eax, mut ebx, mut ecx, mut edx) = (0, 0, 0, 0);
@@ -214,7 +218,7 @@ pub fn restrict(mut cpuid: CpuId, nested: bool) -> Allowed {
             _ => entry.eax,
         };
     }
-    Allowed(cpuid)
+    AllowedCpuid(cpuid)
 }
 
 fn leaves(nested: bool) -> impl Iterator<Item = &'static Leaf> {
@@ -222,6 +226,7 @@ fn leaves(nested: bool) -> impl Iterator<Item = &'static Leaf> {
 }
 
 impl Leaf {
+    /// Whether an entry is of this leaf and one of its subleaves.
     fn is_of(&self, entry: &kvm_cpuid_entry2) -> bool {
         let (first, last) = self.subleaves;
         self.function == entry.function && (first..=last).contains(&entry.index)

@@ -1,8 +1,9 @@
-//! CPUID: what KVM supports on this host and a guest may see, with the topology of the machine put in.
+//! CPUID as a guest sees it: the features that KVM supports on this host and a guest may use, and the machine's
+//! topology.
 
 mod allowed;
 
-pub use self::allowed::Allowed;
+pub use self::allowed::AllowedCpuid;
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::Kvm;
@@ -18,22 +19,22 @@ const FEATURES_ECX_TSC_DEADLINE: u32 = 1 << 24;
 const FEATURES_ECX_HYPERVISOR: u32 = 1 << 31;
 const FEATURES_EDX_HYPERTHREADING: u32 = 1 << 28;
 
-/// What KVM can give to a guest on this host, and the guest may see. `nested`: whether it may have virtual machines
-/// of its own.
-pub fn allowed(kvm: &Kvm, nested: bool) -> Result<Allowed, kvm_ioctls::Error> {
+/// The features that KVM supports on this host and a guest may see. `nested`: whether the guest may run virtual
+/// machines itself.
+pub fn allowed(kvm: &Kvm, nested: bool) -> Result<AllowedCpuid, kvm_ioctls::Error> {
     Ok(allowed::restrict(kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)?, nested))
 }
 
-/// The CPUID of one vCPU in a machine of `vcpus`: one socket, a core each, no threads.
-pub fn for_vcpu(allowed: &Allowed, id: u8, vcpus: u8) -> CpuId {
+/// The CPUID of one vCPU in a machine of at most `vcpus`: one socket, a core for each vCPU, no threads.
+pub fn for_vcpu(allowed: &AllowedCpuid, id: u8, vcpus: u8) -> CpuId {
     let mut cpuid = allowed.entries();
     let bits = vcpus.next_power_of_two().trailing_zeros();
     for entry in cpuid.as_mut_slice() {
         match entry.function {
             LEAF_FEATURES => {
-                // Initial APIC id and number of logical processors; the rest of EBX stays.
+                // EBX contains the initial APIC id and the number of logical processors. Its other bits stay.
                 entry.ebx = entry.ebx & 0x0000_ffff | u32::from(vcpus) << 16 | u32::from(id) << 24;
-                // KVM emulates the deadline timer but leaves it to us to announce it.
+                // KVM emulates the deadline timer, but does not announce it.
                 entry.ecx |= FEATURES_ECX_TSC_DEADLINE | FEATURES_ECX_HYPERVISOR;
                 if vcpus > 1 {
                     entry.edx |= FEATURES_EDX_HYPERTHREADING;

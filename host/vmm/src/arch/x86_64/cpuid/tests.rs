@@ -54,7 +54,8 @@ fn a_guest_has_no_virtualization_unless_it_is_allowed() {
 
 #[test]
 fn leaves_that_nobody_has_looked_at_are_removed() {
-    // Counters, resource control, SGX, tracing, key locker, AMX, TDX, KVM's later ones, SEV, counters of AMD's, Centaur's.
+    // Counters, resource control, SGX, tracing, key locker, AMX, TDX, KVM's later ones, SEV, counters of AMD's,
+    // Centaur's.
     for function in [
         0x5,
         0xa,

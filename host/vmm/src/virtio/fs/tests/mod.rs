@@ -1,4 +1,4 @@
-//! The device, played with by a guest that may be hostile: requests made by hand, through queues in memory.
+//! The device with a guest that the tests play and that may be hostile. Requests are made by hand.
 
 mod linux;
 mod names;
@@ -22,10 +22,7 @@ use virtiofsd::fuse::{
     EntryOut, FsOptions, InHeader, InitInCompat, Opcode, OpenIn, OpenOut, OutHeader, ROOT_ID,
 };
 use vm_memory::{ByteValued, Bytes as _, GuestAddress};
-use vmm_sys_util::{
-    epoll::{ControlOperation, Epoll, EpollEvent, EventSet},
-    eventfd::EventFd,
-};
+use vmm_sys_util::eventfd::EventFd;
 
 use super::*;
 use crate::{
@@ -33,37 +30,45 @@ use crate::{
     virtio::{
         ActiveQueue,
         testing::{Buffer, RING_SIZE, Ring, guest_memory},
+        wait_context::{WaitContext, event_tokens},
     },
 };
 
+event_tokens! {
+    enum Token {
+        Interrupt,
+    }
+}
+
 const QUEUE: u16 = 256;
-/// Where the guest has its requests, and the room for answers.
+/// Guest-physical address of requests.
 const REQUEST: u64 = 0x10_0000;
-const ANSWER: u64 = 0x40_0000;
-/// Enough for every answer that has no length of its own.
+/// Guest-physical address of the room for replies.
+const REPLY: u64 = 0x40_0000;
+/// Bytes of the room for replies whose length does not depend on the request.
 const ROOM: u32 = 4096;
 
-/// Both of a device's queues, and the guest's side of the second one.
+/// Both queues of a device, and the driver's side of the request queue.
 fn queues(memory: &GuestMemory) -> (Ring, [ActiveQueue; 2]) {
     let (_, urgent) = Ring::new(memory, RING_SIZE, 16);
     let (ring, requests) = Ring::new(memory, 2 * RING_SIZE, QUEUE);
     (ring, [urgent, requests])
 }
 
-/// A directory with a share in it, and next to it what is none of the guest's business.
+/// A directory with a share in it, and next to it files that the guest must not reach.
 fn directory_with_share() -> TempDir {
     let directory = tempfile::tempdir().unwrap();
-    for place in ["share", "outside"] {
-        let place = directory.path().join(place);
-        fs::create_dir_all(place.join("directory/empty")).unwrap();
-        fs::create_dir(place.join("empty")).unwrap();
-        fs::write(place.join("file"), "kept").unwrap();
-        fs::write(place.join("directory/file"), "kept").unwrap();
+    for name in ["share", "outside"] {
+        let tree = directory.path().join(name);
+        fs::create_dir_all(tree.join("directory/empty")).unwrap();
+        fs::create_dir(tree.join("empty")).unwrap();
+        fs::write(tree.join("file"), "kept").unwrap();
+        fs::write(tree.join("directory/file"), "kept").unwrap();
     }
     directory
 }
 
-/// What there is below a directory: names, types, modes, owners, and contents.
+/// The files below a directory: their names, types, modes, owners, and contents.
 fn manifest(directory: &Path) -> BTreeMap<PathBuf, String> {
     let mut found = BTreeMap::new();
     for entry in fs::read_dir(directory).unwrap() {
@@ -90,7 +95,7 @@ fn manifest(directory: &Path) -> BTreeMap<PathBuf, String> {
 fn in_new_mount_namespace(test: impl FnOnce() + Send) {
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            // SAFETY: only this thread's mounts and working directory part from the process's, and it ends with the test.
+            // SAFETY: only this thread's mounts and working directory are separated from those of the process.
             unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS | UnshareFlags::FS) }
                 .expect("these tests need root");
             let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
@@ -100,25 +105,25 @@ fn in_new_mount_namespace(test: impl FnOnce() + Send) {
     });
 }
 
-struct Answer {
-    /// Bytes that the device says it has written.
+struct Reply {
+    /// Bytes that the device has written, as the used ring says.
     length: u32,
-    /// 0, or the number of an error.
+    /// The error number, or 0.
     error: i32,
     body: Vec<u8>,
 }
 
-impl Answer {
-    fn parse(answer: &[u8]) -> Answer {
-        let length = u32::try_from(answer.len()).unwrap();
-        let Some((bytes, body)) = answer.split_at_checked(size_of::<OutHeader>()) else {
+impl Reply {
+    fn parse(reply: &[u8]) -> Reply {
+        let length = u32::try_from(reply.len()).unwrap();
+        let Some((bytes, body)) = reply.split_at_checked(size_of::<OutHeader>()) else {
             assert_eq!(length, 0);
-            return Answer { length, error: 0, body: Vec::new() };
+            return Reply { length, error: 0, body: Vec::new() };
         };
         let mut header = OutHeader::default();
         header.as_mut_slice().copy_from_slice(bytes);
         assert_eq!((header.len, header.unique), (length, 7));
-        Answer { length, error: -header.error, body: body.to_vec() }
+        Reply { length, error: -header.error, body: body.to_vec() }
     }
 
     fn read<T: ByteValued + Default>(&self) -> T {
@@ -137,19 +142,20 @@ struct Guest {
     ring: Ring,
     notify: EventFd,
     interrupt: Arc<EventFd>,
-    epoll: Epoll,
+    wait_context: WaitContext<Token>,
     uid: u32,
 }
 
 impl Guest {
-    /// Has said INIT.
+    /// A guest that has sent INIT.
     fn new() -> Guest {
         let mut guest = Guest::fresh();
-        let answer = guest.ask(Opcode::Init, 0, &init(7, 38, FsOptions::all()));
-        assert_eq!(answer.error, 0);
+        let reply = guest.ask(Opcode::Init, 0, &init(7, 38, FsOptions::all()));
+        assert_eq!(reply.error, 0);
         guest
     }
 
+    /// A guest that has sent nothing yet.
     fn fresh() -> Guest {
         Guest::in_directory(directory_with_share())
     }
@@ -163,10 +169,9 @@ impl Guest {
         let mut device = Fs::new(&share).unwrap();
         let queues = queues.into_iter().map(Some).collect();
         device.activate(Active { memory: memory.clone(), features: 0, queues }).unwrap();
-        let epoll = Epoll::new().unwrap();
-        let readable = EpollEvent::new(EventSet::IN, 0);
-        epoll.ctl(ControlOperation::Add, interrupt.as_raw_fd(), readable).unwrap();
-        Guest { directory, device, memory, ring, notify, interrupt, epoll, uid: 0 }
+        let wait_context = WaitContext::new().unwrap();
+        wait_context.add(interrupt.as_ref(), Token::Interrupt).unwrap();
+        Guest { directory, device, memory, ring, notify, interrupt, wait_context, uid: 0 }
     }
 
     fn outside(&self, name: &str) -> PathBuf {
@@ -177,17 +182,17 @@ impl Guest {
         self.directory.path().join("share").join(name)
     }
 
-    fn ask(&mut self, opcode: Opcode, node: u64, body: &[u8]) -> Answer {
+    fn ask(&mut self, opcode: Opcode, node: u64, body: &[u8]) -> Reply {
         self.ask_with_room(opcode as u32, node, body, ROOM)
     }
 
-    fn ask_with_room(&mut self, opcode: u32, node: u64, body: &[u8], room: u32) -> Answer {
+    fn ask_with_room(&mut self, opcode: u32, node: u64, body: &[u8], room: u32) -> Reply {
         let message = self.message(opcode, node, body);
         self.send(&message, room)
     }
 
-    fn send(&mut self, message: &[u8], room: u32) -> Answer {
-        Answer::parse(&self.exchange(message, room))
+    fn send(&mut self, message: &[u8], room: u32) -> Reply {
+        Reply::parse(&self.exchange(message, room))
     }
 
     fn message(&self, opcode: u32, node: u64, body: &[u8]) -> Vec<u8> {
@@ -203,17 +208,17 @@ impl Guest {
         [header.as_slice(), body].concat()
     }
 
-    fn send_chain(&mut self, chain: &[Buffer]) -> Answer {
-        Answer::parse(&self.exchange_chain(chain))
+    fn send_chain(&mut self, chain: &[Buffer]) -> Reply {
+        Reply::parse(&self.exchange_chain(chain))
     }
 
-    /// Sends bytes as a request; answers with what comes back.
+    /// Sends bytes as a request. Returns the reply.
     fn exchange(&mut self, message: &[u8], room: u32) -> Vec<u8> {
         self.memory.write_slice(message, GuestAddress(REQUEST)).unwrap();
         let length = u32::try_from(message.len()).unwrap();
         let mut chain = vec![Buffer { address: REQUEST, length, writable: false }];
         if room > 0 {
-            chain.push(Buffer { address: ANSWER, length: room, writable: true });
+            chain.push(Buffer { address: REPLY, length: room, writable: true });
         }
         self.exchange_chain(&chain)
     }
@@ -223,9 +228,9 @@ impl Guest {
         self.notify.write(1).unwrap();
         let (used, length) = self.next_used();
         assert_eq!(used, head);
-        let mut answer = vec![0; length as usize];
-        self.memory.read_slice(&mut answer, GuestAddress(ANSWER)).unwrap();
-        answer
+        let mut reply = vec![0; length as usize];
+        self.memory.read_slice(&mut reply, GuestAddress(REPLY)).unwrap();
+        reply
     }
 
     fn next_used(&mut self) -> (u16, u32) {
@@ -234,8 +239,8 @@ impl Guest {
                 return used;
             }
             assert!(self.is_alive(), "the device has stopped");
-            // Not for ever: a device that has stopped says nothing any more.
-            self.epoll.wait(100, &mut [EpollEvent::default()]).unwrap();
+            // The wait is limited, because a device that has stopped does not interrupt the guest any more.
+            drop(self.wait_context.wait::<1>(Some(Duration::from_millis(100))).unwrap());
             let _ = self.interrupt.read();
         }
     }
@@ -244,7 +249,7 @@ impl Guest {
         self.device.worker.as_ref().is_some_and(|(thread, _)| !thread.is_finished())
     }
 
-    /// The number of a file, from a path below the share.
+    /// The node id of a file, from a path below the share.
     fn find(&mut self, path: &str) -> u64 {
         path.split('/').fold(ROOT_ID, |parent, name| {
             self.ask(Opcode::Lookup, parent, &string(name)).read::<EntryOut>().nodeid
@@ -270,7 +275,7 @@ fn init(major: u32, minor: u32, capable: FsOptions) -> Vec<u8> {
     [known.as_slice(), &high.to_le_bytes(), &[0; 44]].concat()
 }
 
-/// A string with its end.
+/// A string with its terminator.
 fn string(text: &str) -> Vec<u8> {
     [text.as_bytes(), &[0]].concat()
 }
@@ -285,8 +290,8 @@ fn a_share_that_is_no_directory_is_named() {
 
 #[test]
 fn the_guest_may_not_use_up_the_open_files() {
-    assert_eq!(files_for_guest(524_288), 522_240);
-    assert_eq!(files_for_guest(1024), 512);
+    assert_eq!(descriptors_for_guest(524_288), 522_240);
+    assert_eq!(descriptors_for_guest(1024), 512);
 }
 
 #[test]

@@ -8,7 +8,7 @@ use super::*;
 struct Kind {
     label: &'static str,
     opcode: Opcode,
-    /// What it would spoil if the name were followed, below a directory like the share's.
+    /// The file that it would change if the name were followed, relative to the share or to a directory like it.
     victim: &'static str,
     body: fn(&mut Guest, &[u8]) -> Vec<u8>,
 }
@@ -52,7 +52,7 @@ fn kinds() -> Vec<Kind> {
     ]
 }
 
-/// What is no name, by what the guest is told.
+/// Invalid names, each with the error number that the guest is sent.
 fn bad_names(guest: &Guest, victim: &str) -> Vec<(Vec<u8>, i32)> {
     let absolute = guest.outside(victim);
     let inside = [victim.as_bytes(), &[0], victim.as_bytes(), &[0]].concat();
@@ -80,8 +80,8 @@ fn a_name_that_could_lead_out_of_the_share_is_refused_by_every_request() {
         for (name, expected) in bad_names(&guest, kind.victim) {
             let shown = String::from_utf8_lossy(&name).into_owned();
             let body = (kind.body)(&mut guest, &name);
-            let answer = guest.ask(kind.opcode, ROOT_ID, &body);
-            assert_eq!(answer.error, expected, "{} {shown:?}", kind.label);
+            let reply = guest.ask(kind.opcode, ROOT_ID, &body);
+            assert_eq!(reply.error, expected, "{} {shown:?}", kind.label);
             assert_eq!(manifest(guest.directory.path()), before, "{} {shown:?}", kind.label);
         }
     }

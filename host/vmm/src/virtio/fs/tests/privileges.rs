@@ -1,4 +1,4 @@
-//! What the host's root may do, and a guest's may not.
+//! What the host's root may do and a guest's root may not.
 
 use std::{os::unix::fs::PermissionsExt as _, process::Command};
 
@@ -15,7 +15,7 @@ use super::*;
 
 const BLOCK: u32 = libc::S_IFBLK | 0o666;
 const CHARACTER: u32 = libc::S_IFCHR | 0o666;
-/// `/dev/null`'s number.
+/// The device number of `/dev/null`.
 const NULL: u32 = 1 << 8 | 3;
 
 impl Guest {
@@ -31,9 +31,9 @@ impl Guest {
     }
 
     fn attribute(&mut self, node: u64, name: &str) -> Result<Vec<u8>, i32> {
-        let answer =
+        let reply =
             self.ask(Opcode::Getxattr, node, &[&100u32.to_le_bytes()[..], &[0; 4], &string(name)].concat());
-        if answer.error == 0 { Ok(answer.body) } else { Err(answer.error) }
+        if reply.error == 0 { Ok(reply.body) } else { Err(reply.error) }
     }
 
     fn attributes(&mut self, node: u64) -> Vec<String> {
@@ -44,14 +44,14 @@ impl Guest {
         names
     }
 
-    /// Makes and opens a file; answers with its number and the handle.
+    /// Makes and opens a file. Returns its node id and the handle.
     fn create(&mut self, name: &str) -> (u64, u64) {
         let flags = (libc::O_CREAT | libc::O_RDWR).cast_unsigned();
         let create = CreateIn { flags, mode: 0o666, ..CreateIn::default() };
-        let answer = self.ask(Opcode::Create, ROOT_ID, &[create.as_slice(), &string(name)].concat());
-        let entry: EntryOut = answer.read();
+        let reply = self.ask(Opcode::Create, ROOT_ID, &[create.as_slice(), &string(name)].concat());
+        let entry: EntryOut = reply.read();
         let mut open = OpenOut::default();
-        open.as_mut_slice().copy_from_slice(&answer.body[size_of::<EntryOut>()..]);
+        open.as_mut_slice().copy_from_slice(&reply.body[size_of::<EntryOut>()..]);
         (entry.nodeid, open.fh)
     }
 
@@ -90,7 +90,7 @@ fn a_guest_can_make_whiteouts_and_no_other_devices() {
 fn devices_are_refused_even_where_the_machine_could_make_them() {
     let directory = directory_with_share();
     let share = directory.path().join("share");
-    let checked = serving::checked(&share);
+    let checked = serving::checked_fs(&share);
     let root = Context { uid: 0.into(), gid: 0.into(), pid: 1 };
     for (mode, device) in [(CHARACTER, NULL), (BLOCK, 7 << 8)] {
         let result = checked.mknod(root, ROOT_ID, c"device", mode, device, 0, Extensions::default());
@@ -126,12 +126,12 @@ fn what_the_host_trusts_is_neither_seen_nor_set_by_the_guest() {
     assert_eq!(remove(&mut guest, "trusted.overlay.opaque"), 0);
     assert_eq!(guest.attributes(file), ["trusted.hosts", "user.shared"]);
 
-    // Not by the name that it has on the host either.
+    // The guest cannot use the name on the host either.
     let hidden = "user.virtiofs.trusted.hosts";
     assert_eq!(guest.set_attribute(file, hidden, "x"), libc::EPERM);
     assert_eq!(guest.attribute(file, hidden), Err(libc::ENODATA));
     assert_eq!(remove(&mut guest, hidden), libc::EPERM);
-    // What security modules of the host go by.
+    // Attributes that the host's security modules use.
     assert_eq!(guest.set_attribute(file, "security.label", "x"), libc::EPERM);
     assert_eq!(host("security.label"), None);
 }
@@ -149,7 +149,7 @@ fn writing_to_a_program_takes_its_privileges() {
     assert_eq!(guest.share("program").metadata().unwrap().uid(), 1000);
 }
 
-/// A small ext4 of which two fifths are kept for root, in place of the share.
+/// Mounts a small ext4, of which two fifths are reserved for root, over the share.
 fn mount_ext4(directory: &Path) -> PathBuf {
     let (image, share) = (directory.join("image"), directory.join("share"));
     fs::File::create(&image).unwrap().set_len(24 << 20).unwrap();
@@ -182,7 +182,7 @@ fn users_do_not_get_the_disk_space_that_is_kept_for_root() {
             free.f_bfree * free.f_frsize
         };
         assert!(free() > 4 << 20, "{} bytes are left", free());
-        // By no way, and as nobody that the guest's kernel names when it writes late or by itself.
+        // No other operation gets the space, nor does a write that the guest's kernel makes late or by itself.
         assert_eq!(guest.write(file, end, 0, &chunk), libc::ENOSPC);
         let allocate = FallocateIn { fh: file.1, offset: end, length: 1 << 20, ..FallocateIn::default() };
         assert_eq!(guest.ask(Opcode::Fallocate, file.0, allocate.as_slice()).error, libc::ENOSPC);
@@ -199,7 +199,7 @@ fn users_do_not_get_the_disk_space_that_is_kept_for_root() {
         assert_eq!(guest.write(file, end, 0, &chunk), libc::ENOSPC);
         guest.uid = 0;
         assert_eq!(guest.write(file, end, WRITE_CACHE, &chunk), libc::ENOSPC);
-        // It is root's, in a machine as well.
+        // A machine's root gets it.
         assert_eq!(guest.write(file, end, 0, &chunk), 0);
         rustix::mount::unmount(&share, UnmountFlags::DETACH).unwrap();
     });

@@ -8,11 +8,11 @@ use virtiofsd::fuse::{
 use super::*;
 
 impl Guest {
-    /// Whether the device still does what it is asked for.
+    /// Asserts that the device still serves requests.
     fn assert_served(&mut self, after: &str) {
-        let answer = self.ask(Opcode::Getattr, ROOT_ID, GetattrIn::default().as_slice());
-        assert_eq!(answer.error, 0, "{after}");
-        assert_eq!(answer.read::<AttrOut>().attr.ino, self.share("").metadata().unwrap().ino(), "{after}");
+        let reply = self.ask(Opcode::Getattr, ROOT_ID, GetattrIn::default().as_slice());
+        assert_eq!(reply.error, 0, "{after}");
+        assert_eq!(reply.read::<AttrOut>().attr.ino, self.share("").metadata().unwrap().ino(), "{after}");
     }
 }
 
@@ -29,10 +29,10 @@ fn reading_does_not_stop_the_device_whatever_the_room_and_the_place() {
     let mut guest = Guest::new();
     let file = guest.find("file");
     let handle = guest.open(Opcode::Open, file, libc::O_RDWR);
-    // No room even for an answer.
+    // There is no room for the header of a reply.
     for room in [0, 1, 15] {
-        let answer = guest.ask_with_room(Opcode::Read as u32, file, &read(handle, 0, 4), room);
-        assert_eq!(answer.length, 0, "{room}");
+        let reply = guest.ask_with_room(Opcode::Read as u32, file, &read(handle, 0, 4), room);
+        assert_eq!(reply.length, 0, "{room}");
         guest.assert_served("no room");
     }
     let end = i64::MAX.cast_unsigned();
@@ -45,8 +45,8 @@ fn reading_does_not_stop_the_device_whatever_the_room_and_the_place() {
         (u64::MAX, 4, ROOM),
     ];
     for (offset, size, room) in wrong {
-        let answer = guest.ask_with_room(Opcode::Read as u32, file, &read(handle, offset, size), room);
-        assert_eq!(answer.error, libc::EINVAL, "{size} bytes at {offset}, room for {room}");
+        let reply = guest.ask_with_room(Opcode::Read as u32, file, &read(handle, offset, size), room);
+        assert_eq!(reply.error, libc::EINVAL, "{size} bytes at {offset}, room for {room}");
         guest.assert_served("reading");
     }
     assert_eq!(guest.ask(Opcode::Read, file, &read(handle, 1, 2)).body, b"ep");
@@ -68,14 +68,14 @@ fn nothing_is_written_beyond_what_a_write_says_or_beyond_any_file() {
         (end + 1, 0, ""),
     ];
     for (offset, size, data) in wrong {
-        let answer = guest.ask(Opcode::Write, file, &write(handle, offset, size, data.as_bytes()));
-        assert_eq!(answer.error, libc::EINVAL, "{size} bytes at {offset}: {data}");
+        let reply = guest.ask(Opcode::Write, file, &write(handle, offset, size, data.as_bytes()));
+        assert_eq!(reply.error, libc::EINVAL, "{size} bytes at {offset}: {data}");
         guest.assert_served("writing");
     }
     let large = vec![b'x'; (1 << 20) + 1];
     let size = u32::try_from(large.len()).unwrap();
     assert_eq!(guest.ask(Opcode::Write, file, &write(handle, 0, size, &large)).error, libc::EINVAL);
-    // With room for nothing: even with an opcode that is changed later, virtiofsd finds room.
+    // Without any room, the request is refused.
     let written = guest.ask_with_room(Opcode::Write as u32, file, &write(handle, 0, 3, b"not"), 0);
     assert_eq!(written.length, 0);
     assert_eq!(fs::read_to_string(guest.share("file")).unwrap(), "kept");
@@ -96,7 +96,7 @@ fn a_write_comes_from_as_many_buffers_as_it_is_in() {
         let length = u32::try_from(end - start).unwrap();
         chain.push(Buffer { address: REQUEST + start, length, writable: false });
     }
-    chain.push(Buffer { address: ANSWER, length: ROOM, writable: true });
+    chain.push(Buffer { address: REPLY, length: ROOM, writable: true });
     assert_eq!(guest.send_chain(&chain).error, 0);
     assert_eq!(fs::read_to_string(guest.share("file")).unwrap(), "scattered");
 }
@@ -108,17 +108,17 @@ fn listing_does_not_stop_the_device_whatever_the_room_and_the_place() {
     for opcode in [Opcode::Readdir, Opcode::Readdirplus] {
         for room in [0, 8, 15] {
             for size in [0, 1, 8] {
-                let answer = guest.ask_with_room(opcode as u32, ROOT_ID, &read(handle, 0, size), room);
-                assert_eq!(answer.length, 0, "{size} in {room}");
+                let reply = guest.ask_with_room(opcode as u32, ROOT_ID, &read(handle, 0, size), room);
+                assert_eq!(reply.length, 0, "{size} in {room}");
                 guest.assert_served("no room");
             }
         }
         for (size, room) in [(0, ROOM), (0, 16), (100, 100), (4096, ROOM), (u32::MAX, ROOM)] {
-            let answer = guest.ask_with_room(opcode as u32, ROOT_ID, &read(handle, 0, size), room);
-            assert_eq!(answer.error, libc::EINVAL, "{size} in {room}");
+            let reply = guest.ask_with_room(opcode as u32, ROOT_ID, &read(handle, 0, size), room);
+            assert_eq!(reply.error, libc::EINVAL, "{size} in {room}");
             guest.assert_served("listing");
         }
-        // A place without a sign is one that some file systems know.
+        // Some file systems number entries beyond 2⁶³.
         for offset in [i64::MAX.cast_unsigned(), 1 << 63, u64::MAX] {
             assert_eq!(guest.ask(opcode, ROOT_ID, &read(handle, offset, 2048)).body, b"", "{offset}");
             guest.assert_served("listing from afar");
@@ -138,10 +138,10 @@ fn operations_that_nobody_serves_are_answered() {
     let more = [38, 43, 44, 45, 46, 47, 50];
     let silent = [2, 36, 42];
     for opcode in (0..80).chain([4096, u32::MAX]).filter(|opcode| !silent.contains(opcode)) {
-        let answer = guest.ask_with_room(opcode, ROOT_ID, &[0; 3], ROOM);
+        let reply = guest.ask_with_room(opcode, ROOT_ID, &[0; 3], ROOM);
         let expected =
             if served.contains(&opcode) || more.contains(&opcode) { libc::EINVAL } else { libc::ENOSYS };
-        assert_eq!(answer.error, expected, "{opcode}");
+        assert_eq!(reply.error, expected, "{opcode}");
         guest.assert_served("an operation");
     }
 }
@@ -163,7 +163,7 @@ fn a_request_has_exactly_the_bytes_that_it_says() {
     let mut extended = good.clone();
     extended[36] = 1;
     assert_eq!(guest.send(&extended, ROOM).error, libc::EINVAL);
-    // An extension that is none, and an answer that is longer than the room for it.
+    // An extension that is none, and an reply that is longer than the room for it.
     let nonsense = [&mkdir[..], &[0xff; 8]].concat();
     let mut extended = guest.message(Opcode::Mkdir as u32, ROOT_ID, &nonsense);
     extended[36] = 1;
@@ -243,7 +243,7 @@ fn flags_that_are_not_known_are_refused() {
         ),
     ];
     for (opcode, body, expected) in refused {
-        // Those that give a name do it in a directory.
+        // Operations with a name are about a directory.
         let node = if matches!(opcode, Opcode::Create | Opcode::Rename2) { ROOT_ID } else { file };
         assert_eq!(guest.ask(opcode, node, &body).error, expected, "{opcode:?} {body:?}");
         assert_eq!(manifest(guest.directory.path()), before, "{opcode:?} {body:?}");
@@ -267,8 +267,8 @@ fn a_kernel_that_speaks_otherwise_is_refused() {
     for missing in
         [FsOptions::SETXATTR_EXT, FsOptions::SUBMOUNTS, FsOptions::POSIX_ACL, FsOptions::CREATE_SUPP_GROUP]
     {
-        let answer = guest.ask(Opcode::Init, 0, &init(7, 38, capable - missing));
-        assert_eq!(answer.error, libc::EPROTO, "{missing:?}");
+        let reply = guest.ask(Opcode::Init, 0, &init(7, 38, capable - missing));
+        assert_eq!(reply.error, libc::EPROTO, "{missing:?}");
     }
     // Nobody has said INIT yet.
     assert_eq!(guest.ask(Opcode::Lookup, ROOT_ID, &string("file")).error, libc::EBADF);
@@ -287,22 +287,22 @@ fn a_chain_that_is_no_request_is_given_back() {
     guest.memory.write_slice(&message, GuestAddress(REQUEST)).unwrap();
     let length = u32::try_from(message.len()).unwrap();
     let request = Buffer { address: REQUEST, length, writable: false };
-    let answer = Buffer { address: ANSWER, length: ROOM, writable: true };
+    let reply = Buffer { address: REPLY, length: ROOM, writable: true };
     let at = |address, buffer| Buffer { address, ..buffer };
     let end = 16 << 20;
     for chain in [
-        vec![answer],
-        vec![answer, request],
-        vec![request, answer, Buffer { length: 1, ..request }],
-        vec![at(end - 8, request), answer],
-        vec![at(end, request), answer],
-        vec![request, at(end - 8, answer)],
-        vec![request, at(u64::MAX - 8, answer)],
+        vec![reply],
+        vec![reply, request],
+        vec![request, reply, Buffer { length: 1, ..request }],
+        vec![at(end - 8, request), reply],
+        vec![at(end, request), reply],
+        vec![request, at(end - 8, reply)],
+        vec![request, at(u64::MAX - 8, reply)],
         // Where the copy of the request is.
-        vec![request, at(1 << 60, answer)],
-        vec![at((1 << 60) + 0x5000, request), answer],
-        vec![Buffer { length: u32::MAX, ..request }, answer],
-        vec![request, Buffer { length: u32::MAX, ..answer }],
+        vec![request, at(1 << 60, reply)],
+        vec![at((1 << 60) + 0x5000, request), reply],
+        vec![Buffer { length: u32::MAX, ..request }, reply],
+        vec![request, Buffer { length: u32::MAX, ..reply }],
     ] {
         assert_eq!(guest.send_chain(&chain).length, 0);
         guest.assert_served("a chain");
@@ -311,12 +311,12 @@ fn a_chain_that_is_no_request_is_given_back() {
     let mut pieces: Vec<_> = (0..u64::from(length))
         .map(|offset| Buffer { address: REQUEST + offset, length: 1, writable: false })
         .collect();
-    pieces.push(answer);
+    pieces.push(reply);
     guest.memory.write_slice(&message, GuestAddress(REQUEST)).unwrap();
     assert_eq!(guest.send_chain(&pieces).error, 0);
 }
 
-/// What requests consist of: 64-bit words, and names of files.
+/// The number of 64-bit words and of names in the requests of each operation.
 const SHAPES: [(Opcode, usize, usize); 31] = [
     (Opcode::Lookup, 0, 1),
     (Opcode::Forget, 1, 0),
@@ -351,7 +351,7 @@ const SHAPES: [(Opcode, usize, usize); 31] = [
     (Opcode::Syncfs, 1, 0),
 ];
 
-/// Numbers that are random and the same every time.
+/// Pseudorandom numbers, the same in each run.
 struct Random(u64);
 
 impl Random {
@@ -364,7 +364,7 @@ impl Random {
     }
 }
 
-/// Files of the guest's. What a request has forgotten or taken away is found again.
+/// Node ids and handles of files. Those that a request has forgotten or removed are looked up again.
 struct Known {
     file: u64,
     directory: u64,
@@ -396,7 +396,7 @@ fn random_requests_do_not_stop_the_device_or_reach_out_of_the_share() {
         let mut body = Vec::new();
         let mut leads_out = false;
         let Known { file, directory, handle, listing } = known;
-        // One in four is anything; the others are what a guest could mean.
+        // One request in four is arbitrary. The others have the form that their operation needs.
         if round % 4 == 0 {
             let opcode = random.pick(&(0..54).filter(|opcode| *opcode != 38).collect::<Vec<u32>>());
             let sizes = [0, 0, 1, handle, 8, 64, 4096, 1 << 31, 1 << 32, 1 << 63, u64::MAX, 1 << 20];
@@ -420,8 +420,8 @@ fn random_requests_do_not_stop_the_device_or_reach_out_of_the_share() {
                 leads_out |= name.starts_with(b"..");
                 body.extend(name);
             }
-            let answer = guest.ask(opcode, random.pick(&[ROOT_ID, ROOT_ID, file, directory]), &body);
-            let is_done = answer.length > 0 && answer.error == 0;
+            let reply = guest.ask(opcode, random.pick(&[ROOT_ID, ROOT_ID, file, directory]), &body);
+            let is_done = reply.length > 0 && reply.error == 0;
             assert!(!is_done || !leads_out, "{opcode:?} was done with a name that leads out: {body:?}");
             done += u32::from(is_done);
         }
@@ -432,26 +432,26 @@ fn random_requests_do_not_stop_the_device_or_reach_out_of_the_share() {
     }
     guest.assert_served("all that");
     assert_eq!(manifest(&guest.outside("")), before);
-    // Requests that are wrong in themselves are refused whatever they are about: those show nothing.
+    // Malformed requests are refused whatever they are about. So enough others have to have been served.
     assert!(done > 1000, "only {done} requests were done");
 }
 
-/// A file server on the host has a lease on a file, which it gives up after `fs.lease-break-time`, 45 s.
+/// A file server on the host may have a lease on a file, which it has to give up after `fs.lease-break-time` (45 s).
 #[test]
 fn a_file_that_would_keep_whoever_opens_it_waiting_does_not_keep_the_device() {
     /// `include/uapi/asm-generic/fcntl.h`
     const F_SETSIG: i32 = 10;
     let mut guest = Guest::new();
     let file = guest.find("file");
-    let held = fs::File::open(guest.share("file")).unwrap();
-    // SAFETY: only flags of this open file change. Its holder is told by a signal that does nothing.
+    let leased = fs::File::open(guest.share("file")).unwrap();
+    // SAFETY: only flags of this open file change. The signal for a broken lease does nothing.
     unsafe {
-        assert_eq!(libc::fcntl(held.as_raw_fd(), F_SETSIG, libc::SIGURG), 0);
-        assert_eq!(libc::fcntl(held.as_raw_fd(), libc::F_SETLEASE, libc::F_RDLCK), 0);
+        assert_eq!(libc::fcntl(leased.as_raw_fd(), F_SETSIG, libc::SIGURG), 0);
+        assert_eq!(libc::fcntl(leased.as_raw_fd(), libc::F_SETLEASE, libc::F_RDLCK), 0);
     }
     let open = OpenIn { flags: libc::O_RDWR.cast_unsigned(), open_flags: 0 };
     assert_eq!(guest.ask(Opcode::Open, file, open.as_slice()).error, libc::EAGAIN);
-    drop(held);
+    drop(leased);
     guest.open(Opcode::Open, file, libc::O_RDWR);
 }
 

@@ -1,4 +1,4 @@
-//! How requests are served: what is checked is what is done, and nobody is kept waiting for ever.
+//! How requests are served: what is checked is what is executed, and no guest can keep its device.
 
 use std::{ops::ControlFlow, sync::Arc};
 
@@ -18,17 +18,17 @@ fn mkdir(name: &str) -> Vec<u8> {
     [header.as_slice(), &body].concat()
 }
 
-/// The file system that a server has, served by the thread that asks.
-pub fn checked(share: &Path) -> Checked {
+/// The file system of a server. The calling thread must serve it.
+pub fn checked_fs(share: &Path) -> CheckedFs {
     let config =
         passthrough::Config { root_dir: share.to_str().unwrap().into(), ..passthrough::Config::default() };
     let passthrough = PassthroughFs::new(config).unwrap();
     passthrough.open_root_node().unwrap();
-    Checked::new(passthrough)
+    CheckedFs::new(passthrough)
 }
 
-fn server(share: &Path) -> Arc<Server<Checked>> {
-    Arc::new(Server::new(checked(share)))
+fn server(share: &Path) -> Arc<Server<CheckedFs>> {
+    Arc::new(Server::new(checked_fs(share)))
 }
 
 #[test]
@@ -43,23 +43,23 @@ fn what_the_guest_changes_after_it_was_checked_is_not_done() {
     let length = u32::try_from(asked.len()).unwrap();
     ring.add(&[
         Buffer { address: REQUEST, length, writable: false },
-        Buffer { address: ANSWER, length: ROOM, writable: true },
+        Buffer { address: REPLY, length: ROOM, writable: true },
     ]);
 
     let chain = queue.pop(&memory).unwrap().unwrap();
-    let request = staging.take(&memory, chain).unwrap();
+    let request = staging.copy_request(&memory, chain).unwrap();
     let room = request::check(&request).unwrap();
     // The guest changes the request, and where its buffers are.
     memory.write_slice(&mkdir("other"), GuestAddress(REQUEST)).unwrap();
     memory.write_slice(&[0xff; 64], GuestAddress(2 * RING_SIZE)).unwrap();
-    let (reader, writer) = staging.serve(room).unwrap();
+    let (reader, writer) = staging.reader_and_writer(room).unwrap();
     server.handle_message(reader, writer, None::<&mut ()>).unwrap();
 
     let share = directory.path().join("share");
     assert!(share.join("asked").is_dir());
     assert!(!share.join("other").exists());
-    let answer: u32 = memory.read_obj(GuestAddress(ANSWER + 4)).unwrap();
-    assert_eq!(answer, 0);
+    let reply: u32 = memory.read_obj(GuestAddress(REPLY + 4)).unwrap();
+    assert_eq!(reply, 0);
 }
 
 #[test]
@@ -76,12 +76,12 @@ fn a_guest_that_never_stops_asking_does_not_keep_its_device() {
         ring.add(&[Buffer { address: REQUEST, length: 8, writable: false }]);
     }
     notify.write(1).unwrap();
-    assert_eq!(worker.turn().unwrap(), ControlFlow::Continue(()));
+    assert_eq!(worker.serve_pending().unwrap(), ControlFlow::Continue(()));
     assert_eq!(requests.get(), worker::BATCH as u64);
     // Without another notification.
-    assert_eq!(worker.turn().unwrap(), ControlFlow::Continue(()));
+    assert_eq!(worker.serve_pending().unwrap(), ControlFlow::Continue(()));
     assert_eq!(requests.get(), 2 * worker::BATCH as u64);
     stop.write(1).unwrap();
-    assert_eq!(worker.turn().unwrap(), ControlFlow::Break(()));
+    assert_eq!(worker.serve_pending().unwrap(), ControlFlow::Break(()));
     assert_eq!(requests.get(), 2 * worker::BATCH as u64);
 }

@@ -1,4 +1,4 @@
-//! virtiofsd's file system behind the checks that its authors leave to a sandbox.
+//! virtiofsd's file system, behind the checks that its authors leave to a sandbox.
 
 use std::{ffi::CStr, io, time::Duration};
 
@@ -11,28 +11,28 @@ use virtiofsd::{
     passthrough::PassthroughFs,
 };
 
-use super::{names, user::Acting};
+use super::{credentials::FsCredentials, names};
 
 type Inode = <PassthroughFs as FileSystem>::Inode;
 type Handle = <PassthroughFs as FileSystem>::Handle;
 type Opened = (Option<Handle>, OpenOptions);
 
-/// A flag for every file that is opened.
-const NOT_WAITING: u32 = libc::O_NONBLOCK.cast_unsigned();
-/// Most bytes of one `COPY_FILE_RANGE`.
+/// Flag with which every file is opened: see [`CheckedFs::open`].
+const OPEN_NONBLOCK: u32 = libc::O_NONBLOCK.cast_unsigned();
+/// Most bytes that one `COPY_FILE_RANGE` copies.
 const COPY_MAX: u64 = 16 << 20;
 
-/// The share as the guest may use it.
-pub struct Checked(PassthroughFs);
+/// The share, with operations that check what the guest asks for.
+pub struct CheckedFs(PassthroughFs);
 
-impl Checked {
-    pub fn new(inner: PassthroughFs) -> Checked {
-        Checked(inner)
+impl CheckedFs {
+    pub fn new(inner: PassthroughFs) -> CheckedFs {
+        CheckedFs(inner)
     }
 }
 
-/// Files that the guest may make by themselves: none that is a device, but for the whiteouts of overlay file systems. A device
-/// would be the host's for everybody there who may open it.
+/// Checks a file that the guest makes with `mknod(2)`. It may not make devices, except the whiteouts of overlay file
+/// systems: everybody on the host who may open such a file could use the host's device.
 fn check_node(mode: u32, device: u32) -> io::Result<()> {
     const WHITEOUT: u32 = 0;
     match mode & libc::S_IFMT {
@@ -43,8 +43,9 @@ fn check_node(mode: u32, device: u32) -> io::Result<()> {
     }
 }
 
-/// What a guest's kernel has to be able to do. Ours is; with another, requests would look different from what is checked.
-fn needed() -> FsOptions {
+/// The FUSE features that a guest's kernel must have. With another kernel, requests would look different from what is
+/// checked.
+fn required_features() -> FsOptions {
     FsOptions::SUBMOUNTS
         | FsOptions::HANDLE_KILLPRIV_V2
         | FsOptions::POSIX_ACL
@@ -53,22 +54,22 @@ fn needed() -> FsOptions {
         | FsOptions::CREATE_SUPP_GROUP
 }
 
-/// Functions that go straight through.
-macro_rules! pass {
-    ($(fn $name:ident(&self $(, $argument:ident: $type:ty)*) $(-> $answer:ty)?;)*) => {
-        $(fn $name(&self $(, $argument: $type)*) $(-> $answer)? {
+/// Operations that need no check.
+macro_rules! pass_through {
+    ($(fn $name:ident(&self $(, $argument:ident: $type:ty)*) $(-> $returned:ty)?;)*) => {
+        $(fn $name(&self $(, $argument: $type)*) $(-> $returned)? {
             self.0.$name($($argument),*)
         })*
     };
 }
 
-impl FileSystem for Checked {
+impl FileSystem for CheckedFs {
     type Inode = Inode;
     type Handle = Handle;
     type DirIter = <PassthroughFs as FileSystem>::DirIter;
 
     fn init(&self, capable: FsOptions) -> io::Result<FsOptions> {
-        if !capable.contains(needed()) {
+        if !capable.contains(required_features()) {
             tracing::warn!(?capable, "fs: the guest's kernel cannot do what this device needs");
             return Err(io::Error::from_raw_os_error(libc::EPROTO));
         }
@@ -161,14 +162,15 @@ impl FileSystem for Checked {
         extensions: Extensions,
     ) -> io::Result<(Entry, Option<Handle>, OpenOptions)> {
         names::check(name)?;
-        let flags = flags | NOT_WAITING;
+        let flags = flags | OPEN_NONBLOCK;
         self.0.create(context, parent, name, mode, kill_privileges, flags, umask, extensions)
     }
 
-    /// Files of tracefs and the like wait until there is something to be read, and an open waits for somebody's lease on the
-    /// file: nobody else in the pod would be served meanwhile.
+    /// Opens a file without blocking. Reading files of tracefs, for example, waits until there is something to read,
+    /// and opening a file waits while another process has a lease on it: nobody else in the pod would be served
+    /// meanwhile.
     fn open(&self, context: Context, inode: Inode, kill_privileges: bool, flags: u32) -> io::Result<Opened> {
-        self.0.open(context, inode, kill_privileges, flags | NOT_WAITING)
+        self.0.open(context, inode, kill_privileges, flags | OPEN_NONBLOCK)
     }
 
     fn setxattr(
@@ -221,7 +223,7 @@ impl FileSystem for Checked {
         kill_privileges: bool,
         flags: u32,
     ) -> io::Result<usize> {
-        let _acting = Acting::for_data(context, delayed);
+        let _credentials = FsCredentials::for_data(context, delayed);
         self.0.write(
             context,
             inode,
@@ -245,7 +247,7 @@ impl FileSystem for Checked {
         offset: u64,
         length: u64,
     ) -> io::Result<()> {
-        let _acting = Acting::for_data(context, false);
+        let _credentials = FsCredentials::for_data(context, false);
         self.0.fallocate(context, inode, handle, mode, offset, length)
     }
 
@@ -261,13 +263,13 @@ impl FileSystem for Checked {
         length: u64,
         flags: u64,
     ) -> io::Result<usize> {
-        let _acting = Acting::for_data(context, false);
-        // A shorter copy is an answer as well. The longest would keep the device for minutes.
+        let _credentials = FsCredentials::for_data(context, false);
+        // A copy may be shorter than what is asked for. The longest would occupy the device for minutes.
         let length = length.min(COPY_MAX);
         self.0.copyfilerange(context, from, from_handle, from_offset, to, to_handle, to_offset, length, flags)
     }
 
-    pass! {
+    pass_through! {
         fn destroy(&self);
         fn forget(&self, context: Context, inode: Inode, count: u64);
         fn batch_forget(&self, context: Context, requests: Vec<(Inode, u64)>);

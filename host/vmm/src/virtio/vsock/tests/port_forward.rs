@@ -1,4 +1,4 @@
-//! Connections to the pod's localhost, carried to a guest that is played here.
+//! Connections to the pod's localhost, carried to a guest that the tests play.
 
 use std::{
     fs::File,
@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::*;
-use crate::virtio::vsock::places::FORWARDED_MAX;
+use crate::virtio::vsock::{connection_limits::FORWARDED_MAX, port_forward::set_reset_on_close};
 
 /// A scene with a listener for forwarded connections, and that listener's port.
 fn scene() -> (Scene, u16) {
@@ -43,7 +43,7 @@ fn reached(scene: &mut Scene, port: u16) -> (TcpStream, Ports) {
     (stream, ports)
 }
 
-/// The data that the guest has got since it was last asked; fails if there is anything else.
+/// The data that the guest has received since the last call. Panics if it has received anything else.
 fn payloads(scene: &mut Scene) -> Vec<u8> {
     let packets = scene.received();
     assert!(packets.iter().all(|(header, _)| header.operation == Operation::ReadWrite), "{packets:?}");
@@ -141,7 +141,7 @@ fn a_client_of_a_port_that_the_guest_does_not_reach_is_reset() {
         &|ports| packet(ports, Operation::Reset),
         &|ports| shutdown(ports, SHUTDOWN_BOTH),
         &|ports| shutdown(ports, SHUTDOWN_SEND),
-        // With an answer that is none.
+        // With another byte than the one that says so.
         &|ports| data(ports, b"\x01no"),
     ];
     for (index, refusal) in refusals.into_iter().enumerate() {
@@ -187,7 +187,7 @@ fn a_client_that_resets_its_connection_ends_the_guests_stream() {
     let waiting = requested(&mut scene, port);
     let served = reached(&mut scene, port);
     for (stream, ports) in [(early, request.ports), waiting, served] {
-        super::super::super::forward::reset_on_close(&stream, true).unwrap();
+        set_reset_on_close(&stream, true).unwrap();
         drop(stream);
         let packets = scene.received();
         let [(last, _)] = packets.as_slice() else { panic!("{packets:?}") };

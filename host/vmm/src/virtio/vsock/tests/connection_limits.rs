@@ -1,15 +1,15 @@
-//! What a guest and forwarded connections can take from host programs: less than all.
+//! Neither a guest nor forwarded connections can use up the connections that host programs need.
 
 use super::*;
 use crate::virtio::vsock::{
+    connection_limits::{ConnectionLimits, FORWARDED_MAX, FROM_GUEST_MAX, Initiator},
     mux::CLOSE_TIMEOUT,
-    places::{FORWARDED_MAX, FROM_GUEST_MAX, Kind, Places},
 };
 
 /// Lets the time for closing connections pass.
 fn time_out(scene: &mut Scene) {
     scene.turn();
-    scene.worker.mux.expire(Instant::now() + CLOSE_TIMEOUT);
+    scene.worker.mux.close_expired(Instant::now() + CLOSE_TIMEOUT);
     scene.turn();
 }
 
@@ -36,15 +36,16 @@ fn connections_that_the_guest_makes_leave_places_for_host_programs() {
 
 #[test]
 fn each_kind_of_connection_has_places_that_no_other_takes() {
-    let places = Places::default();
-    let mut forwarded: Vec<_> = (0..FORWARDED_MAX).map(|_| places.take(Kind::Forwarded).unwrap()).collect();
-    assert!(places.take(Kind::Forwarded).is_none());
-    let guest: Vec<_> = (0..FROM_GUEST_MAX).map(|_| places.take(Kind::Guest).unwrap()).collect();
-    assert!(places.take(Kind::Guest).is_none());
-    let host: Vec<_> = std::iter::from_fn(|| places.take(Kind::HostProgram)).collect();
+    let limits = ConnectionLimits::default();
+    let mut forwarded: Vec<_> =
+        (0..FORWARDED_MAX).map(|_| limits.try_acquire(Initiator::PortForward).unwrap()).collect();
+    assert!(limits.try_acquire(Initiator::PortForward).is_none());
+    let guest: Vec<_> = (0..FROM_GUEST_MAX).map(|_| limits.try_acquire(Initiator::Guest).unwrap()).collect();
+    assert!(limits.try_acquire(Initiator::Guest).is_none());
+    let host: Vec<_> = std::iter::from_fn(|| limits.try_acquire(Initiator::HostProgram)).collect();
     assert_eq!(host.len() + guest.len() + forwarded.len(), 1024);
     forwarded.pop();
-    assert!(places.take(Kind::Forwarded).is_some());
+    assert!(limits.try_acquire(Initiator::PortForward).is_some());
 }
 
 #[test]
@@ -54,7 +55,7 @@ fn a_guest_that_ignores_the_end_of_a_connection_does_not_keep_its_place() {
     drop(stream);
     let end = scene.received();
     assert_eq!((end.len(), end[0].0.operation, end[0].0.flags), (1, Operation::Shutdown, SHUTDOWN_BOTH));
-    scene.worker.mux.expire(Instant::now());
+    scene.worker.mux.close_expired(Instant::now());
     assert!(!scene.worker.mux.is_empty(), "the guest has time to answer");
     time_out(&mut scene);
     assert!(scene.worker.mux.is_empty());
@@ -96,10 +97,10 @@ fn a_connection_that_ends_in_time_leaves_nothing_to_wait_for() {
     let (stream, ports) = scene.established();
     drop(stream);
     scene.received();
-    assert!(scene.worker.patience().unwrap() > 0);
+    assert!(scene.worker.timeout().unwrap() > Duration::ZERO);
     scene.send(packet(ports, Operation::Reset), &[]);
     assert!(scene.worker.mux.is_empty());
-    assert_eq!(scene.worker.patience(), None);
+    assert_eq!(scene.worker.timeout(), None);
 }
 
 #[test]
@@ -124,9 +125,28 @@ fn a_guest_that_sends_without_end_is_served_in_batches() {
         scene.send_bytes(&reversed(packet(Ports { host: 1, guest: 1 }, Operation::Reset).to_guest()));
     }
     let mut taken = || std::iter::from_fn(|| scene.transmit.used()).count();
-    assert!(scene.worker.handle_events(0).unwrap().is_continue());
+    assert!(scene.worker.handle_events(Some(Duration::ZERO)).unwrap().is_continue());
     assert!(scene.worker.move_packets().unwrap(), "there is more, after whoever else has something to say");
     assert_eq!(taken(), BATCH);
     assert!(!scene.worker.move_packets().unwrap());
     assert_eq!(taken(), 5);
+}
+
+#[test]
+fn a_connection_too_many_is_closed_at_once_and_a_freed_place_is_used_again() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).unwrap();
+
+    let mut scene = Scene::new();
+    let mut streams = Vec::new();
+    for _ in 0..1024 {
+        streams.push(scene.connect());
+        scene.turn();
+    }
+    let mut refused = scene.connect();
+    scene.turn();
+    assert!(at_end(&mut refused));
+    streams.pop();
+    scene.established();
 }

@@ -1,7 +1,7 @@
 //! A device's page of guest-physical memory: its registers as the guest reads them.
 //!
-//! The guest may read this memory and not write it (`KVM_MEM_READONLY`), so that reading a register does not leave the
-//! guest, which would cost microseconds on every interrupt. What it writes still arrives at the device.
+//! The guest may read this memory but not write it (`KVM_MEM_READONLY`). So a read of a register does not leave the
+//! guest, which would cost microseconds on every interrupt. A write does, and arrives at the device.
 
 use std::sync::atomic::Ordering;
 
@@ -12,41 +12,42 @@ use crate::{
     memory::{self, GuestMemory, MemoryError},
 };
 
-/// Bytes of a page.
+/// Size of a page in bytes.
 pub const SIZE: usize = 0x1000;
 const _: () = assert!(SIZE as u64 == DEVICE_SIZE);
 
-/// Memory for the pages of `count` devices; not to be given to any device as the guest's.
+/// Maps memory for the pages of `count` devices. No device may use it as the guest's memory.
 pub fn allocate(count: usize) -> Result<GuestMemory, MemoryError> {
     memory::allocate(&[(GuestAddress(DEVICES), count * SIZE)])
 }
 
 /// The page of one device.
 #[derive(Clone)]
-pub struct Page {
-    /// What [`allocate`] has made.
+pub struct RegisterPage {
+    /// The memory of all pages, made by [`allocate`].
     memory: GuestMemory,
     start: GuestAddress,
 }
 
-impl Page {
+impl RegisterPage {
     /// The page of the device in `slot`.
-    pub fn new(memory: GuestMemory, slot: u32) -> Page {
-        Page { memory, start: GuestAddress(DEVICES + u64::from(slot) * DEVICE_SIZE) }
+    pub fn new(memory: GuestMemory, slot: u32) -> RegisterPage {
+        RegisterPage { memory, start: GuestAddress(DEVICES + u64::from(slot) * DEVICE_SIZE) }
     }
 
-    /// What the guest reads in the register at `offset` from now on.
+    /// Sets what the guest reads in the register at `offset`. Panics if that is not in the page.
     pub fn set(&self, offset: u64, value: u32) {
         let address = self.start.unchecked_add(offset);
         if let Err(error) = self.memory.store(value.to_le(), address, Ordering::Release) {
-            tracing::error!(offset, %error, "a register lies outside its device's page");
+            unreachable!("the register at {offset:#x} lies outside its device's page: {error}");
         }
     }
 
-    /// What the guest reads from `offset` on; there is room up to the end of the page.
+    /// Sets the bytes that the guest reads from `offset` on. Panics if they do not fit the page.
     pub fn fill(&self, offset: u64, bytes: &[u8]) {
         if let Err(error) = self.memory.write_slice(bytes, self.start.unchecked_add(offset)) {
-            tracing::error!(offset, %error, "a configuration space does not fit its device's page");
+            let length = bytes.len();
+            unreachable!("{length} bytes at {offset:#x} do not fit their device's page: {error}");
         }
     }
 

@@ -1,11 +1,11 @@
-//! The control socket: what the controller can ask of a running machine (`protos/vmm.proto`).
+//! The service on the control socket: what the controller can ask of a running machine (`protos/vmm.proto`).
 
 use std::{
     io,
     os::{fd::IntoRawFd as _, unix::net::UnixListener},
     path::PathBuf,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard,
         atomic::{AtomicU8, Ordering},
         mpsc::Sender,
     },
@@ -24,46 +24,43 @@ use pericarp_protos::{
 use crate::{
     ExitReason,
     disks::{Disks, InsertError, NamedCounters, Removal},
-    extra_memory::{ExtraMemory, MemoryRequestError},
+    lock::unpoisoned,
     memory::{self, GuestMemory},
+    memory_hotplug::{MemoryHotplug, MemoryRequestError},
     vcpu::Vcpus,
-    virtio::{blk::DiskError, mem::Unfinished},
+    virtio::{blk::DiskError, mem::WaitError},
 };
 
-/// Calls at the same time; more wait. The controller is the only client.
+/// Most calls that are served at the same time; others wait. The controller is the only client.
 const THREADS: usize = 4;
-/// Longest that one call waits for the guest.
-const WAIT_MAX: Duration = Duration::from_secs(60);
-/// Longest that one call waits for a disk's files to be closed; the controller waits for two seconds.
-const CLOSE_MAX: Duration = Duration::from_secs(1);
+/// Longest time that one call waits for the guest.
+const GUEST_WAIT_MAX: Duration = Duration::from_secs(60);
+/// Longest time that one call waits for a disk's files to be closed. The controller waits for two seconds.
+const CLOSE_WAIT_MAX: Duration = Duration::from_secs(1);
 
-/// What the service answers from.
-pub struct Control {
-    /// When each step of the start was done.
+/// The service `Machine`.
+pub struct ControlService {
+    /// When each step of the machine's start was done.
     pub boot: BootTimes,
-    /// What runs the guest.
     pub vcpus: Mutex<Vcpus>,
-    /// How many there are. Asking does not wait for a resize.
+    /// Number of vCPUs, as in `vcpus`: reading it does not wait for a resize.
     pub vcpu_count: AtomicU8,
-    /// For the resident size.
     pub memory: GuestMemory,
-    /// Name and counters of each device that stays. Reading them needs no lock, so that a device which
-    /// the guest keeps busy cannot hold up an answer.
+    /// Name and counters of each device that the machine was started with. Reading them needs no lock, so that a device
+    /// which the guest keeps busy cannot delay a response.
     pub counters: Vec<NamedCounters>,
-    /// Those that come and go.
     pub disks: Disks,
-    /// What the guest can plug.
-    pub extra_memory: ExtraMemory,
-    /// Where a shutdown request goes.
-    pub ended: Sender<ExitReason>,
+    pub memory_hotplug: MemoryHotplug,
+    /// Takes the reason for the machine's end, when it is to shut down.
+    pub exit_reasons: Sender<ExitReason>,
 }
 
-impl Control {
+impl ControlService {
     fn vcpus(&self) -> MutexGuard<'_, Vcpus> {
-        self.vcpus.lock().unwrap_or_else(PoisonError::into_inner)
+        unpoisoned(self.vcpus.lock())
     }
 
-    /// Serves on a socket that is already listening. The server lives as long as the answer.
+    /// Serves on a socket that is already listening, until the returned server is dropped.
     pub fn serve(self, listener: UnixListener) -> ttrpc::Result<Server> {
         let mut server = Server::new()
             .set_thread_count_default(2)
@@ -76,15 +73,15 @@ impl Control {
     }
 }
 
-impl Machine for Control {
+impl Machine for ControlService {
     fn status(&self, _context: &TtrpcContext, _request: StatusRequest) -> ttrpc::Result<StatusResponse> {
         let devices =
             self.counters.iter().cloned().chain(self.disks.counters()).map(device_counters).collect();
         Ok(StatusResponse {
             boot: Some(self.boot.clone()).into(),
             vcpus: u32::from(self.vcpu_count.load(Ordering::Relaxed)),
-            memory_bytes: self.extra_memory.bytes(),
-            requested_memory_bytes: self.extra_memory.requested(),
+            memory_bytes: self.memory_hotplug.bytes(),
+            requested_memory_bytes: self.memory_hotplug.requested_bytes(),
             resident_bytes: memory::resident_bytes(&self.memory),
             devices,
             ..Default::default()
@@ -96,8 +93,8 @@ impl Machine for Control {
         _context: &TtrpcContext,
         _request: ShutdownRequest,
     ) -> ttrpc::Result<ShutdownResponse> {
-        // The receiver is gone only when the machine is ending already.
-        let _ = self.ended.send(ExitReason::Shutdown);
+        // There is no receiver any more only if the machine is ending already.
+        let _ = self.exit_reasons.send(ExitReason::Shutdown);
         Ok(ShutdownResponse::default())
     }
 
@@ -124,7 +121,7 @@ impl Machine for Control {
         request: RemoveDiskRequest,
     ) -> ttrpc::Result<RemoveDiskResponse> {
         let slot = request.device;
-        match self.disks.remove(slot, CLOSE_MAX) {
+        match self.disks.remove(slot, CLOSE_WAIT_MAX) {
             Removal::Closed => Ok(RemoveDiskResponse::default()),
             Removal::NoDisk => Err(status(Code::NOT_FOUND, format!("there is no disk in slot {slot}"))),
             Removal::StillOpen => {
@@ -143,7 +140,7 @@ impl Machine for Control {
             return Err(status(Code::OUT_OF_RANGE, message));
         };
         let bytes = request.memory_bytes;
-        let memory_device = if bytes == 0 { Ok(None) } else { self.extra_memory.request(bytes) }
+        let memory_device = if bytes == 0 { Ok(None) } else { self.memory_hotplug.request(bytes) }
             .map_err(|error| status(memory_code(&error), error.to_string()))?;
         let grown = vcpus.grow_to(count);
         self.vcpu_count.store(vcpus.count, Ordering::Relaxed);
@@ -151,7 +148,7 @@ impl Machine for Control {
         Ok(ResizeResponse {
             vcpus: u32::from(vcpus.count),
             memory_device,
-            memory_bytes: self.extra_memory.requested(),
+            memory_bytes: self.memory_hotplug.requested_bytes(),
             ..Default::default()
         })
     }
@@ -161,19 +158,21 @@ impl Machine for Control {
         _context: &TtrpcContext,
         request: WaitMemoryRequest,
     ) -> ttrpc::Result<WaitMemoryResponse> {
-        let limit = Duration::from_millis(u64::from(request.limit_ms)).min(WAIT_MAX);
-        let plugged = self.extra_memory.plugged().map_or(Ok(0), |plugged| plugged.wait(limit));
+        let limit = Duration::from_millis(u64::from(request.limit_ms)).min(GUEST_WAIT_MAX);
+        // A machine that cannot be given more memory has what is requested of it.
+        let plugged = self.memory_hotplug.state().map_or(Ok(0), |state| state.wait_for_request(limit));
         match plugged {
             Ok(bytes) => Ok(WaitMemoryResponse {
-                memory_bytes: self.extra_memory.boot() + bytes,
+                memory_bytes: self.memory_hotplug.boot_bytes() + bytes,
                 ..Default::default()
             }),
-            Err(Unfinished::TimeUp(bytes)) => {
-                let (has, wanted) = (self.extra_memory.boot() + bytes, self.extra_memory.requested());
+            Err(WaitError::TimedOut { plugged_bytes: bytes }) => {
+                let (has, wanted) =
+                    (self.memory_hotplug.boot_bytes() + bytes, self.memory_hotplug.requested_bytes());
                 let message = format!("the guest has {has} bytes of memory; {wanted} are asked for");
                 Err(status(Code::DEADLINE_EXCEEDED, message))
             }
-            Err(Unfinished::Superseded) => {
+            Err(WaitError::Superseded) => {
                 Err(status(Code::ABORTED, "another size has been asked for meanwhile".to_owned()))
             }
         }

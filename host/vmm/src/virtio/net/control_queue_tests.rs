@@ -16,13 +16,13 @@ use crate::virtio::{
 const COMMAND: u64 = 0x10_0000;
 const ACK: u64 = 0x20_0000;
 const OUTSIDE: u64 = 0xf000_0000;
-/// What is where the answer goes before there is one.
+/// The byte where the result goes, before there is one.
 const NO_ACK: u8 = 0xaa;
 const SET_2: [u8; 4] = [CLASS_MQ, MQ_VQ_PAIRS_SET, 2, 0];
 const SET_1: [u8; 4] = [CLASS_MQ, MQ_VQ_PAIRS_SET, 1, 0];
 
 struct Scene {
-    control: Control,
+    queue: ControlQueue,
     ring: Ring,
     memory: GuestMemory,
 }
@@ -32,16 +32,16 @@ impl Scene {
         let memory = guest_memory();
         let (ring, queue) = Ring::new(&memory, RING_SIZE, 16);
         let stop = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let control = Control::new("net0.control".into(), memory.clone(), queue, steering, &stop).unwrap();
-        Scene { control, ring, memory }
+        let queue = ControlQueue::new("net0.control".into(), memory.clone(), queue, steering, &stop).unwrap();
+        Scene { queue, ring, memory }
     }
 
-    /// Sends a chain; the answer, and the number of bytes that were written.
+    /// Sends a chain. Returns the result, and the number of bytes that were written.
     fn send_chain(&mut self, chain: &[Buffer]) -> (u8, u32) {
         self.memory.write_obj(NO_ACK, GuestAddress(ACK)).unwrap();
         let head = self.ring.add(chain);
-        assert!(self.control.answer().unwrap());
-        assert!(!self.control.answer().unwrap());
+        assert!(self.queue.serve_one().unwrap());
+        assert!(!self.queue.serve_one().unwrap());
         let (used, length) = self.ring.used().unwrap();
         assert_eq!(used, head);
         (self.memory.read_obj(GuestAddress(ACK)).unwrap(), length)
@@ -61,7 +61,7 @@ fn writable(address: u64, length: u32) -> Buffer {
     Buffer { address, length, writable: true }
 }
 
-/// Runs a test with the two queues of a tap, each as it is.
+/// Runs a test with a device on a tap with two queues, of which the second is detached.
 fn with_two_pairs(test: impl FnOnce(Scene, Arc<Tap>) + Send) {
     in_new_namespace(|| {
         make_tap("tap0", 2);
@@ -71,7 +71,7 @@ fn with_two_pairs(test: impl FnOnce(Scene, Arc<Tap>) + Send) {
     });
 }
 
-/// The kernel attaches only what is detached, and the other way round.
+/// Whether a tap's queue is attached: the kernel refuses to attach it then.
 fn is_attached(tap: &Tap) -> bool {
     match tap.attach_queue() {
         Ok(()) => {
@@ -154,7 +154,7 @@ fn hostile_chains_are_given_back() {
         }
         assert_eq!(scene.send_chain(&[writable(ACK, 1)]), (ACK_ERR, 1));
         assert!(!is_attached(&second));
-        // Nowhere to answer.
+        // There is no room for the result.
         let command = readable(COMMAND, 4);
         assert_eq!(scene.send_chain(&[command]), (NO_ACK, 0));
         assert_eq!(scene.send_chain(&[command, writable(ACK, 0)]), (NO_ACK, 0));
@@ -168,7 +168,7 @@ fn hostile_chains_are_given_back() {
 fn a_ring_that_claims_too_much_stops_the_queue() {
     let mut scene = Scene::new(None);
     scene.ring.set_available(17);
-    assert!(scene.control.answer().is_err());
+    assert!(scene.queue.serve_one().is_err());
 }
 
 #[test]
