@@ -16,9 +16,9 @@ pub struct BoundedFile {
 
 impl BoundedFile {
     /// Writes at the end of a file, which must be open for reading and writing. `limit` is in bytes.
-    pub fn new(mut file: File, limit: u64) -> io::Result<BoundedFile> {
+    pub fn new(mut file: File, limit: u64) -> io::Result<Self> {
         let size = file.seek(SeekFrom::End(0))?;
-        Ok(BoundedFile { file, limit: limit.max(2), size })
+        Ok(Self { file, limit: limit.max(2), size })
     }
 
     fn drop_older_half(&mut self) -> io::Result<()> {

@@ -15,7 +15,7 @@ pub struct Console {
 impl Console {
     /// Opens the log and empties it. `irqfd` is the line's interrupt: the kernel writes its own messages by polling,
     /// but what a program writes to `/dev/console` waits for the interrupt.
-    pub fn open(config: &ConsoleConfig, irqfd: EventFd) -> io::Result<Console> {
+    pub fn open(config: &ConsoleConfig, irqfd: EventFd) -> io::Result<Self> {
         let file = OpenOptions::new()
             .create(true)
             .truncate(true)
@@ -24,7 +24,7 @@ impl Console {
             .mode(0o600)
             .open(&config.path)?;
         let log = BoundedFile::new(file, config.limit_bytes)?;
-        Ok(Console { line: Serial::new(Interrupt(irqfd), log) })
+        Ok(Self { line: Serial::new(Interrupt(irqfd), log) })
     }
 
     /// Handles the guest's read of a register of the line.

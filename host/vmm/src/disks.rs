@@ -72,8 +72,8 @@ enum SlotState {
 
 impl Disks {
     /// A machine without disks, which may be inserted into `slots` of the bus.
-    pub fn new(bus: Arc<Bus>, slots: Range<u32>) -> Disks {
-        Disks { bus, slots, occupied: Arc::default() }
+    pub fn new(bus: Arc<Bus>, slots: Range<u32>) -> Self {
+        Self { bus, slots, occupied: Arc::default() }
     }
 
     /// Inserts a disk into a free slot. Returns the slot's number and where on the disk the segments are.

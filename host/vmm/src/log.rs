@@ -31,17 +31,17 @@ pub struct Log {
 impl Log {
     /// A log that goes to standard error. Its size is limited only if that is a file: a terminal or a pipe keeps
     /// nothing.
-    pub fn to_stderr() -> io::Result<Log> {
+    pub fn to_stderr() -> io::Result<Self> {
         let file = File::from(io::stderr().as_fd().try_clone_to_owned()?);
         if file.metadata()?.is_file() {
-            Ok(Log::new(BoundedFile::new(file, SIZE_MAX)?))
+            Ok(Self::new(BoundedFile::new(file, SIZE_MAX)?))
         } else {
-            Ok(Log::new(file))
+            Ok(Self::new(file))
         }
     }
 
-    fn new(file: impl Write + Send + 'static) -> Log {
-        Log { file: Box::new(file), period_start: Instant::now(), lines: 0, dropped: 0 }
+    fn new(file: impl Write + Send + 'static) -> Self {
+        Self { file: Box::new(file), period_start: Instant::now(), lines: 0, dropped: 0 }
     }
 
     fn write_line(&mut self, line: &[u8], now: Instant) -> io::Result<()> {

@@ -36,13 +36,13 @@ pub struct HotplugRegion {
 
 impl HotplugRegion {
     /// The region of a machine with this configuration; `None` if it cannot be given any more memory.
-    pub fn new(config: &MachineConfig) -> Option<HotplugRegion> {
+    pub fn new(config: &MachineConfig) -> Option<Self> {
         let boot_bytes = config.boot_memory_bytes();
         let limit = config.memory_max_bytes() - boot_bytes;
         let limit = limit - limit % BLOCK_SIZE;
         (limit > 0).then(|| {
             let (start, size) = layout::hotplug_range(boot_bytes, limit);
-            HotplugRegion { start, size, limit }
+            Self { start, size, limit }
         })
     }
 }
@@ -65,15 +65,15 @@ struct HotplugDevice {
 
 impl MemoryHotplug {
     /// For a machine that always has `boot_bytes`.
-    pub fn disabled(boot_bytes: u64) -> MemoryHotplug {
-        MemoryHotplug { boot_bytes, device: None }
+    pub fn disabled(boot_bytes: u64) -> Self {
+        Self { boot_bytes, device: None }
     }
 
     /// For a machine that is started with `boot_bytes`. `slot` must be empty.
-    pub fn new(boot_bytes: u64, region: &HotplugRegion, bus: Arc<Bus>, slot: u32) -> MemoryHotplug {
+    pub fn new(boot_bytes: u64, region: &HotplugRegion, bus: Arc<Bus>, slot: u32) -> Self {
         let state = HotplugState::new(region.start, region.size as u64);
         let device = HotplugDevice { bus, slot, state, limit: region.limit };
-        MemoryHotplug { boot_bytes, device: Some(device) }
+        Self { boot_bytes, device: Some(device) }
     }
 
     /// Bytes that the guest has.

@@ -50,21 +50,21 @@ pub enum Progress {
 }
 
 impl Progress {
-    fn next(self) -> Progress {
+    fn next(self) -> Self {
         match self {
-            Progress::Nothing => Progress::Started,
-            Progress::Started => Progress::Computed,
-            Progress::Computed | Progress::Woken => Progress::Woken,
+            Self::Nothing => Self::Started,
+            Self::Started => Self::Computed,
+            Self::Computed | Self::Woken => Self::Woken,
         }
     }
 
     /// When a guest that has come no further has stopped, as a part of a sentence.
     fn when_stopped(self) -> &'static str {
         match self {
-            Progress::Nothing => "before its 64-bit code could run in the upper half of the address space",
-            Progress::Started => "while it was computing",
-            Progress::Computed => "while it was waiting for its timer's interrupt",
-            Progress::Woken => "after its last step",
+            Self::Nothing => "before its 64-bit code could run in the upper half of the address space",
+            Self::Started => "while it was computing",
+            Self::Computed => "while it was waiting for its timer's interrupt",
+            Self::Woken => "after its last step",
         }
     }
 }
@@ -152,14 +152,14 @@ struct Guest {
 }
 
 impl Guest {
-    fn new(kvm: &Kvm) -> Result<Guest, ProbeError> {
+    fn new(kvm: &Kvm) -> Result<Self, ProbeError> {
         let vm = Arc::new(kvm.create_vm().map_err(machine::refused("create a virtual machine"))?);
         arch::set_up_vm(&vm).map_err(machine::refused("give the machine interrupt controllers"))?;
         let memory = memory::allocate(&[(GuestAddress(0), MEMORY_BYTES)]).map_err(machine::Error::Memory)?;
         register_memory(&vm, &memory)?;
         let vcpu = vcpu::VcpuFactory::new(kvm, vm.clone(), 1, false)?.create(0)?;
         registers::enter_kernel(&vcpu, arch::probe::load(&memory)?)?;
-        Ok(Guest { vcpu, _vm: vm, _memory: memory })
+        Ok(Self { vcpu, _vm: vm, _memory: memory })
     }
 
     /// Runs until the guest has ended or reported its last step, or nobody receives the reports any more because the

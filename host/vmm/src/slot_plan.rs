@@ -28,7 +28,7 @@ pub struct SlotPlan {
 impl SlotPlan {
     /// Plans the slots of a machine. `memory_hotplug`: whether memory can be plugged while it runs. Fails if there are
     /// more devices, disks not counted, than interrupts.
-    pub fn new(config: &MachineConfig, memory_hotplug: bool) -> Result<SlotPlan, Error> {
+    pub fn new(config: &MachineConfig, memory_hotplug: bool) -> Result<Self, Error> {
         let boot_devices = DEVICES_OF_EVERY_MACHINE + usize::from(config.share.is_some()) + config.nets.len();
         let without_disks = boot_devices + usize::from(memory_hotplug);
         let last = (without_disks + usize::from(config.disk_slots)).min(DEVICES_MAX);
@@ -40,7 +40,7 @@ impl SlotPlan {
         if without_disks > DEVICES_MAX {
             return Err(Error::TooManyDevices { count: without_disks });
         }
-        Ok(SlotPlan {
+        Ok(Self {
             boot_devices: 0..boot_end,
             memory_hotplug: memory_hotplug.then_some(boot_end),
             disks: first_disk..last,

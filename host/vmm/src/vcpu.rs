@@ -27,10 +27,10 @@ pub struct VcpuFactory {
 
 impl VcpuFactory {
     /// For a machine that never has more than `max` vCPUs. `nested`: whether its guest may run virtual machines itself.
-    pub fn new(kvm: &Kvm, vm: Arc<VmFd>, max: u8, nested: bool) -> Result<VcpuFactory, Error> {
+    pub fn new(kvm: &Kvm, vm: Arc<VmFd>, max: u8, nested: bool) -> Result<Self, Error> {
         let allowed =
             cpuid::allowed(kvm, nested).map_err(refused("tell what processor features it supports"))?;
-        Ok(VcpuFactory { vm, allowed, max })
+        Ok(Self { vm, allowed, max })
     }
 
     /// Makes the vCPU with this number.

@@ -90,9 +90,9 @@ impl DeviceSlot {
         page: RegisterPage,
         memory: GuestMemory,
         registrar: Arc<dyn DeviceEventRegistrar>,
-    ) -> DeviceSlot {
+    ) -> Self {
         MmioDevice::publish_placeholder(&page);
-        DeviceSlot { index, page, memory, registrar, occupant: None }
+        Self { index, page, memory, registrar, occupant: None }
     }
 
     /// Puts a device into the slot, which is empty still after an error.

@@ -135,9 +135,9 @@ pub type Chain<'a> = DescriptorChain<&'a GuestMemory>;
 /// An error of any of these functions means that the guest has broken the queue, and that the device has to stop.
 impl ActiveQueue {
     /// Puts a queue into use whose configuration does not change any more.
-    pub fn new(queue: Queue, notified: EventFd, interrupt: Interrupt) -> ActiveQueue {
+    pub fn new(queue: Queue, notified: EventFd, interrupt: Interrupt) -> Self {
         let signalled = queue.next_used();
-        ActiveQueue { queue, notified, interrupt, signalled }
+        Self { queue, notified, interrupt, signalled }
     }
 
     /// Takes the next chain that the guest has made available.

@@ -31,8 +31,8 @@ pub struct RegisterPage {
 
 impl RegisterPage {
     /// The page of the device in `slot`.
-    pub fn new(memory: GuestMemory, slot: u32) -> RegisterPage {
-        RegisterPage { memory, start: GuestAddress(DEVICES + u64::from(slot) * DEVICE_SIZE) }
+    pub fn new(memory: GuestMemory, slot: u32) -> Self {
+        Self { memory, start: GuestAddress(DEVICES + u64::from(slot) * DEVICE_SIZE) }
     }
 
     /// Sets what the guest reads in the register at `offset`. Panics if that is not in the page.

@@ -41,7 +41,7 @@ pub struct Ring {
 
 impl Ring {
     /// A ring at `base` (which must not be 0) and the device's side of it.
-    pub fn new(memory: &GuestMemory, base: u64, size: u16) -> (Ring, ActiveQueue) {
+    pub fn new(memory: &GuestMemory, base: u64, size: u16) -> (Self, ActiveQueue) {
         let mut queue = Queue::new(size).unwrap();
         let low = |address: u64| Some(u32::try_from(address).unwrap());
         queue.set_desc_table_address(low(base), Some(0));
@@ -52,7 +52,7 @@ impl Ring {
         let event = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let interrupt = Interrupt(Arc::new(event()));
         let ring =
-            Ring { memory: memory.clone(), base, size, next_descriptor: 0, available: 0, used_seen: 0 };
+            Self { memory: memory.clone(), base, size, next_descriptor: 0, available: 0, used_seen: 0 };
         (ring, ActiveQueue::new(queue, event(), interrupt))
     }
 

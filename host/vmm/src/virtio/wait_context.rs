@@ -113,8 +113,8 @@ impl<T: EventToken> WaitContext<T> {
     }
 }
 
-/// A timeout as `epoll_wait(2)` takes it: rounded up, so that the time has passed when the wait ends. One that is longer
-/// than the kernel can count (24 days) ends early, which a caller cannot tell from a signal.
+/// A timeout as `epoll_wait(2)` takes it: rounded up, so that the time has passed when the wait ends. One that is
+/// longer than the kernel can count (24 days) ends early, which a caller cannot tell from a signal.
 fn milliseconds(timeout: Option<Duration>) -> i32 {
     const FOREVER: i32 = -1;
     let Some(timeout) = timeout else { return FOREVER };

@@ -65,7 +65,7 @@ enum DiskRange<'a> {
 
 impl Disk {
     /// Opens the files and block devices at `paths` as the disk's segments.
-    pub fn open(paths: &[PathBuf], read_only: bool) -> Result<Disk, DiskError> {
+    pub fn open(paths: &[PathBuf], read_only: bool) -> Result<Self, DiskError> {
         if paths.is_empty() || paths.len() > SEGMENTS_MAX {
             return Err(DiskError::Segments(paths.len()));
         }
@@ -85,7 +85,7 @@ impl Disk {
                 .ok_or_else(too_large)?;
             segments.push(Segment { file, extent: Extent { offset, length } });
         }
-        Ok(Disk { segments, read_only, block_size })
+        Ok(Self { segments, read_only, block_size })
     }
 
     /// Where the segments are on the disk.

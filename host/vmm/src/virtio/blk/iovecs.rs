@@ -28,7 +28,7 @@ pub struct IoVecs<'a> {
 
 impl<'a> IoVecs<'a> {
     /// No range of memory.
-    pub fn new() -> IoVecs<'a> {
+    pub fn new() -> Self {
         IoVecs { iovecs: Vec::new(), memory: PhantomData }
     }
 
@@ -63,7 +63,7 @@ impl<'a> IoVecs<'a> {
     }
 
     /// Removes the first `length` bytes, or all if there are fewer, and returns them.
-    pub fn take_first(&mut self, length: u64) -> IoVecs<'a> {
+    pub fn take_first(&mut self, length: u64) -> Self {
         let mut left = to_usize(length);
         let mut taken = IoVecs::new();
         let mut whole = 0;
@@ -85,7 +85,7 @@ impl<'a> IoVecs<'a> {
     }
 
     /// Removes the last byte, if there is one, and returns it.
-    pub fn take_last_byte(&mut self) -> Option<IoVecs<'a>> {
+    pub fn take_last_byte(&mut self) -> Option<Self> {
         let before = self.length().checked_sub(1)?;
         let first = self.take_first(before);
         Some(std::mem::replace(self, first))

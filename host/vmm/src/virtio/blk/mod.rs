@@ -64,13 +64,13 @@ pub struct Blk {
 
 impl Blk {
     /// Opens a disk's segments. `index` distinguishes the machine's disks.
-    pub fn new(index: u32, paths: &[PathBuf], read_only: bool, serial: &str) -> Result<Blk, DiskError> {
+    pub fn new(index: u32, paths: &[PathBuf], read_only: bool, serial: &str) -> Result<Self, DiskError> {
         let mut bytes = [0; SERIAL_SIZE];
         bytes
             .get_mut(..serial.len())
             .ok_or_else(|| DiskError::Serial(serial.to_owned()))?
             .copy_from_slice(serial.as_bytes());
-        Ok(Blk {
+        Ok(Self {
             name: format!("disk{index}"),
             disk: Arc::new(Disk::open(paths, read_only)?),
             serial: bytes,

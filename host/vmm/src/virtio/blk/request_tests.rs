@@ -19,13 +19,13 @@ struct Guest {
 
 impl Guest {
     /// A disk of 8 KiB: sector n is full of n.
-    fn new(read_only: bool) -> Guest {
+    fn new(read_only: bool) -> Self {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         for sector in 0..16u8 {
             file.write_all(&[sector; 512]).unwrap();
         }
         let disk = Disk::open(&[file.path().to_owned()], read_only).unwrap();
-        Guest { memory: guest_memory(), disk, file, counters: Counters::default() }
+        Self { memory: guest_memory(), disk, file, counters: Counters::default() }
     }
 
     /// Makes a request. Returns the number of bytes written to it, and its status byte.

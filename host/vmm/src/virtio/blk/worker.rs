@@ -47,11 +47,11 @@ impl Worker {
         serial: [u8; SERIAL_SIZE],
         counters: Counters,
         stop: &EventFd,
-    ) -> io::Result<Worker> {
+    ) -> io::Result<Self> {
         let wait_context = WaitContext::new()?;
         wait_context.add(&queue.notified, Token::RequestQueue)?;
         wait_context.add(stop, Token::Stop)?;
-        Ok(Worker { name, memory, queue, disk, serial, counters, wait_context })
+        Ok(Self { name, memory, queue, disk, serial, counters, wait_context })
     }
 
     /// Serves until the stop event is written or the guest breaks the queue.

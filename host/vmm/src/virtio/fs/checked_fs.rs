@@ -26,8 +26,8 @@ const COPY_MAX: u64 = 16 << 20;
 pub struct CheckedFs(PassthroughFs);
 
 impl CheckedFs {
-    pub fn new(inner: PassthroughFs) -> CheckedFs {
-        CheckedFs(inner)
+    pub fn new(inner: PassthroughFs) -> Self {
+        Self(inner)
     }
 }
 

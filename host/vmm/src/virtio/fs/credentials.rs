@@ -67,26 +67,26 @@ pub struct FsCredentials(());
 
 impl FsCredentials {
     /// Takes the ids of a request's user, if the operation needs them and virtiofsd does not take them by itself.
-    pub fn for_request(header: &InHeader) -> Option<FsCredentials> {
+    pub fn for_request(header: &InHeader) -> Option<Self> {
         let (uid, gid) = (header.uid.into_inner(), header.gid.into_inner());
         let needs_user = NAMING_OPERATIONS.contains(&header.opcode) && !ROOT_OR_NO_USER.contains(&uid);
-        needs_user.then(|| FsCredentials::new(uid, gid))
+        needs_user.then(|| Self::new(uid, gid))
     }
 
     /// Takes the id of nobody for a request that may use up disk space, unless root makes it. ext4 reserves space for
     /// root, and decides by who writes (`ext4_has_free_clusters`), not by whose file it is. For what the guest's kernel
     /// writes late (`delayed`) or by itself it names root or no user, whoever has written it.
-    pub fn for_data(context: Context, delayed: bool) -> Option<FsCredentials> {
+    pub fn for_data(context: Context, delayed: bool) -> Option<Self> {
         (delayed || context.uid.into_inner() != 0).then(|| {
             // SAFETY: only this thread's user id for access to files changes.
             unsafe { libc::setfsuid(NOBODY) };
-            FsCredentials(())
+            Self(())
         })
     }
 
-    fn new(uid: u32, gid: u32) -> FsCredentials {
+    fn new(uid: u32, gid: u32) -> Self {
         set_fs_ids(uid, gid);
-        FsCredentials(())
+        Self(())
     }
 }
 

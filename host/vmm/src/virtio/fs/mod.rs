@@ -74,7 +74,7 @@ pub struct Fs {
 impl Fs {
     /// Prepares to serve a directory. This raises the process's limit of open files as far as it may, and clears its
     /// umask (in virtiofsd), because the guest's kernel applies those of its processes.
-    pub fn new(share: &ShareConfig) -> Result<Fs, FsError> {
+    pub fn new(share: &ShareConfig) -> Result<Self, FsError> {
         if share.tag.is_empty() || share.tag.len() > TAG_SIZE {
             return Err(FsError::Tag { tag: share.tag.clone() });
         }
@@ -102,7 +102,7 @@ impl Fs {
         let mut config = [0; TAG_SIZE + 4];
         config[..share.tag.len()].copy_from_slice(share.tag.as_bytes());
         config[TAG_SIZE..].copy_from_slice(&1u32.to_le_bytes());
-        Ok(Fs {
+        Ok(Self {
             config,
             server: Arc::new(Server::new(CheckedFs::new(passthrough))),
             worker: None,

@@ -25,14 +25,14 @@ pub enum NameError {
 }
 
 impl From<NameError> for io::Error {
-    fn from(error: NameError) -> io::Error {
+    fn from(error: NameError) -> Self {
         let number = match &error {
             NameError::Long { .. } => libc::ENAMETOOLONG,
             NameError::Empty | NameError::Dots | NameError::Path => libc::EINVAL,
         };
         tracing::debug!(%error, "fs: a request is refused");
         // virtiofsd sends the guest the number only.
-        io::Error::from_raw_os_error(number)
+        Self::from_raw_os_error(number)
     }
 }
 

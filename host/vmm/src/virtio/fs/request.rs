@@ -63,10 +63,10 @@ impl RequestError {
     /// The error number that the guest is sent.
     pub fn errno(&self) -> i32 {
         match self {
-            RequestError::Unknown(_) => libc::ENOSYS,
-            RequestError::Allocation(_) => libc::EOPNOTSUPP,
-            RequestError::TooLong => libc::E2BIG,
-            RequestError::Version { .. } => libc::EPROTO,
+            Self::Unknown(_) => libc::ENOSYS,
+            Self::Allocation(_) => libc::EOPNOTSUPP,
+            Self::TooLong => libc::E2BIG,
+            Self::Version { .. } => libc::EPROTO,
             _ => libc::EINVAL,
         }
     }

@@ -76,7 +76,7 @@ pub struct Staging {
 
 impl Staging {
     /// For requests in the memory of `guest`. Fails if memory for the copies cannot be mapped.
-    pub fn new(guest: &GuestMemory) -> Result<Staging, MemoryError> {
+    pub fn new(guest: &GuestMemory) -> Result<Self, MemoryError> {
         let size = memory::to_usize(COPY - BASE) + COPY_MAX;
         let memory = memory::extend(guest, (GuestAddress(BASE), size))?;
         let layout = |_| MemoryError::Layout { mib: 0 };
@@ -84,7 +84,7 @@ impl Staging {
         queue.try_set_desc_table_address(GuestAddress(BASE)).map_err(layout)?;
         queue.try_set_avail_ring_address(GuestAddress(AVAILABLE)).map_err(layout)?;
         queue.set_ready(true);
-        Ok(Staging { memory, queue, served: 0, copy: Vec::new(), data: Vec::new(), reply: Vec::new() })
+        Ok(Self { memory, queue, served: 0, copy: Vec::new(), data: Vec::new(), reply: Vec::new() })
     }
 
     /// Copies the request in a chain out of guest memory.

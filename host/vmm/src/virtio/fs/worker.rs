@@ -66,13 +66,13 @@ impl Worker {
         server: Arc<Server<CheckedFs>>,
         requests: Counter,
         stop: &EventFd,
-    ) -> io::Result<Worker> {
+    ) -> io::Result<Self> {
         let wait_context = WaitContext::new()?;
         wait_context.add(&queues[HIGH_PRIORITY_QUEUE].notified, Token::HighPriorityQueue)?;
         wait_context.add(&queues[REQUEST_QUEUE].notified, Token::RequestQueue)?;
         wait_context.add(stop, Token::Stop)?;
         let staging = Staging::new(&memory).map_err(io::Error::other)?;
-        Ok(Worker { memory, queues, pending: [false; 2], server, staging, requests, wait_context })
+        Ok(Self { memory, queues, pending: [false; 2], server, staging, requests, wait_context })
     }
 
     /// Serves until the stop event is written or the guest breaks a queue.
@@ -128,7 +128,7 @@ impl Worker {
     /// Serves a batch of requests of a queue. Returns whether there may be more without another notification. An error
     /// means that the guest has broken the queue.
     fn serve(&mut self, index: usize) -> Result<bool, virtio_queue::Error> {
-        let Worker { memory, queues, server, staging, requests, .. } = self;
+        let Self { memory, queues, server, staging, requests, .. } = self;
         let queue = &mut queues[index];
         queue.queue.disable_notification(&*memory)?;
         for _ in 0..BATCH {

@@ -35,9 +35,9 @@ pub struct Blocks {
 
 impl Blocks {
     /// A region without plugged blocks. `size` is in bytes.
-    pub fn new(start: u64, size: u64) -> Blocks {
+    pub fn new(start: u64, size: u64) -> Self {
         let blocks = memory::to_usize(size / BLOCK_SIZE);
-        Blocks { start, plugged: vec![false; blocks], plugged_count: 0, requested: 0 }
+        Self { start, plugged: vec![false; blocks], plugged_count: 0, requested: 0 }
     }
 
     /// Bytes plugged.

@@ -76,8 +76,8 @@ struct Shared {
 
 impl HotplugState {
     /// For a region of guest memory, in bytes, of which nothing is plugged yet.
-    pub fn new(start: GuestAddress, size: u64) -> HotplugState {
-        HotplugState(Arc::new(Shared {
+    pub fn new(start: GuestAddress, size: u64) -> Self {
+        Self(Arc::new(Shared {
             start: start.0,
             size,
             requested_bytes: AtomicU64::new(0),
@@ -142,8 +142,8 @@ pub struct Mem {
 
 impl Mem {
     /// A device through which a guest plugs memory of the state's region.
-    pub fn new(state: HotplugState) -> Mem {
-        Mem { state, active: None, requests: Counter::default() }
+    pub fn new(state: HotplugState) -> Self {
+        Self { state, active: None, requests: Counter::default() }
     }
 
     fn serve(&mut self) -> Result<(), virtio_queue::Error> {

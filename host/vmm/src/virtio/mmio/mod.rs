@@ -72,7 +72,7 @@ impl MmioDevice {
         memory: GuestMemory,
         page: RegisterPage,
         irqfd: EventFd,
-    ) -> std::io::Result<MmioDevice> {
+    ) -> std::io::Result<Self> {
         let notified = device
             .queue_sizes()
             .iter()
@@ -80,7 +80,7 @@ impl MmioDevice {
             .collect::<Result<_, _>>()?;
         let interrupt = Interrupt(Arc::new(irqfd));
         let state = State::Setup { status: DeviceStatus::Reset, queues: new_queues(device.as_ref()) };
-        let device = MmioDevice {
+        let device = Self {
             device,
             memory,
             page,

@@ -78,14 +78,13 @@ impl DeviceStatus {
     ///
     /// A driver may only set the next bit, or reset the device, or give up. Bits that it has set before it need not
     /// repeat.
-    pub fn after_write(self, value: u32) -> Option<DeviceStatus> {
+    pub fn after_write(self, value: u32) -> Option<Self> {
         if value == 0 {
             return RESET_TRANSITIONS.into_iter().find(|(from, _)| *from == self).map(|(_, to)| to);
         }
         let new_bits = value & !self.bits();
         let requested = if new_bits & bit::FAILED != 0 { bit::FAILED } else { new_bits };
-        let matches =
-            |(from, bits, _): &(DeviceStatus, u32, DeviceStatus)| *from == self && *bits == requested;
+        let matches = |(from, bits, _): &(Self, u32, Self)| *from == self && *bits == requested;
         FORWARD_TRANSITIONS.into_iter().find(matches).map(|(_, _, to)| to)
     }
 }

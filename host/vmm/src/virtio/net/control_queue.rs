@@ -59,13 +59,13 @@ impl ControlQueue {
         queue: ActiveQueue,
         steering: Option<Steering>,
         stop: &EventFd,
-    ) -> io::Result<ControlQueue> {
+    ) -> io::Result<Self> {
         let stop_only = WaitContext::new()?;
         stop_only.add(stop, Token::Stop)?;
         let wait_context = WaitContext::new()?;
         wait_context.add(stop, Token::Stop)?;
         wait_context.add(&queue.notified, Token::ControlQueue)?;
-        Ok(ControlQueue { name, memory, queue, steering, stop_only, wait_context })
+        Ok(Self { name, memory, queue, steering, stop_only, wait_context })
     }
 
     /// Serves until the stop event is written or the guest breaks the queue.

@@ -28,12 +28,12 @@ struct Scene {
 }
 
 impl Scene {
-    fn new(steering: Option<Steering>) -> Scene {
+    fn new(steering: Option<Steering>) -> Self {
         let memory = guest_memory();
         let (ring, queue) = Ring::new(&memory, RING_SIZE, 16);
         let stop = EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let queue = ControlQueue::new("net0.control".into(), memory.clone(), queue, steering, &stop).unwrap();
-        Scene { queue, ring, memory }
+        Self { queue, ring, memory }
     }
 
     /// Sends a chain. Returns the result, and the number of bytes that were written.

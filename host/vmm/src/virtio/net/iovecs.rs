@@ -58,8 +58,8 @@ unsafe impl Send for FrameIoVecs {}
 
 impl FrameIoVecs {
     /// No range of memory.
-    pub fn new(memory: GuestMemory) -> FrameIoVecs {
-        FrameIoVecs { memory, iovecs: Vec::with_capacity(64) }
+    pub fn new(memory: GuestMemory) -> Self {
+        Self { memory, iovecs: Vec::with_capacity(64) }
     }
 
     /// Removes all ranges.

@@ -133,7 +133,7 @@ pub struct Net {
 
 impl Net {
     /// Attaches to the device's tap. `index` distinguishes the machine's network devices.
-    pub fn new(index: usize, config: &NetConfig) -> Result<Net, NetError> {
+    pub fn new(index: usize, config: &NetConfig) -> Result<Self, NetError> {
         if config.mtu < MTU_MIN {
             return Err(NetError::Mtu { tap: config.tap.clone(), mtu: config.mtu });
         }
@@ -142,7 +142,7 @@ impl Net {
             return Err(NetError::QueuePairs { tap: config.tap.clone(), pairs });
         }
         let taps = Tap::open(&config.netns, &config.tap, pairs)?;
-        Ok(Net {
+        Ok(Self {
             name: format!("net{index}"),
             config: config_space(config),
             features: features(taps.iter().all(Tap::segments_udp), pairs),

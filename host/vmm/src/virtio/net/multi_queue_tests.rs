@@ -40,7 +40,7 @@ struct Scene {
 
 impl Scene {
     /// A driver that accepts all but `refused` of the features and leaves out some of the queues.
-    fn new(refused: u64, left_out: &[usize]) -> Scene {
+    fn new(refused: u64, left_out: &[usize]) -> Self {
         make_tap("tap0", PAIRS);
         let config = NetConfig {
             netns: OWN_NETNS.into(),
@@ -60,7 +60,7 @@ impl Scene {
         };
         let (queues, theirs): (Vec<_>, _) = device.queue_sizes().iter().enumerate().map(set_up).unzip();
         device.activate(Active { memory: memory.clone(), features, queues: theirs }).unwrap();
-        let mut scene = Scene { device, memory, socket: packet_socket("tap0", IPV4), queues };
+        let mut scene = Self { device, memory, socket: packet_socket("tap0", IPV4), queues };
         scene.give_receive_buffers(0);
         scene
     }

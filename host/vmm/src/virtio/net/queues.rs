@@ -38,7 +38,7 @@ impl NetQueues {
     ///
     /// A driver that leaves out other queues can use neither them nor any pair after them. Without the control queue it
     /// has no means to use more than the first pair.
-    pub fn assign(queues: Vec<Option<ActiveQueue>>, features: u64) -> Option<NetQueues> {
+    pub fn assign(queues: Vec<Option<ActiveQueue>>, features: u64) -> Option<Self> {
         let has_control = features & feature::CTRL_VQ != 0;
         let has_multi_queue = has_control && features & feature::MQ != 0;
         // Without the feature the control queue lies behind the first pair.
@@ -57,7 +57,7 @@ impl NetQueues {
         if control.is_none() {
             pairs.truncate(1);
         }
-        (!pairs.is_empty()).then_some(NetQueues { pairs, control })
+        (!pairs.is_empty()).then_some(Self { pairs, control })
     }
 }
 

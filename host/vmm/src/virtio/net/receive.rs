@@ -57,8 +57,8 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    pub fn new(queue: ActiveQueue, memory: &GuestMemory, features: u64, counters: Counters) -> Receiver {
-        Receiver {
+    pub fn new(queue: ActiveQueue, memory: &GuestMemory, features: u64, counters: Counters) -> Self {
+        Self {
             queue,
             memory: memory.clone(),
             counters,

@@ -38,8 +38,8 @@ pub struct Steering {
 
 impl Steering {
     /// For a device of which one pair is in use. `other_taps` are the tap's queues of the other pairs, detached.
-    pub fn new(other_taps: Vec<Weak<Tap>>) -> Steering {
-        Steering { other_taps, in_use: 1 }
+    pub fn new(other_taps: Vec<Weak<Tap>>) -> Self {
+        Self { other_taps, in_use: 1 }
     }
 
     /// Puts this many pairs into use. Afterwards the guest receives nothing more through any other pair. After an error

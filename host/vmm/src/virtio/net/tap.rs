@@ -100,7 +100,7 @@ impl Tap {
     ///
     /// Until [`Tap::set_offloads`], the tap gives only complete frames: their checksums are filled in, and none is
     /// larger than its MTU.
-    pub fn open(netns: &Path, name: &str, queues: u16) -> Result<Vec<Tap>, TapError> {
+    pub fn open(netns: &Path, name: &str, queues: u16) -> Result<Vec<Self>, TapError> {
         // Another thread enters the namespace, because each thread of a process has its own.
         let attached = std::thread::scope(|scope| {
             let namespace = rustix::fs::open(netns, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
@@ -119,7 +119,7 @@ impl Tap {
         let refused = |what| {
             move |source| TapError::SetUp { what, netns: netns.to_owned(), tap: name.to_owned(), source }
         };
-        let mut taps: Vec<_> = attached?.into_iter().map(Tap::new).collect();
+        let mut taps: Vec<_> = attached?.into_iter().map(Self::new).collect();
         for tap in taps.iter().skip(1) {
             tap.detach_queue().map_err(refused("detach a queue of"))?;
         }
@@ -137,8 +137,8 @@ impl Tap {
         Ok(taps)
     }
 
-    fn new(fd: OwnedFd) -> Tap {
-        Tap { fd, segments_udp: false, receiving: Mutex::new(()) }
+    fn new(fd: OwnedFd) -> Self {
+        Self { fd, segments_udp: false, receiving: Mutex::new(()) }
     }
 
     /// Switches all offloads on that the kernel knows. Returns whether it segments UDP too.
@@ -153,8 +153,8 @@ impl Tap {
 
     /// A socket that keeps message boundaries in place of a tap.
     #[cfg(test)]
-    pub fn from_fd(fd: OwnedFd) -> Tap {
-        Tap { segments_udp: true, ..Tap::new(fd) }
+    pub fn from_fd(fd: OwnedFd) -> Self {
+        Self { segments_udp: true, ..Self::new(fd) }
     }
 
     /// Whether UDP segmentation can be offered to the guest.
@@ -326,23 +326,23 @@ pub enum TapFailure {
 impl TapFailure {
     /// The meaning of an error of a read. When the kernel reports a header that cannot be built, or memory that cannot
     /// be written, it has taken the frame from the tap. All other errors would come again at once, and without end.
-    pub fn of_read(error: &io::Error) -> TapFailure {
+    pub fn of_read(error: &io::Error) -> Self {
         match error.raw_os_error() {
-            Some(libc::EAGAIN) => TapFailure::WouldBlock,
-            Some(libc::EINVAL | libc::EFAULT | libc::ENOMEM | libc::ENOBUFS) => TapFailure::FrameLost,
-            _ => TapFailure::Gone,
+            Some(libc::EAGAIN) => Self::WouldBlock,
+            Some(libc::EINVAL | libc::EFAULT | libc::ENOMEM | libc::ENOBUFS) => Self::FrameLost,
+            _ => Self::Gone,
         }
     }
 
     /// The meaning of an error of a write. Each write uses up a frame of the guest, so that no error can come again
     /// without end. EIO is an interface that is down, EINVAL a header that the kernel does not accept.
-    pub fn of_write(error: &io::Error) -> TapFailure {
+    pub fn of_write(error: &io::Error) -> Self {
         match error.raw_os_error() {
-            Some(libc::EAGAIN) => TapFailure::WouldBlock,
+            Some(libc::EAGAIN) => Self::WouldBlock,
             Some(
                 libc::EBADFD | libc::EBADF | libc::ENODEV | libc::ENXIO | libc::EPIPE | libc::ECONNRESET,
-            ) => TapFailure::Gone,
-            _ => TapFailure::FrameLost,
+            ) => Self::Gone,
+            _ => Self::FrameLost,
         }
     }
 }

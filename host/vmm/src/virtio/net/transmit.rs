@@ -49,8 +49,8 @@ pub struct Transmitter {
 }
 
 impl Transmitter {
-    pub fn new(queue: ActiveQueue, memory: &GuestMemory, counters: Counters) -> Transmitter {
-        Transmitter { queue, memory: memory.clone(), counters, iovecs: FrameIoVecs::new(memory.clone()) }
+    pub fn new(queue: ActiveQueue, memory: &GuestMemory, counters: Counters) -> Self {
+        Self { queue, memory: memory.clone(), counters, iovecs: FrameIoVecs::new(memory.clone()) }
     }
 
     /// Moves at most `budget` frames to the tap. Without a tap, they are dropped. An error means that the guest has

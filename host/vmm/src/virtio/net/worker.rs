@@ -52,21 +52,13 @@ impl Worker {
         transmitter: Transmitter,
         tap: Arc<Tap>,
         stop: &EventFd,
-    ) -> io::Result<Worker> {
+    ) -> io::Result<Self> {
         let wait_context = WaitContext::new()?;
         wait_context.add(&receiver.queue.notified, Token::ReceiveQueue)?;
         wait_context.add(&transmitter.queue.notified, Token::TransmitQueue)?;
         wait_context.add(stop, Token::Stop)?;
         wait_context.add_for(&tap.as_fd(), TAP_READABLE, Token::Tap)?;
-        Ok(Worker {
-            name,
-            wait_context,
-            receiver,
-            transmitter,
-            tap: Some(tap),
-            readable: true,
-            writable: true,
-        })
+        Ok(Self { name, wait_context, receiver, transmitter, tap: Some(tap), readable: true, writable: true })
     }
 
     /// Replaces the events of the tap that wake the worker.

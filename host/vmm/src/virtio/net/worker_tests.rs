@@ -35,11 +35,11 @@ struct Scene {
 }
 
 impl Scene {
-    fn merging() -> Scene {
-        Scene::new(feature::MRG_RXBUF)
+    fn merging() -> Self {
+        Self::new(feature::MRG_RXBUF)
     }
 
-    fn new(features: u64) -> Scene {
+    fn new(features: u64) -> Self {
         let memory = guest_memory();
         let (receive, mut receive_queue) = Ring::new(&memory, RECEIVE_RING, QUEUE);
         let (transmit, transmit_queue) = Ring::new(&memory, TRANSMIT_RING, QUEUE);
@@ -53,7 +53,7 @@ impl Scene {
         let transmitter = Transmitter::new(transmit_queue, &memory, counters.clone());
         let tap = Arc::new(Tap::from_fd(tap));
         let worker = Worker::new("net0".into(), receiver, transmitter, tap, &stop).unwrap();
-        Scene {
+        Self {
             worker,
             memory,
             receive,

@@ -104,9 +104,9 @@ struct PendingControl {
 
 impl Connection {
     /// A connection that a host program makes to a port of the guest.
-    pub fn to_guest(ports: Ports, stream: impl Into<OwnedFd>, permit: ConnectionPermit) -> Connection {
+    pub fn to_guest(ports: Ports, stream: impl Into<OwnedFd>, permit: ConnectionPermit) -> Self {
         let control = PendingControl { request: true, ..PendingControl::default() };
-        Connection::new(ports, stream.into(), State::Requested, control, permit)
+        Self::new(ports, stream.into(), State::Requested, control, permit)
     }
 
     /// A connection to `port` of the pod's localhost, which the guest is to connect to: see [`port_forward`].
@@ -115,19 +115,18 @@ impl Connection {
         stream: impl Into<OwnedFd>,
         port: u16,
         permit: ConnectionPermit,
-    ) -> Connection {
-        Connection {
+    ) -> Self {
+        Self {
             preamble: port_forward::preamble(port).into(),
             awaits_reached_byte: true,
-            ..Connection::to_guest(ports, stream, permit)
+            ..Self::to_guest(ports, stream, permit)
         }
     }
 
     /// A connection that the guest makes to a host port. `stream` is connected to the program that serves the port.
-    pub fn from_guest(request: &Header, stream: impl Into<OwnedFd>, permit: ConnectionPermit) -> Connection {
+    pub fn from_guest(request: &Header, stream: impl Into<OwnedFd>, permit: ConnectionPermit) -> Self {
         let control = PendingControl { response: true, ..PendingControl::default() };
-        let mut connection =
-            Connection::new(request.ports, stream.into(), State::Established, control, permit);
+        let mut connection = Self::new(request.ports, stream.into(), State::Established, control, permit);
         connection.update_peer_credit(request);
         connection
     }
@@ -138,8 +137,8 @@ impl Connection {
         state: State,
         pending_control: PendingControl,
         permit: ConnectionPermit,
-    ) -> Connection {
-        Connection {
+    ) -> Self {
+        Self {
             ports,
             state,
             in_ready_queue: false,

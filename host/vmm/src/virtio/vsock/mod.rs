@@ -81,7 +81,7 @@ pub struct Vsock {
 impl Vsock {
     /// Listens on the socket, which only its owner may connect to. A connection that is made before the guest is up
     /// waits.
-    pub fn new(config: &VsockConfig, forward: Option<Forward>) -> Result<Vsock, VsockError> {
+    pub fn new(config: &VsockConfig, forward: Option<Forward>) -> Result<Self, VsockError> {
         let error = |source| VsockError::Listen { path: config.path.clone(), source };
         let listener = UnixListener::bind(&config.path).map_err(error)?;
         std::fs::set_permissions(&config.path, Permissions::from_mode(0o600)).map_err(error)?;
@@ -89,7 +89,7 @@ impl Vsock {
         if let Some(forward) = &forward {
             forward.listener.set_nonblocking(true).map_err(VsockError::Forward)?;
         }
-        Ok(Vsock {
+        Ok(Self {
             config: config.clone(),
             listener: Some(listener),
             forward,

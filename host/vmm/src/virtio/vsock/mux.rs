@@ -87,7 +87,7 @@ impl Mux {
         listener: UnixListener,
         forward: Option<Forward>,
         counters: Counters,
-    ) -> io::Result<Mux> {
+    ) -> io::Result<Self> {
         let wait_context = WaitContext::new()?;
         wait_context.add_for(&listener, LISTENER_EVENTS, Token::Listener(Listener::HostPrograms))?;
         let forward = forward.zip(config.forward_port);
@@ -98,7 +98,7 @@ impl Mux {
                 Token::Listener(Listener::PortForward),
             )?;
         }
-        Ok(Mux {
+        Ok(Self {
             config,
             listener,
             forward,

@@ -41,15 +41,15 @@ pub enum Operation {
 }
 
 impl Operation {
-    fn from_number(number: u16) -> Option<Operation> {
+    fn from_number(number: u16) -> Option<Self> {
         Some(match number {
-            1 => Operation::Request,
-            2 => Operation::Response,
-            3 => Operation::Reset,
-            4 => Operation::Shutdown,
-            5 => Operation::ReadWrite,
-            6 => Operation::CreditUpdate,
-            7 => Operation::CreditRequest,
+            1 => Self::Request,
+            2 => Self::Response,
+            3 => Self::Reset,
+            4 => Self::Shutdown,
+            5 => Self::ReadWrite,
+            6 => Self::CreditUpdate,
+            7 => Self::CreditRequest,
             _ => return None,
         })
     }
@@ -85,7 +85,7 @@ pub struct Header {
 impl Header {
     /// Reads a header that the guest has written. `None` if it is not from the guest's own address to the host, or no
     /// operation on a stream: the device offers nothing else.
-    pub fn from_guest(bytes: &[u8; HEADER_SIZE]) -> Option<Header> {
+    pub fn from_guest(bytes: &[u8; HEADER_SIZE]) -> Option<Self> {
         let u16_at = |at: usize| u16::from_le_bytes([bytes[at], bytes[at + 1]]);
         let u32_at = |at: usize| u32::from(u16_at(at)) | u32::from(u16_at(at + 2)) << 16;
         let u64_at = |at: usize| u64::from(u32_at(at)) | u64::from(u32_at(at + 4)) << 32;
@@ -93,7 +93,7 @@ impl Header {
         if u64_at(field::SRC_CID) != GUEST_CID || u64_at(field::DST_CID) != HOST_CID || !is_stream {
             return None;
         }
-        Some(Header {
+        Some(Self {
             ports: Ports { guest: u32_at(field::SRC_PORT), host: u32_at(field::DST_PORT) },
             length: u32_at(field::LEN),
             operation: Operation::from_number(u16_at(field::OP))?,

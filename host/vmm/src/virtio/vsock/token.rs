@@ -8,11 +8,11 @@ use crate::virtio::wait_context::EventToken;
 pub struct StreamId(u64);
 
 impl StreamId {
-    pub const FIRST: StreamId = StreamId(0);
+    pub const FIRST: Self = Self(0);
 
     /// The id after this one.
-    pub fn next(self) -> StreamId {
-        StreamId(self.0 + 1)
+    pub fn next(self) -> Self {
+        Self(self.0 + 1)
     }
 }
 
@@ -43,23 +43,23 @@ const FIRST_STREAM: u64 = 16;
 impl EventToken for Token {
     fn to_raw(self) -> u64 {
         match self {
-            Token::ReceiveQueue => 0,
-            Token::TransmitQueue => 1,
-            Token::Stop => 2,
-            Token::Listener(Listener::HostPrograms) => 3,
-            Token::Listener(Listener::PortForward) => 4,
-            Token::Stream(StreamId(id)) => FIRST_STREAM + id,
+            Self::ReceiveQueue => 0,
+            Self::TransmitQueue => 1,
+            Self::Stop => 2,
+            Self::Listener(Listener::HostPrograms) => 3,
+            Self::Listener(Listener::PortForward) => 4,
+            Self::Stream(StreamId(id)) => FIRST_STREAM + id,
         }
     }
 
-    fn from_raw(raw: u64) -> Token {
+    fn from_raw(raw: u64) -> Self {
         match raw {
-            0 => Token::ReceiveQueue,
-            1 => Token::TransmitQueue,
-            2 => Token::Stop,
-            3 => Token::Listener(Listener::HostPrograms),
-            4 => Token::Listener(Listener::PortForward),
-            FIRST_STREAM.. => Token::Stream(StreamId(raw - FIRST_STREAM)),
+            0 => Self::ReceiveQueue,
+            1 => Self::TransmitQueue,
+            2 => Self::Stop,
+            3 => Self::Listener(Listener::HostPrograms),
+            4 => Self::Listener(Listener::PortForward),
+            FIRST_STREAM.. => Self::Stream(StreamId(raw - FIRST_STREAM)),
             _ => unreachable!("epoll returns the token {raw}, which was not registered"),
         }
     }

@@ -40,17 +40,12 @@ pub struct Worker {
 }
 
 impl Worker {
-    pub fn new(
-        memory: GuestMemory,
-        queues: [ActiveQueue; 3],
-        mux: Mux,
-        stop: &EventFd,
-    ) -> io::Result<Worker> {
+    pub fn new(memory: GuestMemory, queues: [ActiveQueue; 3], mux: Mux, stop: &EventFd) -> io::Result<Self> {
         let [receive, transmit, _events] = queues;
         mux.wait_context().add(&receive.notified, Token::ReceiveQueue)?;
         mux.wait_context().add(&transmit.notified, Token::TransmitQueue)?;
         mux.wait_context().add(stop, Token::Stop)?;
-        Ok(Worker { memory, receive, transmit, mux, packet: vec![0; PACKET_MAX].into_boxed_slice() })
+        Ok(Self { memory, receive, transmit, mux, packet: vec![0; PACKET_MAX].into_boxed_slice() })
     }
 
     /// Serves until the stop event is written or the guest breaks a queue.

@@ -114,16 +114,16 @@ struct Reply {
 }
 
 impl Reply {
-    fn parse(reply: &[u8]) -> Reply {
+    fn parse(reply: &[u8]) -> Self {
         let length = u32::try_from(reply.len()).unwrap();
         let Some((bytes, body)) = reply.split_at_checked(size_of::<OutHeader>()) else {
             assert_eq!(length, 0);
-            return Reply { length, error: 0, body: Vec::new() };
+            return Self { length, error: 0, body: Vec::new() };
         };
         let mut header = OutHeader::default();
         header.as_mut_slice().copy_from_slice(bytes);
         assert_eq!((header.len, header.unique), (length, 7));
-        Reply { length, error: -header.error, body: body.to_vec() }
+        Self { length, error: -header.error, body: body.to_vec() }
     }
 
     fn read<T: ByteValued + Default>(&self) -> T {
@@ -148,19 +148,19 @@ struct Guest {
 
 impl Guest {
     /// A guest that has sent INIT.
-    fn new() -> Guest {
-        let mut guest = Guest::fresh();
+    fn new() -> Self {
+        let mut guest = Self::fresh();
         let reply = guest.ask(Opcode::Init, 0, &init(7, 38, FsOptions::all()));
         assert_eq!(reply.error, 0);
         guest
     }
 
     /// A guest that has sent nothing yet.
-    fn fresh() -> Guest {
-        Guest::in_directory(directory_with_share())
+    fn fresh() -> Self {
+        Self::in_directory(directory_with_share())
     }
 
-    fn in_directory(directory: TempDir) -> Guest {
+    fn in_directory(directory: TempDir) -> Self {
         let memory = guest_memory();
         let (ring, queues) = queues(&memory);
         let notify = queues[1].notified.try_clone().unwrap();
@@ -171,7 +171,7 @@ impl Guest {
         device.activate(Active { memory: memory.clone(), features: 0, queues }).unwrap();
         let wait_context = WaitContext::new().unwrap();
         wait_context.add(interrupt.as_ref(), Token::Interrupt).unwrap();
-        Guest { directory, device, memory, ring, notify, interrupt, wait_context, uid: 0 }
+        Self { directory, device, memory, ring, notify, interrupt, wait_context, uid: 0 }
     }
 
     fn outside(&self, name: &str) -> PathBuf {

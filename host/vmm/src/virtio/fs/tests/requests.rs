@@ -373,13 +373,13 @@ struct Known {
 }
 
 impl Known {
-    fn find(guest: &mut Guest) -> Known {
+    fn find(guest: &mut Guest) -> Self {
         fs::create_dir_all(guest.share("directory")).unwrap();
         fs::write(guest.share("file"), "kept").unwrap();
         let (file, directory) = (guest.find("file"), guest.find("directory"));
         let handle = guest.open(Opcode::Open, file, libc::O_RDWR);
         let listing = guest.open(Opcode::Opendir, directory, libc::O_RDONLY);
-        Known { file, directory, handle, listing }
+        Self { file, directory, handle, listing }
     }
 }
 

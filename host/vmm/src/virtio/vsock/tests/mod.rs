@@ -53,23 +53,23 @@ struct Scene {
 }
 
 impl Scene {
-    fn new() -> Scene {
-        Scene::with_forward(None)
+    fn new() -> Self {
+        Self::with_forward(None)
     }
 
-    fn with_forward(forward: Option<Forward>) -> Scene {
-        let mut scene = Scene::without_buffers_with_forward(forward);
+    fn with_forward(forward: Option<Forward>) -> Self {
+        let mut scene = Self::without_buffers_with_forward(forward);
         for index in 0..u64::from(QUEUE) / 2 {
             scene.give_buffer(RECEIVE_BUFFERS + index * u64::from(RECEIVE_BUFFER));
         }
         scene
     }
 
-    fn without_buffers() -> Scene {
-        Scene::without_buffers_with_forward(None)
+    fn without_buffers() -> Self {
+        Self::without_buffers_with_forward(None)
     }
 
-    fn without_buffers_with_forward(forward: Option<Forward>) -> Scene {
+    fn without_buffers_with_forward(forward: Option<Forward>) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let memory = guest_memory();
         let (receive, receive_queue) = Ring::new(&memory, RECEIVE_RING, QUEUE);
@@ -83,7 +83,7 @@ impl Scene {
         let queues = [receive_queue, transmit_queue, event_queue];
         let stop = EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let worker = Worker::new(memory.clone(), queues, mux, &stop).unwrap();
-        Scene { directory, worker, memory, receive, transmit, buffers: HashMap::new() }
+        Self { directory, worker, memory, receive, transmit, buffers: HashMap::new() }
     }
 
     fn give_buffer(&mut self, address: u64) {
