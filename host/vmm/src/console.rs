@@ -9,7 +9,7 @@ use crate::{bounded_file::BoundedFile, config::ConsoleConfig};
 
 /// The guest's serial line.
 pub struct Console {
-    line: Serial<Interrupt, NoEvents, BoundedFile>,
+    line: Serial<InterruptTrigger, NoEvents, BoundedFile>,
 }
 
 impl Console {
@@ -24,7 +24,7 @@ impl Console {
             .mode(0o600)
             .open(&config.path)?;
         let log = BoundedFile::new(file, config.limit_bytes)?;
-        Ok(Self { line: Serial::new(Interrupt(irqfd), log) })
+        Ok(Self { line: Serial::new(InterruptTrigger(irqfd), log) })
     }
 
     /// Handles the guest's read of a register of the line.
@@ -41,9 +41,9 @@ impl Console {
     }
 }
 
-struct Interrupt(EventFd);
+struct InterruptTrigger(EventFd);
 
-impl Trigger for Interrupt {
+impl Trigger for InterruptTrigger {
     type E = io::Error;
 
     fn trigger(&self) -> io::Result<()> {

@@ -67,7 +67,7 @@ pub trait Device: Send {
     fn read_config(&self, offset: u64, data: &mut [u8]);
     /// Puts the device into use, when the guest has set it up. Called at most once. After an error the guest sees the
     /// device as failed.
-    fn activate(&mut self, active: Active) -> Result<(), ActivateError>;
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
     /// Handles the guest's notification of a queue. Only for devices that are
     /// [`notified_inline`](Self::notified_inline). The index is the guest's: there need not be such a queue.
     fn notify(&mut self, _queue: usize) {}
@@ -99,7 +99,7 @@ pub enum ActivateError {
 
 /// What a device is given when it is activated. The guest can change nothing of it any more, except the contents of
 /// memory.
-pub struct Active {
+pub struct Activation {
     /// The guest's memory.
     pub memory: GuestMemory,
     /// The features that the guest's driver has accepted, all of them offered.

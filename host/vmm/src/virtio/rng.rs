@@ -7,7 +7,7 @@
 use virtio_queue::QueueT as _;
 use vm_memory::Bytes as _;
 
-use super::{ActivateError, Active, ActiveQueue, Counter, Device, F_EVENT_IDX, all_queues, device_type};
+use super::{ActivateError, Activation, ActiveQueue, Counter, Device, F_EVENT_IDX, all_queues, device_type};
 use crate::memory::GuestMemory;
 
 const QUEUE_SIZE: u16 = 64;
@@ -83,9 +83,9 @@ impl Device for Rng {
 
     fn read_config(&self, _offset: u64, _data: &mut [u8]) {}
 
-    fn activate(&mut self, active: Active) -> Result<(), ActivateError> {
-        let [queue] = all_queues(active.queues)?;
-        self.active = Some((active.memory, queue));
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let [queue] = all_queues(activation.queues)?;
+        self.active = Some((activation.memory, queue));
         Ok(())
     }
 

@@ -98,9 +98,9 @@ pub fn load(
     params.hdr.header = HEADER_MAGIC;
     params.hdr.type_of_loader = LOADER_UNDEFINED;
     params.hdr.kernel_alignment = KERNEL_ALIGNMENT;
-    params.hdr.cmd_line_ptr = low(CMDLINE.0);
-    params.hdr.cmdline_size = low(CMDLINE_MAX as u64);
-    params.hdr.ramdisk_image = low(ramdisk.0);
+    params.hdr.cmd_line_ptr = address_u32(CMDLINE.0);
+    params.hdr.cmdline_size = address_u32(CMDLINE_MAX as u64);
+    params.hdr.ramdisk_image = address_u32(ramdisk.0);
     params.hdr.ramdisk_size = ramdisk_size;
     for (index, (start, size)) in (0u8..).zip(usable_memory(memory)) {
         params.e820_table[usize::from(index)] = boot_e820_entry { addr: start, size, type_: E820_RAM };
@@ -114,7 +114,7 @@ pub fn load(
 
 /// An address or a size in the boot parameters, which have 32 bits. All of them belong to the first region of memory,
 /// which ends below 4 GiB.
-fn low(address: u64) -> u32 {
+fn address_u32(address: u64) -> u32 {
     let Ok(address) = u32::try_from(address) else {
         unreachable!("{address:#x} is not below the device gap")
     };

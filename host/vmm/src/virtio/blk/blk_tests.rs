@@ -30,7 +30,7 @@ fn chain() -> [Buffer; 3] {
     })
 }
 
-fn until(mut done: impl FnMut() -> bool) {
+fn wait_until(mut done: impl FnMut() -> bool) {
     let start = Instant::now();
     while !done() {
         assert!(start.elapsed() < Duration::from_secs(10), "it has not happened");
@@ -66,14 +66,14 @@ fn requests_are_served_until_the_device_stops_and_then_the_file_is_closed() {
     let memory = guest_memory();
     let (mut ring, queue) = Ring::new(&memory, 0x8000, 128);
     let (notify, interrupt) = (queue.notified.try_clone().unwrap(), queue.interrupt.clone());
-    disk.activate(Active { memory: memory.clone(), features: F_VERSION_1, queues: vec![Some(queue)] })
+    disk.activate(Activation { memory: memory.clone(), features: F_VERSION_1, queues: vec![Some(queue)] })
         .unwrap();
     for _ in 0..3 {
         memory.write_slice(&[0; 512], GuestAddress(DATA)).unwrap();
         let head = ring.add(&chain());
         notify.write(1).unwrap();
         let mut used = None;
-        until(|| {
+        wait_until(|| {
             used = used.or_else(|| ring.used());
             used.is_some()
         });
@@ -93,7 +93,7 @@ fn a_guest_that_never_stops_asking_cannot_keep_the_device() {
     let memory = guest_memory();
     let (mut ring, queue) = Ring::new(&memory, 0x8000, 128);
     let notify = queue.notified.try_clone().unwrap();
-    disk.activate(Active { memory: memory.clone(), features: F_VERSION_1, queues: vec![Some(queue)] })
+    disk.activate(Activation { memory: memory.clone(), features: F_VERSION_1, queues: vec![Some(queue)] })
         .unwrap();
     let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
     let stopping = stop.clone();
@@ -113,7 +113,7 @@ fn a_guest_that_never_stops_asking_cannot_keep_the_device() {
             notify.write(1).unwrap();
         }
     });
-    until(|| counters.reads.get() > 1000);
+    wait_until(|| counters.reads.get() > 1000);
     let start = Instant::now();
     disk.stop();
     assert!(start.elapsed() < Duration::from_secs(5));
@@ -127,11 +127,11 @@ fn a_broken_queue_stops_the_worker_and_nothing_else() {
     let memory = guest_memory();
     let (mut ring, queue) = Ring::new(&memory, 0x8000, 128);
     let notify = queue.notified.try_clone().unwrap();
-    disk.activate(Active { memory: memory.clone(), features: F_VERSION_1, queues: vec![Some(queue)] })
+    disk.activate(Activation { memory: memory.clone(), features: F_VERSION_1, queues: vec![Some(queue)] })
         .unwrap();
     // More than the ring has entries for.
     ring.set_available(1000);
     notify.write(1).unwrap();
-    until(|| disk.worker.as_ref().unwrap().0.is_finished());
+    wait_until(|| disk.worker.as_ref().unwrap().0.is_finished());
     disk.stop();
 }

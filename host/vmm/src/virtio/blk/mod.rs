@@ -20,7 +20,7 @@ use self::{
     worker::Worker,
 };
 use super::{
-    ActivateError, Active, Counter, Device, F_EVENT_IDX, RunningWorker, all_queues, device_type,
+    ActivateError, Activation, Counter, Device, F_EVENT_IDX, RunningWorker, all_queues, device_type,
     read_config_bytes,
 };
 
@@ -112,12 +112,12 @@ impl Device for Blk {
         read_config_bytes(&config, offset, data);
     }
 
-    fn activate(&mut self, active: Active) -> Result<(), ActivateError> {
-        let [queue] = all_queues(active.queues)?;
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let [queue] = all_queues(activation.queues)?;
         let (name, disk) = (self.name.clone(), self.disk.clone());
         let (serial, counters) = (self.serial, self.counters.clone());
         let worker = super::start_worker(&self.name, |stop| {
-            let worker = Worker::new(name, active.memory, queue, disk, serial, counters, stop)?;
+            let worker = Worker::new(name, activation.memory, queue, disk, serial, counters, stop)?;
             Ok(move || worker.run())
         });
         self.worker = Some(worker.map_err(ActivateError::Worker)?);

@@ -15,7 +15,7 @@ use super::{credentials::FsCredentials, names};
 
 type Inode = <PassthroughFs as FileSystem>::Inode;
 type Handle = <PassthroughFs as FileSystem>::Handle;
-type Opened = (Option<Handle>, OpenOptions);
+type OpenReply = (Option<Handle>, OpenOptions);
 
 /// Flag with which every file is opened: see [`CheckedFs::open`].
 const OPEN_NONBLOCK: u32 = libc::O_NONBLOCK.cast_unsigned();
@@ -169,7 +169,13 @@ impl FileSystem for CheckedFs {
     /// Opens a file without blocking. Reading files of tracefs, for example, waits until there is something to read,
     /// and opening a file waits while another process has a lease on it: nobody else in the pod would be served
     /// meanwhile.
-    fn open(&self, context: Context, inode: Inode, kill_privileges: bool, flags: u32) -> io::Result<Opened> {
+    fn open(
+        &self,
+        context: Context,
+        inode: Inode,
+        kill_privileges: bool,
+        flags: u32,
+    ) -> io::Result<OpenReply> {
         self.0.open(context, inode, kill_privileges, flags | OPEN_NONBLOCK)
     }
 
@@ -286,7 +292,7 @@ impl FileSystem for CheckedFs {
         ) -> io::Result<()>;
         fn statfs(&self, context: Context, inode: Inode) -> io::Result<libc::statvfs64>;
         fn listxattr(&self, context: Context, inode: Inode, size: u32) -> io::Result<ListxattrReply>;
-        fn opendir(&self, context: Context, inode: Inode, flags: u32) -> io::Result<Opened>;
+        fn opendir(&self, context: Context, inode: Inode, flags: u32) -> io::Result<OpenReply>;
         fn readdir(
             &self, context: Context, inode: Inode, handle: Handle, size: u32, offset: u64
         ) -> io::Result<Self::DirIter>;

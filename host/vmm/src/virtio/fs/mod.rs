@@ -30,7 +30,7 @@ use virtiofsd::{
 
 use self::checked_fs::CheckedFs;
 use super::{
-    ActivateError, Active, Counter, Device, F_EVENT_IDX, RunningWorker, all_queues, device_type,
+    ActivateError, Activation, Counter, Device, F_EVENT_IDX, RunningWorker, all_queues, device_type,
     read_config_bytes,
 };
 use crate::config::ShareConfig;
@@ -159,11 +159,11 @@ impl Device for Fs {
         read_config_bytes(&self.config, offset, data);
     }
 
-    fn activate(&mut self, active: Active) -> Result<(), ActivateError> {
-        let queues = all_queues(active.queues)?;
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let queues = all_queues(activation.queues)?;
         let (server, requests) = (self.server.clone(), self.requests.clone());
         let worker = super::start_worker("fs", |stop| {
-            let worker = worker::Worker::new(active.memory, queues, server, requests, stop)?;
+            let worker = worker::Worker::new(activation.memory, queues, server, requests, stop)?;
             Ok(move || worker.run())
         });
         self.worker = Some(worker.map_err(ActivateError::Worker)?);

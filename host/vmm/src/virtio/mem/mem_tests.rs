@@ -27,7 +27,7 @@ fn guest() -> Guest {
     let (ring, queue) = Ring::new(&memory, 0x8000, QUEUE_SIZE);
     assert!(!state.is_active());
     device
-        .activate(Active { memory: memory.clone(), features: F_VERSION_1, queues: vec![Some(queue)] })
+        .activate(Activation { memory: memory.clone(), features: F_VERSION_1, queues: vec![Some(queue)] })
         .unwrap();
     assert!(state.is_active());
     Guest { memory, device, state, ring }

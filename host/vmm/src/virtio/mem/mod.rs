@@ -21,7 +21,7 @@ use vm_memory::{Bytes as _, GuestAddress, GuestMemory as _, GuestMemoryRegion as
 
 use self::blocks::{BlockState, Blocks, Refusal};
 use super::{
-    ActivateError, Active, ActiveQueue, Chain, Counter, Device, F_EVENT_IDX, all_queues, device_type,
+    ActivateError, Activation, ActiveQueue, Chain, Counter, Device, F_EVENT_IDX, all_queues, device_type,
     read_config_bytes,
 };
 use crate::{
@@ -281,9 +281,9 @@ impl Device for Mem {
         true
     }
 
-    fn activate(&mut self, active: Active) -> Result<(), ActivateError> {
-        let [queue] = all_queues(active.queues)?;
-        self.active = Some((active.memory, queue));
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let [queue] = all_queues(activation.queues)?;
+        self.active = Some((activation.memory, queue));
         self.state.0.active.store(true, Ordering::Release);
         Ok(())
     }

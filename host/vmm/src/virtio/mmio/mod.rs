@@ -16,7 +16,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::status::DeviceStatus;
 use super::{
-    ActivateError, Active, ActiveQueue, Device, F_EVENT_IDX, F_VERSION_1, Interrupt,
+    ActivateError, Activation, ActiveQueue, Device, F_EVENT_IDX, F_VERSION_1, Interrupt,
     register_page::{self, RegisterPage},
 };
 use crate::memory::{GuestMemory, to_usize};
@@ -340,7 +340,7 @@ impl MmioDevice {
             let notified = notified.try_clone().map_err(ActivateError::Worker)?;
             active.push(Some(ActiveQueue::new(queue, notified, self.interrupt.clone())));
         }
-        self.device.activate(Active {
+        self.device.activate(Activation {
             memory: self.memory.clone(),
             features: self.driver_features,
             queues: active,

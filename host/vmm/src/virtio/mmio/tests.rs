@@ -26,14 +26,14 @@ impl Device for Probe {
     fn read_config(&self, offset: u64, data: &mut [u8]) {
         crate::virtio::read_config_bytes(&[1, 2, 3], offset, data);
     }
-    fn activate(&mut self, active: Active) -> Result<(), ActivateError> {
-        assert_eq!(active.queues.len(), 2);
-        assert_eq!(active.features, F_VERSION_1);
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        assert_eq!(activation.queues.len(), 2);
+        assert_eq!(activation.features, F_VERSION_1);
         // The device cannot do without its first queue.
-        if active.queues[0].is_none() {
+        if activation.queues[0].is_none() {
             return Err(ActivateError::Queues);
         }
-        let ready = active.queues.iter().flatten().count();
+        let ready = activation.queues.iter().flatten().count();
         self.active.store(u32::try_from(ready).unwrap(), Ordering::SeqCst);
         Ok(())
     }

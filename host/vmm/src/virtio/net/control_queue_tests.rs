@@ -21,13 +21,13 @@ const NO_ACK: u8 = 0xaa;
 const SET_2: [u8; 4] = [CLASS_MQ, MQ_VQ_PAIRS_SET, 2, 0];
 const SET_1: [u8; 4] = [CLASS_MQ, MQ_VQ_PAIRS_SET, 1, 0];
 
-struct Scene {
+struct Harness {
     queue: ControlQueue,
     ring: Ring,
     memory: GuestMemory,
 }
 
-impl Scene {
+impl Harness {
     fn new(steering: Option<Steering>) -> Self {
         let memory = guest_memory();
         let (ring, queue) = Ring::new(&memory, RING_SIZE, 16);
@@ -62,17 +62,17 @@ fn writable(address: u64, length: u32) -> Buffer {
 }
 
 /// Runs a test with a device on a tap with two queues, of which the second is detached.
-fn with_two_pairs(test: impl FnOnce(Scene, Arc<Tap>) + Send) {
+fn with_two_pairs(test: impl FnOnce(Harness, Arc<Tap>) + Send) {
     in_new_namespace(|| {
         make_tap("tap0", 2);
         let mut taps = Tap::open(Path::new(OWN_NETNS), "tap0", 2).unwrap();
         let second = Arc::new(taps.remove(1));
-        test(Scene::new(Some(Steering::new(vec![Arc::downgrade(&second)]))), second);
+        test(Harness::new(Some(Steering::new(vec![Arc::downgrade(&second)]))), second);
     });
 }
 
-/// Whether a tap's queue is attached: the kernel refuses to attach it then.
-fn is_attached(tap: &Tap) -> bool {
+/// Tries to attach a tap's queue, and detaches it again if that has succeeded. Returns whether it was attached before.
+fn probe_attached(tap: &Tap) -> bool {
     match tap.attach_queue() {
         Ok(()) => {
             tap.detach_queue().unwrap();
@@ -84,23 +84,23 @@ fn is_attached(tap: &Tap) -> bool {
 
 #[test]
 fn the_driver_says_how_many_pairs_it_uses() {
-    with_two_pairs(|mut scene, second| {
-        assert!(!is_attached(&second));
-        assert_eq!(scene.send(&SET_1), (ACK_OK, 1));
-        assert!(!is_attached(&second));
+    with_two_pairs(|mut harness, second| {
+        assert!(!probe_attached(&second));
+        assert_eq!(harness.send(&SET_1), (ACK_OK, 1));
+        assert!(!probe_attached(&second));
         for _ in 0..2 {
-            assert_eq!(scene.send(&SET_2), (ACK_OK, 1));
-            assert!(is_attached(&second));
+            assert_eq!(harness.send(&SET_2), (ACK_OK, 1));
+            assert!(probe_attached(&second));
         }
-        assert_eq!(scene.send(&SET_1), (ACK_OK, 1));
-        assert!(!is_attached(&second));
+        assert_eq!(harness.send(&SET_1), (ACK_OK, 1));
+        assert!(!probe_attached(&second));
     });
 }
 
 #[test]
 fn the_driver_may_cut_a_command_as_it_likes() {
-    with_two_pairs(|mut scene, second| {
-        scene.memory.write_slice(&SET_2, GuestAddress(COMMAND)).unwrap();
+    with_two_pairs(|mut harness, second| {
+        harness.memory.write_slice(&SET_2, GuestAddress(COMMAND)).unwrap();
         let chain = [
             readable(COMMAND, 1),
             readable(COMMAND + 1, 2),
@@ -109,16 +109,16 @@ fn the_driver_may_cut_a_command_as_it_likes() {
             writable(OUTSIDE, 0),
             writable(ACK, 8),
         ];
-        assert_eq!(scene.send_chain(&chain), (ACK_OK, 1));
-        assert!(is_attached(&second));
+        assert_eq!(harness.send_chain(&chain), (ACK_OK, 1));
+        assert!(probe_attached(&second));
     });
 }
 
 #[test]
 fn commands_that_the_device_does_not_know_are_refused_and_change_nothing() {
-    with_two_pairs(|mut scene, second| {
+    with_two_pairs(|mut harness, second| {
         for in_use in [SET_1, SET_2] {
-            assert_eq!(scene.send(&in_use), (ACK_OK, 1));
+            assert_eq!(harness.send(&in_use), (ACK_OK, 1));
             for command in [
                 &[][..],
                 &[CLASS_MQ],
@@ -135,55 +135,55 @@ fn commands_that_the_device_does_not_know_are_refused_and_change_nothing() {
                 &[0, 0, 1, 0],
                 &[0xff, 0xff, 1, 0],
             ] {
-                assert_eq!(scene.send(command), (ACK_ERR, 1), "{command:?}");
-                assert_eq!(is_attached(&second), in_use == SET_2, "{command:?}");
+                assert_eq!(harness.send(command), (ACK_ERR, 1), "{command:?}");
+                assert_eq!(probe_attached(&second), in_use == SET_2, "{command:?}");
             }
         }
-        assert_eq!(scene.send(&SET_1), (ACK_OK, 1));
+        assert_eq!(harness.send(&SET_1), (ACK_OK, 1));
     });
 }
 
 #[test]
 fn hostile_chains_are_given_back() {
-    with_two_pairs(|mut scene, second| {
-        scene.memory.write_slice(&SET_2, GuestAddress(COMMAND)).unwrap();
+    with_two_pairs(|mut harness, second| {
+        harness.memory.write_slice(&SET_2, GuestAddress(COMMAND)).unwrap();
         for command in
             [readable(OUTSIDE, 4), readable(u64::MAX - 1, 4), readable(COMMAND, u32::MAX as usize - 1)]
         {
-            assert_eq!(scene.send_chain(&[command, writable(ACK, 1)]), (ACK_ERR, 1));
+            assert_eq!(harness.send_chain(&[command, writable(ACK, 1)]), (ACK_ERR, 1));
         }
-        assert_eq!(scene.send_chain(&[writable(ACK, 1)]), (ACK_ERR, 1));
-        assert!(!is_attached(&second));
+        assert_eq!(harness.send_chain(&[writable(ACK, 1)]), (ACK_ERR, 1));
+        assert!(!probe_attached(&second));
         // There is no room for the result.
         let command = readable(COMMAND, 4);
-        assert_eq!(scene.send_chain(&[command]), (NO_ACK, 0));
-        assert_eq!(scene.send_chain(&[command, writable(ACK, 0)]), (NO_ACK, 0));
-        assert_eq!(scene.send_chain(&[command, writable(OUTSIDE, 1)]), (NO_ACK, 0));
-        assert_eq!(scene.send(&SET_1), (ACK_OK, 1));
-        assert!(!is_attached(&second));
+        assert_eq!(harness.send_chain(&[command]), (NO_ACK, 0));
+        assert_eq!(harness.send_chain(&[command, writable(ACK, 0)]), (NO_ACK, 0));
+        assert_eq!(harness.send_chain(&[command, writable(OUTSIDE, 1)]), (NO_ACK, 0));
+        assert_eq!(harness.send(&SET_1), (ACK_OK, 1));
+        assert!(!probe_attached(&second));
     });
 }
 
 #[test]
 fn a_ring_that_claims_too_much_stops_the_queue() {
-    let mut scene = Scene::new(None);
-    scene.ring.set_available(17);
-    assert!(scene.queue.serve_one().is_err());
+    let mut harness = Harness::new(None);
+    harness.ring.set_available(17);
+    assert!(harness.queue.serve_one().is_err());
 }
 
 #[test]
 fn a_driver_that_has_not_accepted_multi_queue_cannot_set_it() {
-    let mut scene = Scene::new(None);
-    assert_eq!(scene.send(&SET_1), (ACK_ERR, 1));
+    let mut harness = Harness::new(None);
+    assert_eq!(harness.send(&SET_1), (ACK_ERR, 1));
 }
 
 #[test]
 fn a_pair_that_has_stopped_cannot_be_put_into_use_but_out_of_it() {
-    with_two_pairs(|mut scene, second| {
-        assert_eq!(scene.send(&SET_2), (ACK_OK, 1));
+    with_two_pairs(|mut harness, second| {
+        assert_eq!(harness.send(&SET_2), (ACK_OK, 1));
         drop(second);
-        assert_eq!(scene.send(&SET_1), (ACK_OK, 1));
-        assert_eq!(scene.send(&SET_2), (ACK_ERR, 1));
-        assert_eq!(scene.send(&SET_1), (ACK_OK, 1));
+        assert_eq!(harness.send(&SET_1), (ACK_OK, 1));
+        assert_eq!(harness.send(&SET_2), (ACK_ERR, 1));
+        assert_eq!(harness.send(&SET_1), (ACK_OK, 1));
     });
 }

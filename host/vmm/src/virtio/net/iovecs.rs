@@ -26,7 +26,7 @@ pub enum IoVecError {
 
 /// What one chain has added.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Added {
+pub struct AddedIoVecs {
     /// Number of ranges of memory.
     pub iovecs: usize,
     /// Bytes in them.
@@ -78,7 +78,7 @@ impl FrameIoVecs {
     }
 
     /// Adds buffers of a chain, until there is room for the largest frame. After an error nothing is added.
-    pub fn add(&mut self, chain: Chain<'_>, part: ChainPart) -> Result<Added, IoVecError> {
+    pub fn add(&mut self, chain: Chain<'_>, part: ChainPart) -> Result<AddedIoVecs, IoVecError> {
         let before = self.iovecs.len();
         let added = match part {
             ChainPart::Readable => self.add_descriptors(chain.readable()),
@@ -90,8 +90,8 @@ impl FrameIoVecs {
     fn add_descriptors(
         &mut self,
         descriptors: impl Iterator<Item = virtio_queue::desc::split::Descriptor>,
-    ) -> Result<Added, IoVecError> {
-        let mut added = Added { iovecs: 0, length: 0 };
+    ) -> Result<AddedIoVecs, IoVecError> {
+        let mut added = AddedIoVecs { iovecs: 0, length: 0 };
         for descriptor in descriptors.filter(|descriptor| descriptor.len() > 0) {
             if self.iovecs.len() == IOVECS_MAX {
                 return Err(IoVecError::TooMany);

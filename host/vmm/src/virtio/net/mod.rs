@@ -46,7 +46,7 @@ use self::{
     worker::Worker,
 };
 use super::{
-    ActivateError, Active, Counter, Device, F_EVENT_IDX, RunningWorker, device_type, read_config_bytes,
+    ActivateError, Activation, Counter, Device, F_EVENT_IDX, RunningWorker, device_type, read_config_bytes,
 };
 use crate::{config::NetConfig, memory::GuestMemory};
 
@@ -244,8 +244,8 @@ impl Device for Net {
         read_config_bytes(&self.config, offset, data);
     }
 
-    fn activate(&mut self, active: Active) -> Result<(), ActivateError> {
-        let Active { memory, features, queues } = active;
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let Activation { memory, features, queues } = activation;
         let queues = NetQueues::assign(queues, features).ok_or(ActivateError::Queues)?;
         self.start(&memory, features, queues).map_err(|error| {
             // Some of the workers may have started.

@@ -30,7 +30,7 @@ struct Queue {
     irqfd: Arc<EventFd>,
 }
 
-struct Scene {
+struct Harness {
     device: Net,
     memory: GuestMemory,
     socket: OwnedFd,
@@ -38,7 +38,7 @@ struct Scene {
     queues: Vec<Option<Queue>>,
 }
 
-impl Scene {
+impl Harness {
     /// A driver that accepts all but `refused` of the features and leaves out some of the queues.
     fn new(refused: u64, left_out: &[usize]) -> Self {
         make_tap("tap0", PAIRS);
@@ -59,10 +59,10 @@ impl Scene {
             if left_out { (None, None) } else { queue(&memory, base, *size) }
         };
         let (queues, theirs): (Vec<_>, _) = device.queue_sizes().iter().enumerate().map(set_up).unzip();
-        device.activate(Active { memory: memory.clone(), features, queues: theirs }).unwrap();
-        let mut scene = Self { device, memory, socket: packet_socket("tap0", IPV4), queues };
-        scene.give_receive_buffers(0);
-        scene
+        device.activate(Activation { memory: memory.clone(), features, queues: theirs }).unwrap();
+        let mut harness = Self { device, memory, socket: packet_socket("tap0", IPV4), queues };
+        harness.give_receive_buffers(0);
+        harness
     }
 
     fn queue(&mut self, index: usize) -> &mut Queue {
@@ -131,7 +131,7 @@ impl Scene {
     }
 }
 
-impl Drop for Scene {
+impl Drop for Harness {
     fn drop(&mut self) {
         self.device.stop();
     }
@@ -158,20 +158,20 @@ fn datagram(connection: u16) -> Vec<u8> {
 #[test]
 fn frames_reach_the_second_pair_only_while_the_driver_uses_it() {
     in_new_namespace(|| {
-        let mut scene = Scene::new(0, &[]);
-        scene.give_receive_buffers(1);
-        assert_eq!(scene.receive_all(), [CONNECTIONS, 0]);
+        let mut harness = Harness::new(0, &[]);
+        harness.give_receive_buffers(1);
+        assert_eq!(harness.receive_all(), [CONNECTIONS, 0]);
 
-        assert_eq!(scene.set_pairs(2), 0);
-        let received = scene.receive_all();
+        assert_eq!(harness.set_pairs(2), 0);
+        let received = harness.receive_all();
         assert!(received[0] > 0 && received[1] > 0, "{received:?}");
-        scene.send(0);
-        scene.send(1);
+        harness.send(0);
+        harness.send(1);
 
-        assert_eq!(scene.set_pairs(1), 0);
-        scene.give_receive_buffers(0);
-        assert_eq!(scene.receive_all(), [CONNECTIONS, 0]);
-        let counters: Vec<_> = scene.device.counters().iter().map(|(_, counter)| counter.get()).collect();
+        assert_eq!(harness.set_pairs(1), 0);
+        harness.give_receive_buffers(0);
+        assert_eq!(harness.receive_all(), [CONNECTIONS, 0]);
+        let counters: Vec<_> = harness.device.counters().iter().map(|(_, counter)| counter.get()).collect();
         assert_eq!((counters[0], counters[3]), (3 * u64::from(CONNECTIONS), 2));
     });
 }
@@ -179,31 +179,31 @@ fn frames_reach_the_second_pair_only_while_the_driver_uses_it() {
 #[test]
 fn a_driver_without_multi_queue_leaves_out_the_second_pair() {
     in_new_namespace(|| {
-        let mut scene = Scene::new(feature::MQ | feature::CTRL_VQ, &[2, 3, 4]);
-        assert_eq!(scene.receive_all(), [CONNECTIONS, 0]);
-        scene.send(0);
+        let mut harness = Harness::new(feature::MQ | feature::CTRL_VQ, &[2, 3, 4]);
+        assert_eq!(harness.receive_all(), [CONNECTIONS, 0]);
+        harness.send(0);
     });
 }
 
 #[test]
 fn without_multi_queue_the_control_queue_follows_the_first_pair_and_refuses_all() {
     in_new_namespace(|| {
-        let mut scene = Scene::new(feature::MQ, &[3, 4]);
-        assert_eq!(scene.command(2, [4, 0, 1, 0]), 1);
-        assert_eq!(scene.command(2, [4, 0, 2, 0]), 1);
-        scene.send(0);
+        let mut harness = Harness::new(feature::MQ, &[3, 4]);
+        assert_eq!(harness.command(2, [4, 0, 1, 0]), 1);
+        assert_eq!(harness.command(2, [4, 0, 2, 0]), 1);
+        harness.send(0);
     });
 }
 
 #[test]
 fn a_driver_that_leaves_out_queues_cannot_use_their_pair() {
     in_new_namespace(|| {
-        let mut scene = Scene::new(0, &[3]);
-        assert_eq!(scene.set_pairs(2), 1);
-        assert_eq!(scene.set_pairs(1), 0);
-        let queue = scene.queue(2);
+        let mut harness = Harness::new(0, &[3]);
+        assert_eq!(harness.set_pairs(2), 1);
+        assert_eq!(harness.set_pairs(1), 0);
+        let queue = harness.queue(2);
         queue.ring.add(&[Buffer { address: RECEIVE_BUFFERS, length: 2048, writable: true }]);
-        assert_eq!(scene.receive_all(), [CONNECTIONS, 0]);
+        assert_eq!(harness.receive_all(), [CONNECTIONS, 0]);
     });
 }
 
@@ -221,7 +221,7 @@ fn a_driver_without_the_first_pair_cannot_activate_the_device() {
         let mut device = Net::new(0, &config).unwrap();
         let features = device.features() | F_VERSION_1;
         let queues = (0..5).map(|_| None).collect();
-        let refused = device.activate(Active { memory: guest_memory(), features, queues });
+        let refused = device.activate(Activation { memory: guest_memory(), features, queues });
         assert!(matches!(refused, Err(ActivateError::Queues)));
     });
 }
@@ -229,15 +229,15 @@ fn a_driver_without_the_first_pair_cannot_activate_the_device() {
 #[test]
 fn a_pair_whose_queue_the_guest_breaks_gets_no_frames_and_the_other_all() {
     in_new_namespace(|| {
-        let mut scene = Scene::new(0, &[]);
-        assert_eq!(scene.set_pairs(2), 0);
-        let queue = scene.queue(3);
+        let mut harness = Harness::new(0, &[]);
+        assert_eq!(harness.set_pairs(2), 0);
+        let queue = harness.queue(3);
         queue.ring.set_available(1000);
         queue.notified.write(1).unwrap();
         // The thread of the second pair ends by itself.
-        scene.device.workers.remove(1).0.join().unwrap();
-        assert_eq!(scene.receive_all(), [CONNECTIONS, 0]);
-        scene.send(0);
-        assert_eq!((scene.set_pairs(1), scene.set_pairs(2)), (0, 1));
+        harness.device.workers.remove(1).0.join().unwrap();
+        assert_eq!(harness.receive_all(), [CONNECTIONS, 0]);
+        harness.send(0);
+        assert_eq!((harness.set_pairs(1), harness.set_pairs(2)), (0, 1));
     });
 }

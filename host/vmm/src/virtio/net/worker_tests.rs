@@ -22,7 +22,7 @@ const RECEIVE_BUFFERS: u64 = 0x10_0000;
 const TRANSMIT_BUFFER: u64 = 0x80_0000;
 const OUTSIDE: u64 = 0xf000_0000;
 
-struct Scene {
+struct Harness {
     worker: Worker,
     memory: GuestMemory,
     receive: Ring,
@@ -34,7 +34,7 @@ struct Scene {
     next_buffer: u64,
 }
 
-impl Scene {
+impl Harness {
     fn merging() -> Self {
         Self::new(feature::MRG_RXBUF)
     }
@@ -128,251 +128,254 @@ fn payload(length: usize) -> Vec<u8> {
 
 #[test]
 fn a_frame_that_fits_one_buffer_has_one_in_its_header() {
-    let mut scene = Scene::merging();
-    let address = scene.give(2048);
-    scene.host_sends(&payload(100));
-    scene.run_until_idle();
-    assert_eq!(scene.receive.used(), Some((0, 112)));
-    assert_eq!(scene.read(address, 12), [255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 1, 0]);
-    assert_eq!(scene.read(address + 12, 100), payload(100));
-    assert_eq!((scene.counters.rx_packets.get(), scene.counters.rx_bytes.get()), (1, 100));
+    let mut harness = Harness::merging();
+    let address = harness.give(2048);
+    harness.host_sends(&payload(100));
+    harness.run_until_idle();
+    assert_eq!(harness.receive.used(), Some((0, 112)));
+    assert_eq!(harness.read(address, 12), [255, 255, 255, 255, 255, 255, 255, 255, 255, 255, 1, 0]);
+    assert_eq!(harness.read(address + 12, 100), payload(100));
+    assert_eq!((harness.counters.rx_packets.get(), harness.counters.rx_bytes.get()), (1, 100));
 }
 
 #[test]
 fn a_large_frame_is_merged_from_as_many_buffers_as_it_fills() {
-    let mut scene = Scene::merging();
-    let addresses: Vec<_> = (0..100).map(|_| scene.give(1500)).collect();
-    scene.host_sends(&payload(65550));
-    scene.host_sends(&payload(60));
-    scene.run_until_idle();
+    let mut harness = Harness::merging();
+    let addresses: Vec<_> = (0..100).map(|_| harness.give(1500)).collect();
+    harness.host_sends(&payload(65550));
+    harness.host_sends(&payload(60));
+    harness.run_until_idle();
     // 43 full buffers and 1062 bytes.
-    let used: Vec<_> = std::iter::from_fn(|| scene.receive.used()).collect();
+    let used: Vec<_> = std::iter::from_fn(|| harness.receive.used()).collect();
     assert_eq!(used.len(), 45);
     assert!(used[..43].iter().all(|(_, length)| *length == 1500));
     assert_eq!(used[43].1 as usize, FRAME_MAX - 43 * 1500);
     assert_eq!(used[44], (44, 72));
     // The buffers follow one another in memory.
-    assert_eq!(scene.read(addresses[0] + 10, 2), [44, 0]);
-    assert_eq!(scene.read(addresses[0] + 12, 65550), payload(65550));
-    assert_eq!(scene.read(addresses[44] + 10, 2), [1, 0]);
-    assert_eq!(scene.read(addresses[44] + 12, 60), payload(60));
+    assert_eq!(harness.read(addresses[0] + 10, 2), [44, 0]);
+    assert_eq!(harness.read(addresses[0] + 12, 65550), payload(65550));
+    assert_eq!(harness.read(addresses[44] + 10, 2), [1, 0]);
+    assert_eq!(harness.read(addresses[44] + 12, 60), payload(60));
 }
 
 #[test]
 fn the_number_of_buffers_is_written_wherever_the_guest_has_cut_the_header() {
-    let mut scene = Scene::merging();
+    let mut harness = Harness::merging();
     let piece = |address, length| Buffer { address, length, writable: true };
     let other = RECEIVE_BUFFERS + 0x1000;
-    scene.receive.add(&[piece(RECEIVE_BUFFERS, 11), piece(other, 1), piece(other + 0x1000, 500)]);
-    scene.host_sends(&payload(20));
-    scene.run_until_idle();
-    assert_eq!(scene.receive.used(), Some((0, 32)));
-    assert_eq!((scene.read(RECEIVE_BUFFERS + 10, 1), scene.read(other, 1)), (vec![1], vec![0]));
-    assert_eq!(scene.read(other + 0x1000, 20), payload(20));
+    harness.receive.add(&[piece(RECEIVE_BUFFERS, 11), piece(other, 1), piece(other + 0x1000, 500)]);
+    harness.host_sends(&payload(20));
+    harness.run_until_idle();
+    assert_eq!(harness.receive.used(), Some((0, 32)));
+    assert_eq!((harness.read(RECEIVE_BUFFERS + 10, 1), harness.read(other, 1)), (vec![1], vec![0]));
+    assert_eq!(harness.read(other + 0x1000, 20), payload(20));
 }
 
 #[test]
 fn a_guest_that_waits_for_a_buffer_in_the_middle_of_a_frame_is_interrupted() {
-    let mut scene = Scene::new(feature::MRG_RXBUF | crate::virtio::F_EVENT_IDX);
+    let mut harness = Harness::new(feature::MRG_RXBUF | crate::virtio::F_EVENT_IDX);
     for _ in 0..100 {
-        scene.give(100);
+        harness.give(100);
     }
     let used_event = RECEIVE_RING + 0x1000 + 4 + 2 * u64::from(QUEUE);
-    let interrupted = |scene: &Scene| scene.receive_interrupt.0.read().is_ok();
+    let interrupted = |harness: &Harness| harness.receive_interrupt.0.read().is_ok();
 
-    scene.memory.write_obj(3u16, GuestAddress(used_event)).unwrap();
-    scene.host_sends(&payload(88));
-    scene.run_until_idle();
-    assert!(!interrupted(&scene));
-    scene.host_sends(&payload(900));
-    scene.run_until_idle();
-    assert!(interrupted(&scene));
-    scene.host_sends(&payload(900));
-    scene.run_until_idle();
-    assert!(!interrupted(&scene));
+    harness.memory.write_obj(3u16, GuestAddress(used_event)).unwrap();
+    harness.host_sends(&payload(88));
+    harness.run_until_idle();
+    assert!(!interrupted(&harness));
+    harness.host_sends(&payload(900));
+    harness.run_until_idle();
+    assert!(interrupted(&harness));
+    harness.host_sends(&payload(900));
+    harness.run_until_idle();
+    assert!(!interrupted(&harness));
 }
 
 #[test]
 fn without_merging_a_frame_takes_one_chain_and_is_dropped_if_it_does_not_fit() {
-    let mut scene = Scene::new(0);
-    let first = scene.give(1526);
-    scene.give(1526);
-    scene.host_sends(&payload(1515));
-    scene.host_sends(&payload(1514));
-    scene.run_until_idle();
-    assert_eq!(scene.receive.used(), Some((0, 1526)));
-    assert_eq!(scene.receive.used(), None);
-    assert_eq!(scene.read(first + 10, 2), [1, 0]);
-    assert_eq!(scene.read(first + 12, 1514), payload(1514));
-    assert_eq!((scene.counters.rx_packets.get(), scene.counters.rx_dropped.get()), (1, 1));
+    let mut harness = Harness::new(0);
+    let first = harness.give(1526);
+    harness.give(1526);
+    harness.host_sends(&payload(1515));
+    harness.host_sends(&payload(1514));
+    harness.run_until_idle();
+    assert_eq!(harness.receive.used(), Some((0, 1526)));
+    assert_eq!(harness.receive.used(), None);
+    assert_eq!(harness.read(first + 10, 2), [1, 0]);
+    assert_eq!(harness.read(first + 12, 1514), payload(1514));
+    assert_eq!((harness.counters.rx_packets.get(), harness.counters.rx_dropped.get()), (1, 1));
 }
 
 #[test]
 fn a_frame_larger_than_all_buffers_is_dropped_and_the_buffers_stay() {
-    let mut scene = Scene::merging();
-    scene.give(1000);
-    scene.give(1000);
-    scene.host_sends(&payload(5000));
-    scene.host_sends(&payload(1200));
-    scene.run_until_idle();
-    assert_eq!((scene.receive.used(), scene.receive.used()), (Some((0, 1000)), Some((1, 212))));
-    assert_eq!(scene.counters.rx_dropped.get(), 1);
+    let mut harness = Harness::merging();
+    harness.give(1000);
+    harness.give(1000);
+    harness.host_sends(&payload(5000));
+    harness.host_sends(&payload(1200));
+    harness.run_until_idle();
+    assert_eq!((harness.receive.used(), harness.receive.used()), (Some((0, 1000)), Some((1, 212))));
+    assert_eq!(harness.counters.rx_dropped.get(), 1);
 }
 
 #[test]
 fn a_guest_without_buffers_lets_the_worker_sleep_and_gets_its_frames_later() {
-    let mut scene = Scene::merging();
-    scene.host_sends(&payload(100));
-    scene.run_until_idle();
+    let mut harness = Harness::merging();
+    harness.host_sends(&payload(100));
+    harness.run_until_idle();
     // The frame in the tap is not reported again: a wait without a time limit would not return.
-    assert_eq!(scene.worker.wait_context.wait::<4>(Some(Duration::ZERO)).unwrap().count(), 0);
-    scene.give(2048);
-    scene.worker.receiver.queue.notified.write(1).unwrap();
-    scene.run_until_idle();
-    assert_eq!(scene.receive.used(), Some((0, 112)));
+    assert_eq!(harness.worker.wait_context.wait::<4>(Some(Duration::ZERO)).unwrap().count(), 0);
+    harness.give(2048);
+    harness.worker.receiver.queue.notified.write(1).unwrap();
+    harness.run_until_idle();
+    assert_eq!(harness.receive.used(), Some((0, 112)));
 }
 
 #[test]
 fn hostile_receive_buffers_are_returned_empty_and_the_next_good_one_is_used() {
-    let mut scene = Scene::merging();
+    let mut harness = Harness::merging();
     let buffer = |address, length| Buffer { address, length, writable: true };
-    scene.receive.add(&[buffer(OUTSIDE, 2048)]);
-    scene.receive.add(&[buffer(RECEIVE_BUFFERS, 0)]);
-    scene.receive.add(&[buffer(RECEIVE_BUFFERS, 11)]);
-    scene.receive.add(&[buffer(RECEIVE_BUFFERS, u32::MAX)]);
-    scene.receive.add(&[buffer(u64::MAX, 2048)]);
-    scene.receive.add(&[Buffer { address: RECEIVE_BUFFERS, length: 2048, writable: false }]);
-    scene.receive.add(&[buffer(RECEIVE_BUFFERS, 100), buffer(OUTSIDE, 100)]);
-    let good = scene.give(2048);
-    scene.host_sends(&payload(300));
-    scene.run_until_idle();
+    harness.receive.add(&[buffer(OUTSIDE, 2048)]);
+    harness.receive.add(&[buffer(RECEIVE_BUFFERS, 0)]);
+    harness.receive.add(&[buffer(RECEIVE_BUFFERS, 11)]);
+    harness.receive.add(&[buffer(RECEIVE_BUFFERS, u32::MAX)]);
+    harness.receive.add(&[buffer(u64::MAX, 2048)]);
+    harness.receive.add(&[Buffer { address: RECEIVE_BUFFERS, length: 2048, writable: false }]);
+    harness.receive.add(&[buffer(RECEIVE_BUFFERS, 100), buffer(OUTSIDE, 100)]);
+    let good = harness.give(2048);
+    harness.host_sends(&payload(300));
+    harness.run_until_idle();
     for head in [0, 1, 2, 3, 4, 5, 6] {
-        assert_eq!(scene.receive.used(), Some((head, 0)));
+        assert_eq!(harness.receive.used(), Some((head, 0)));
     }
-    assert_eq!(scene.receive.used(), Some((8, 312)));
-    assert_eq!(scene.read(good + 12, 300), payload(300));
-    assert_eq!(scene.counters.rx_dropped.get(), 7);
+    assert_eq!(harness.receive.used(), Some((8, 312)));
+    assert_eq!(harness.read(good + 12, 300), payload(300));
+    assert_eq!(harness.counters.rx_dropped.get(), 7);
 }
 
 #[test]
 fn a_frame_cut_into_odd_pieces_arrives_whole() {
-    let mut scene = Scene::merging();
-    scene.guest_sends(&payload(1000), &[1, 10, 3, 13, 0, 985]);
-    scene.run_until_idle();
-    assert_eq!(scene.host_gets().unwrap(), [&[0; 12][..], &payload(1000)].concat());
-    assert_eq!(scene.transmit.used(), Some((0, 0)));
-    assert_eq!((scene.counters.tx_packets.get(), scene.counters.tx_bytes.get()), (1, 1000));
+    let mut harness = Harness::merging();
+    harness.guest_sends(&payload(1000), &[1, 10, 3, 13, 0, 985]);
+    harness.run_until_idle();
+    assert_eq!(harness.host_gets().unwrap(), [&[0; 12][..], &payload(1000)].concat());
+    assert_eq!(harness.transmit.used(), Some((0, 0)));
+    assert_eq!((harness.counters.tx_packets.get(), harness.counters.tx_bytes.get()), (1, 1000));
 }
 
 #[test]
 fn the_largest_frame_is_sent_and_a_larger_one_is_not() {
-    let mut scene = Scene::merging();
-    scene.guest_sends(&payload(65551), &[FRAME_MAX + 1]);
-    scene.guest_sends(&payload(65550), &[12, 65550]);
-    scene.run_until_idle();
-    assert_eq!(scene.host_gets().unwrap().len(), FRAME_MAX);
-    assert!(scene.host_gets().is_none());
-    assert_eq!((scene.counters.tx_packets.get(), scene.counters.tx_dropped.get()), (1, 1));
+    let mut harness = Harness::merging();
+    harness.guest_sends(&payload(65551), &[FRAME_MAX + 1]);
+    harness.guest_sends(&payload(65550), &[12, 65550]);
+    harness.run_until_idle();
+    assert_eq!(harness.host_gets().unwrap().len(), FRAME_MAX);
+    assert!(harness.host_gets().is_none());
+    assert_eq!((harness.counters.tx_packets.get(), harness.counters.tx_dropped.get()), (1, 1));
 }
 
 #[test]
 fn hostile_frames_are_dropped_and_the_next_good_one_is_sent() {
-    let mut scene = Scene::merging();
+    let mut harness = Harness::merging();
     let buffer = |address, length| Buffer { address, length, writable: false };
-    scene.transmit.add(&[buffer(OUTSIDE, 100)]);
-    scene.transmit.add(&[buffer(TRANSMIT_BUFFER, 0)]);
-    scene.transmit.add(&[buffer(TRANSMIT_BUFFER, 25)]);
-    scene.transmit.add(&[buffer(TRANSMIT_BUFFER, u32::MAX)]);
-    scene.transmit.add(&[buffer(TRANSMIT_BUFFER, 50), buffer(u64::MAX - 5, 50)]);
-    scene.transmit.add(&[Buffer { address: TRANSMIT_BUFFER, length: 100, writable: true }]);
-    scene.guest_sends(&payload(60), &[72]);
-    scene.run_until_idle();
-    assert_eq!(scene.host_gets().unwrap().len(), 72);
-    assert!(scene.host_gets().is_none());
-    assert_eq!(std::iter::from_fn(|| scene.transmit.used()).count(), 7);
-    assert_eq!((scene.counters.tx_packets.get(), scene.counters.tx_dropped.get()), (1, 6));
+    harness.transmit.add(&[buffer(OUTSIDE, 100)]);
+    harness.transmit.add(&[buffer(TRANSMIT_BUFFER, 0)]);
+    harness.transmit.add(&[buffer(TRANSMIT_BUFFER, 25)]);
+    harness.transmit.add(&[buffer(TRANSMIT_BUFFER, u32::MAX)]);
+    harness.transmit.add(&[buffer(TRANSMIT_BUFFER, 50), buffer(u64::MAX - 5, 50)]);
+    harness.transmit.add(&[Buffer { address: TRANSMIT_BUFFER, length: 100, writable: true }]);
+    harness.guest_sends(&payload(60), &[72]);
+    harness.run_until_idle();
+    assert_eq!(harness.host_gets().unwrap().len(), 72);
+    assert!(harness.host_gets().is_none());
+    assert_eq!(std::iter::from_fn(|| harness.transmit.used()).count(), 7);
+    assert_eq!((harness.counters.tx_packets.get(), harness.counters.tx_dropped.get()), (1, 6));
 }
 
 #[test]
 fn a_loop_of_descriptors_ends() {
-    let mut scene = Scene::merging();
+    let mut harness = Harness::merging();
     let piece = Buffer { address: TRANSMIT_BUFFER, length: 300, writable: false };
-    scene.transmit.add(&[piece; 2]);
+    harness.transmit.add(&[piece; 2]);
     // The second descriptor leads back to the first: as many bytes as the queue allows are too many.
     let second = TRANSMIT_RING + 16;
-    scene.memory.write_obj(1u16, GuestAddress(second + 12)).unwrap();
-    scene.memory.write_obj(0u16, GuestAddress(second + 14)).unwrap();
-    scene.run_until_idle();
-    assert!(scene.host_gets().is_none());
-    assert_eq!(scene.counters.tx_dropped.get(), 1);
+    harness.memory.write_obj(1u16, GuestAddress(second + 12)).unwrap();
+    harness.memory.write_obj(0u16, GuestAddress(second + 14)).unwrap();
+    harness.run_until_idle();
+    assert!(harness.host_gets().is_none());
+    assert_eq!(harness.counters.tx_dropped.get(), 1);
 }
 
 #[test]
 fn a_ring_that_claims_too_much_stops_the_device() {
-    let mut scene = Scene::merging();
-    scene.transmit.set_available(QUEUE + 1);
-    assert!(scene.worker.move_frames().is_err());
-    let mut scene = Scene::merging();
-    scene.receive.set_available(QUEUE + 1);
-    assert!(scene.worker.move_frames().is_err());
+    let mut harness = Harness::merging();
+    harness.transmit.set_available(QUEUE + 1);
+    assert!(harness.worker.move_frames().is_err());
+    let mut harness = Harness::merging();
+    harness.receive.set_available(QUEUE + 1);
+    assert!(harness.worker.move_frames().is_err());
 }
 
 #[test]
 fn heads_beyond_the_queue_stop_the_device() {
-    let mut scene = Scene::merging();
-    scene.transmit.offer(QUEUE);
-    assert!(scene.worker.move_frames().is_err());
+    let mut harness = Harness::merging();
+    harness.transmit.offer(QUEUE);
+    assert!(harness.worker.move_frames().is_err());
 }
 
 #[test]
 fn frames_that_the_tap_does_not_take_wait_without_spinning_and_arrive_in_order() {
-    let mut scene = Scene::merging();
+    let mut harness = Harness::merging();
     for number in 0..40 {
-        scene.transmit.add(&[Buffer {
+        harness.transmit.add(&[Buffer {
             address: TRANSMIT_BUFFER + number * 16,
             length: 40_000,
             writable: false,
         }]);
-        scene.memory.write_obj(number, GuestAddress(TRANSMIT_BUFFER + number * 16)).unwrap();
+        harness.memory.write_obj(number, GuestAddress(TRANSMIT_BUFFER + number * 16)).unwrap();
     }
-    scene.run_until_idle();
-    assert!(!scene.worker.writable);
-    assert!(scene.counters.tx_packets.get() < 40);
+    harness.run_until_idle();
+    assert!(!harness.worker.writable);
+    assert!(harness.counters.tx_packets.get() < 40);
     let mut got = 0u64;
-    while let Some(frame) = scene.host_gets() {
+    while let Some(frame) = harness.host_gets() {
         assert_eq!(frame[..8], got.to_le_bytes());
         got += 1;
-        scene.run_until_idle();
+        harness.run_until_idle();
     }
     assert_eq!(got, 40);
-    assert_eq!((scene.counters.tx_packets.get(), scene.counters.tx_dropped.get()), (40, 0));
+    assert_eq!((harness.counters.tx_packets.get(), harness.counters.tx_dropped.get()), (40, 0));
 }
 
 #[test]
 fn frames_from_both_sides_take_turns() {
-    let mut scene = Scene::merging();
+    let mut harness = Harness::merging();
     for _ in 0..BATCH + 5 {
-        scene.transmit.add(&[Buffer { address: TRANSMIT_BUFFER, length: 60, writable: false }]);
-        scene.give(100);
-        scene.host_sends(&payload(60));
+        harness.transmit.add(&[Buffer { address: TRANSMIT_BUFFER, length: 60, writable: false }]);
+        harness.give(100);
+        harness.host_sends(&payload(60));
     }
-    assert!(scene.worker.move_frames().unwrap());
+    assert!(harness.worker.move_frames().unwrap());
     let batch = BATCH as u64;
-    assert_eq!((scene.counters.tx_packets.get(), scene.counters.rx_packets.get()), (batch, batch));
-    scene.run_until_idle();
-    assert_eq!((scene.counters.tx_packets.get(), scene.counters.rx_packets.get()), (batch + 5, batch + 5));
+    assert_eq!((harness.counters.tx_packets.get(), harness.counters.rx_packets.get()), (batch, batch));
+    harness.run_until_idle();
+    assert_eq!(
+        (harness.counters.tx_packets.get(), harness.counters.rx_packets.get()),
+        (batch + 5, batch + 5)
+    );
 }
 
 #[test]
 fn without_the_tap_nothing_is_received_and_what_is_sent_is_dropped() {
-    let mut scene = Scene::merging();
-    scene.give(2048);
-    scene.host = None;
-    scene.run_until_idle();
-    assert!(scene.worker.tap.is_none());
-    scene.guest_sends(&payload(60), &[72]);
-    scene.run_until_idle();
-    assert_eq!(scene.transmit.used(), Some((0, 0)));
-    assert_eq!(scene.receive.used(), None);
-    assert_eq!(scene.counters.tx_dropped.get(), 1);
+    let mut harness = Harness::merging();
+    harness.give(2048);
+    harness.host = None;
+    harness.run_until_idle();
+    assert!(harness.worker.tap.is_none());
+    harness.guest_sends(&payload(60), &[72]);
+    harness.run_until_idle();
+    assert_eq!(harness.transmit.used(), Some((0, 0)));
+    assert_eq!(harness.receive.used(), None);
+    assert_eq!(harness.counters.tx_dropped.get(), 1);
 }

@@ -35,8 +35,8 @@ use thiserror::Error;
 pub use self::port_forward::Forward;
 use self::{mux::Mux, packet::GUEST_CID, worker::Worker};
 use super::{
-    ActivateError, Active, ActiveQueue, Counter, Device, F_EVENT_IDX, RunningWorker, all_queues, device_type,
-    read_config_bytes,
+    ActivateError, Activation, ActiveQueue, Counter, Device, F_EVENT_IDX, RunningWorker, all_queues,
+    device_type, read_config_bytes,
 };
 use crate::{config::VsockConfig, memory::GuestMemory};
 
@@ -132,9 +132,9 @@ impl Device for Vsock {
         read_config_bytes(&GUEST_CID.to_le_bytes(), offset, data);
     }
 
-    fn activate(&mut self, active: Active) -> Result<(), ActivateError> {
-        let queues = all_queues(active.queues)?;
-        self.start(active.memory, queues).map_err(ActivateError::Worker)
+    fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
+        let queues = all_queues(activation.queues)?;
+        self.start(activation.memory, queues).map_err(ActivateError::Worker)
     }
 
     fn stop(&mut self) {

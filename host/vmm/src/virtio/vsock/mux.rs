@@ -45,13 +45,13 @@ const STREAM_EVENTS: EventSet =
 /// loop.
 const LISTENER_EVENTS: EventSet = EventSet::IN.union(EventSet::EDGE_TRIGGERED);
 
-/// What has come of accepting connections from a listener.
+/// The outcome of accepting connections from a listener.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Accepted {
-    /// None is left.
-    All,
+enum AcceptOutcome {
+    /// No connection is left.
+    Drained,
     /// There may be more, which the listener does not report again.
-    Batch,
+    BatchFull,
 }
 
 /// All streams of a machine.
@@ -124,12 +124,12 @@ impl Mux {
 
     /// Handles an event of a listener: accepts a batch of its connections.
     pub fn on_listener_event(&mut self, listener: Listener) {
-        let accepted = match listener {
+        let outcome = match listener {
             Listener::HostPrograms => self.accept_host_programs(),
             Listener::PortForward => self.accept_forwarded(),
         };
         // The event is edge-triggered, so what is left over has to be remembered.
-        if accepted == Accepted::Batch && !self.unaccepted.contains(&listener) {
+        if outcome == AcceptOutcome::BatchFull && !self.unaccepted.contains(&listener) {
             self.unaccepted.push_back(listener);
         }
     }
@@ -174,7 +174,7 @@ impl Mux {
         }
     }
 
-    fn accept_host_programs(&mut self) -> Accepted {
+    fn accept_host_programs(&mut self) -> AcceptOutcome {
         for _ in 0..ACCEPT_BATCH {
             let watched = match self.listener.accept() {
                 Ok((stream, _)) => {
@@ -185,40 +185,40 @@ impl Mux {
                         .and_then(|()| self.watch_stream(&stream))
                         .map(|id| self.handshakes.insert(id, (stream, permit)))
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Accepted::All,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return AcceptOutcome::Drained,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => {
                     tracing::warn!(%error, "vsock: cannot accept a host program's connection");
-                    return Accepted::All;
+                    return AcceptOutcome::Drained;
                 }
             };
             if let Err(error) = watched {
                 tracing::warn!(%error, "vsock: cannot watch a host program's connection");
             }
         }
-        Accepted::Batch
+        AcceptOutcome::BatchFull
     }
 
-    fn accept_forwarded(&mut self) -> Accepted {
+    fn accept_forwarded(&mut self) -> AcceptOutcome {
         for _ in 0..ACCEPT_BATCH {
-            let Some((forward, guest_port)) = &self.forward else { return Accepted::All };
+            let Some((forward, guest_port)) = &self.forward else { return AcceptOutcome::Drained };
             let guest_port = *guest_port;
             let started = match forward.listener.accept() {
                 Ok((stream, _)) => self.start_port_forward(stream, guest_port),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Accepted::All,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return AcceptOutcome::Drained,
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(()),
                 // The client has closed it before it was accepted.
                 Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => Ok(()),
                 Err(error) => {
                     tracing::warn!(%error, "vsock: cannot accept a connection to be forwarded");
-                    return Accepted::All;
+                    return AcceptOutcome::Drained;
                 }
             };
             if let Err(error) = started {
                 tracing::warn!(%error, "vsock: cannot watch a connection to be forwarded");
             }
         }
-        Accepted::Batch
+        AcceptOutcome::BatchFull
     }
 
     /// Begins a stream to the guest for a connection to the pod's localhost.

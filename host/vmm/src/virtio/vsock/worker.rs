@@ -112,7 +112,7 @@ impl Worker {
             let Some(chain) = self.transmit.pop(&self.memory)? else { break };
             let head = chain.head_index();
             match gather(&self.memory, chain, &mut self.packet) {
-                Ok(length) => parse_packet(&mut self.mux, &self.packet[..length]),
+                Ok(length) => deliver_packet(&mut self.mux, &self.packet[..length]),
                 Err(error) => tracing::debug!(%error, "vsock: a packet outside memory is dropped"),
             }
             self.transmit.add_used(&self.memory, head, 0)?;
@@ -163,7 +163,7 @@ impl Worker {
 }
 
 /// Hands a packet from the guest to the mux, if its header is valid.
-fn parse_packet(mux: &mut Mux, packet: &[u8]) {
+fn deliver_packet(mux: &mut Mux, packet: &[u8]) {
     let Some((header, payload)) = packet.split_first_chunk::<HEADER_SIZE>() else {
         tracing::debug!(length = packet.len(), "vsock: a packet without a header is dropped");
         return;

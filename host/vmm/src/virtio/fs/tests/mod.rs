@@ -168,7 +168,7 @@ impl Guest {
         let share = ShareConfig { tag: "share".into(), directory: directory.path().join("share") };
         let mut device = Fs::new(&share).unwrap();
         let queues = queues.into_iter().map(Some).collect();
-        device.activate(Active { memory: memory.clone(), features: 0, queues }).unwrap();
+        device.activate(Activation { memory: memory.clone(), features: 0, queues }).unwrap();
         let wait_context = WaitContext::new().unwrap();
         wait_context.add(interrupt.as_ref(), Token::Interrupt).unwrap();
         Self { directory, device, memory, ring, notify, interrupt, wait_context, uid: 0 }

@@ -5,7 +5,7 @@ use virtiofsd::fuse::{CreateIn, LinkIn, MkdirIn, MknodIn, Rename2In, RenameIn};
 use super::*;
 
 /// A request that gives a name.
-struct Kind {
+struct NamingRequest {
     label: &'static str,
     opcode: Opcode,
     /// The file that it would change if the name were followed, relative to the share or to a directory like it.
@@ -14,38 +14,38 @@ struct Kind {
 }
 
 /// Each operation that gives a name to a file, and each of its names.
-fn kinds() -> Vec<Kind> {
-    let kind = |label, opcode, victim, body| Kind { label, opcode, victim, body };
+fn naming_requests() -> Vec<NamingRequest> {
+    let request = |label, opcode, victim, body| NamingRequest { label, opcode, victim, body };
     vec![
-        kind("look up", Opcode::Lookup, "file", |_, name| name.to_vec()),
-        kind("link symbolically", Opcode::Symlink, "new", |_, name| [name, b"target\0"].concat()),
-        kind("make a FIFO", Opcode::Mknod, "new", |_, name| {
+        request("look up", Opcode::Lookup, "file", |_, name| name.to_vec()),
+        request("link symbolically", Opcode::Symlink, "new", |_, name| [name, b"target\0"].concat()),
+        request("make a FIFO", Opcode::Mknod, "new", |_, name| {
             let node = MknodIn { mode: libc::S_IFIFO | 0o600, ..MknodIn::default() };
             [node.as_slice(), name].concat()
         }),
-        kind("make a directory", Opcode::Mkdir, "new", |_, name| {
+        request("make a directory", Opcode::Mkdir, "new", |_, name| {
             [MkdirIn { mode: 0o700, umask: 0 }.as_slice(), name].concat()
         }),
-        kind("unlink", Opcode::Unlink, "file", |_, name| name.to_vec()),
-        kind("remove a directory", Opcode::Rmdir, "empty", |_, name| name.to_vec()),
-        kind("rename from", Opcode::Rename, "file", |_, name| {
+        request("unlink", Opcode::Unlink, "file", |_, name| name.to_vec()),
+        request("remove a directory", Opcode::Rmdir, "empty", |_, name| name.to_vec()),
+        request("rename from", Opcode::Rename, "file", |_, name| {
             [RenameIn { newdir: ROOT_ID }.as_slice(), name, b"moved\0"].concat()
         }),
-        kind("rename to", Opcode::Rename, "new", |_, name| {
+        request("rename to", Opcode::Rename, "new", |_, name| {
             [RenameIn { newdir: ROOT_ID }.as_slice(), b"file\0", name].concat()
         }),
-        kind("rename from, with flags", Opcode::Rename2, "file", |_, name| {
+        request("rename from, with flags", Opcode::Rename2, "file", |_, name| {
             let rename = Rename2In { newdir: ROOT_ID, flags: libc::RENAME_NOREPLACE, padding: 0 };
             [rename.as_slice(), name, b"moved\0"].concat()
         }),
-        kind("rename to, with flags", Opcode::Rename2, "new", |_, name| {
+        request("rename to, with flags", Opcode::Rename2, "new", |_, name| {
             let rename = Rename2In { newdir: ROOT_ID, flags: libc::RENAME_NOREPLACE, padding: 0 };
             [rename.as_slice(), b"file\0", name].concat()
         }),
-        kind("link", Opcode::Link, "new", |guest, name| {
+        request("link", Opcode::Link, "new", |guest, name| {
             [LinkIn { oldnodeid: guest.find("file") }.as_slice(), name].concat()
         }),
-        kind("create", Opcode::Create, "new", |_, name| {
+        request("create", Opcode::Create, "new", |_, name| {
             let flags = (libc::O_CREAT | libc::O_RDWR).cast_unsigned();
             [CreateIn { flags, mode: 0o600, ..CreateIn::default() }.as_slice(), name].concat()
         }),
@@ -76,13 +76,13 @@ fn bad_names(guest: &Guest, victim: &str) -> Vec<(Vec<u8>, i32)> {
 fn a_name_that_could_lead_out_of_the_share_is_refused_by_every_request() {
     let mut guest = Guest::new();
     let before = manifest(guest.directory.path());
-    for kind in kinds() {
-        for (name, expected) in bad_names(&guest, kind.victim) {
+    for request in naming_requests() {
+        for (name, expected) in bad_names(&guest, request.victim) {
             let shown = String::from_utf8_lossy(&name).into_owned();
-            let body = (kind.body)(&mut guest, &name);
-            let reply = guest.ask(kind.opcode, ROOT_ID, &body);
-            assert_eq!(reply.error, expected, "{} {shown:?}", kind.label);
-            assert_eq!(manifest(guest.directory.path()), before, "{} {shown:?}", kind.label);
+            let body = (request.body)(&mut guest, &name);
+            let reply = guest.ask(request.opcode, ROOT_ID, &body);
+            assert_eq!(reply.error, expected, "{} {shown:?}", request.label);
+            assert_eq!(manifest(guest.directory.path()), before, "{} {shown:?}", request.label);
         }
     }
 }
@@ -91,25 +91,26 @@ fn a_name_that_could_lead_out_of_the_share_is_refused_by_every_request() {
 fn a_name_without_an_end_is_refused_by_every_request() {
     let mut guest = Guest::new();
     let before = manifest(guest.directory.path());
-    for kind in kinds() {
-        let mut body = (kind.body)(&mut guest, kind.victim.as_bytes());
+    for request in naming_requests() {
+        let mut body = (request.body)(&mut guest, request.victim.as_bytes());
         if body.ends_with(&[0]) {
             body.pop();
         }
-        assert_eq!(guest.ask(kind.opcode, ROOT_ID, &body).error, libc::EINVAL, "{}", kind.label);
-        assert_eq!(manifest(guest.directory.path()), before, "{}", kind.label);
+        assert_eq!(guest.ask(request.opcode, ROOT_ID, &body).error, libc::EINVAL, "{}", request.label);
+        assert_eq!(manifest(guest.directory.path()), before, "{}", request.label);
     }
 }
 
 #[test]
 fn every_request_does_what_it_says_with_a_good_name() {
-    for kind in kinds() {
+    for request in naming_requests() {
         let mut guest = Guest::new();
-        let body = (kind.body)(&mut guest, &string(kind.victim));
-        assert_eq!(guest.ask(kind.opcode, ROOT_ID, &body).error, 0, "{}", kind.label);
-        let there = guest.share(kind.victim).symlink_metadata().is_ok();
-        let taken = kind.label.contains("from") || kind.label.contains("remove") || kind.label == "unlink";
-        assert_eq!(there, !taken, "{}", kind.label);
+        let body = (request.body)(&mut guest, &string(request.victim));
+        assert_eq!(guest.ask(request.opcode, ROOT_ID, &body).error, 0, "{}", request.label);
+        let there = guest.share(request.victim).symlink_metadata().is_ok();
+        let taken =
+            request.label.contains("from") || request.label.contains("remove") || request.label == "unlink";
+        assert_eq!(there, !taken, "{}", request.label);
     }
 }
 

@@ -365,14 +365,14 @@ impl Random {
 }
 
 /// Node ids and handles of files. Those that a request has forgotten or removed are looked up again.
-struct Known {
+struct KnownFiles {
     file: u64,
     directory: u64,
     handle: u64,
     listing: u64,
 }
 
-impl Known {
+impl KnownFiles {
     fn find(guest: &mut Guest) -> Self {
         fs::create_dir_all(guest.share("directory")).unwrap();
         fs::write(guest.share("file"), "kept").unwrap();
@@ -389,13 +389,13 @@ fn random_requests_do_not_stop_the_device_or_reach_out_of_the_share() {
         [b"file\0", b"..\0", b"../outside/file\0", b"../outside/made\0", b"made\0", b"new\0", b"\0"];
     let mut guest = Guest::new();
     let before = manifest(&guest.outside(""));
-    let mut known = Known::find(&mut guest);
+    let mut known = KnownFiles::find(&mut guest);
     let mut random = Random(0x9e37_79b9_7f4a_7c15);
     let mut done = 0;
     for round in 0..20_000 {
         let mut body = Vec::new();
         let mut leads_out = false;
-        let Known { file, directory, handle, listing } = known;
+        let KnownFiles { file, directory, handle, listing } = known;
         // One request in four is arbitrary. The others have the form that their operation needs.
         if round % 4 == 0 {
             let opcode = random.pick(&(0..54).filter(|opcode| *opcode != 38).collect::<Vec<u32>>());
@@ -427,7 +427,7 @@ fn random_requests_do_not_stop_the_device_or_reach_out_of_the_share() {
         }
         if round % 8 == 0 {
             assert_eq!(guest.ask(Opcode::Init, 0, &init(7, 38, FsOptions::all())).error, 0);
-            known = Known::find(&mut guest);
+            known = KnownFiles::find(&mut guest);
         }
     }
     guest.assert_served("all that");

@@ -4,11 +4,11 @@ use super::*;
 
 #[test]
 fn a_host_program_and_the_guest_exchange_data() {
-    let mut scene = Scene::new();
-    let (mut stream, ports) = scene.established();
+    let mut harness = Harness::new();
+    let (mut stream, ports) = harness.established();
     stream.write_all(b"ping").unwrap();
-    assert_eq!(scene.received()[0].1, b"ping");
-    scene.send(data(ports, b"pong"), b"pong");
+    assert_eq!(harness.received()[0].1, b"ping");
+    harness.send(data(ports, b"pong"), b"pong");
     let mut answer = [0; 4];
     stream.read_exact(&mut answer).unwrap();
     assert_eq!(&answer, b"pong");
@@ -16,16 +16,16 @@ fn a_host_program_and_the_guest_exchange_data() {
 
 #[test]
 fn a_greeting_in_pieces_is_put_together_and_what_follows_is_for_the_guest() {
-    let mut scene = Scene::new();
-    let mut stream = scene.connect();
+    let mut harness = Harness::new();
+    let mut stream = harness.connect();
     for piece in ["CONN", "ECT 10", "24"] {
         stream.write_all(piece.as_bytes()).unwrap();
-        assert_eq!(scene.operations(), []);
+        assert_eq!(harness.operations(), []);
     }
     stream.write_all(b"\nhello").unwrap();
-    let request = scene.received()[0].0;
-    scene.send(packet(request.ports, Operation::Response), &[]);
-    assert_eq!(scene.received()[0].1, b"hello");
+    let request = harness.received()[0].0;
+    harness.send(packet(request.ports, Operation::Response), &[]);
+    assert_eq!(harness.received()[0].1, b"hello");
 }
 
 #[test]
@@ -38,10 +38,10 @@ fn a_greeting_that_is_none_ends_the_connection() {
         "CONNECT -1\n",
         "nonewlineatallhere!!!",
     ] {
-        let mut scene = Scene::new();
-        let mut stream = scene.connect();
+        let mut harness = Harness::new();
+        let mut stream = harness.connect();
         stream.write_all(greeting.as_bytes()).unwrap();
-        assert_eq!(scene.operations(), [], "{greeting}");
+        assert_eq!(harness.operations(), [], "{greeting}");
         // Closed, perhaps with bytes that nobody has read.
         assert!(!matches!(stream.read(&mut [0; 1]), Ok(1..)), "{greeting}");
     }
@@ -49,71 +49,71 @@ fn a_greeting_that_is_none_ends_the_connection() {
 
 #[test]
 fn a_guest_that_refuses_ends_the_host_programs_connection() {
-    let mut scene = Scene::new();
-    let mut stream = scene.connect();
+    let mut harness = Harness::new();
+    let mut stream = harness.connect();
     stream.write_all(b"CONNECT 9\n").unwrap();
-    let request = scene.received()[0].0;
-    scene.send(packet(request.ports, Operation::Reset), &[]);
-    assert!(at_end(&mut stream));
+    let request = harness.received()[0].0;
+    harness.send(packet(request.ports, Operation::Reset), &[]);
+    assert!(reads_end(&mut stream));
 }
 
 #[test]
 fn a_host_program_that_does_not_wait_is_taken_back() {
-    let mut scene = Scene::new();
-    let mut stream = scene.connect();
+    let mut harness = Harness::new();
+    let mut stream = harness.connect();
     stream.write_all(b"CONNECT 9\n").unwrap();
-    assert_eq!(scene.operations(), [Operation::Request]);
+    assert_eq!(harness.operations(), [Operation::Request]);
     drop(stream);
-    assert_eq!(scene.operations(), [Operation::Reset]);
+    assert_eq!(harness.operations(), [Operation::Reset]);
 }
 
 #[test]
 fn the_guest_reaches_a_host_port_that_it_may_reach_and_no_other() {
-    let mut scene = Scene::new();
-    let (mut stream, ports) = scene.accepted();
-    scene.send(data(ports, b"ready"), b"ready");
+    let mut harness = Harness::new();
+    let (mut stream, ports) = harness.accepted();
+    harness.send(data(ports, b"ready"), b"ready");
     let mut bytes = [0; 5];
     stream.read_exact(&mut bytes).unwrap();
     assert_eq!(&bytes, b"ready");
 
-    UnixListener::bind(scene.directory.path().join("vsock.sock_1026")).unwrap();
-    scene.send(packet(Ports { host: 1026, guest: 5001 }, Operation::Request), &[]);
-    assert_eq!(scene.operations(), [Operation::Reset]);
+    UnixListener::bind(harness.directory.path().join("vsock.sock_1026")).unwrap();
+    harness.send(packet(Ports { host: 1026, guest: 5001 }, Operation::Request), &[]);
+    assert_eq!(harness.operations(), [Operation::Reset]);
 }
 
 #[test]
 fn a_host_port_that_nobody_serves_is_refused() {
-    let mut scene = Scene::new();
-    scene.send(packet(Ports { host: HOST_PORT, guest: 5001 }, Operation::Request), &[]);
-    assert_eq!(scene.operations(), [Operation::Reset]);
+    let mut harness = Harness::new();
+    harness.send(packet(Ports { host: HOST_PORT, guest: 5001 }, Operation::Request), &[]);
+    assert_eq!(harness.operations(), [Operation::Reset]);
 }
 
 #[test]
 fn packets_of_no_connection_are_answered_with_a_reset_but_resets_are_not() {
-    let mut scene = Scene::new();
+    let mut harness = Harness::new();
     let ports = Ports { host: 7, guest: 8 };
     for operation in
         [Operation::ReadWrite, Operation::Response, Operation::Shutdown, Operation::CreditRequest]
     {
-        scene.send(packet(ports, operation), &[]);
-        assert_eq!(scene.operations(), [Operation::Reset], "{operation:?}");
+        harness.send(packet(ports, operation), &[]);
+        assert_eq!(harness.operations(), [Operation::Reset], "{operation:?}");
     }
-    scene.send(packet(ports, Operation::Reset), &[]);
-    assert_eq!(scene.operations(), []);
+    harness.send(packet(ports, Operation::Reset), &[]);
+    assert_eq!(harness.operations(), []);
 }
 
 #[test]
 fn a_half_closed_stream_still_carries_the_other_direction() {
-    let mut scene = Scene::new();
-    let (mut stream, ports) = scene.established();
+    let mut harness = Harness::new();
+    let (mut stream, ports) = harness.established();
     stream.write_all(b"request").unwrap();
     stream.shutdown(Shutdown::Write).unwrap();
-    let packets = scene.received();
+    let packets = harness.received();
     assert_eq!(packets[0].1, b"request");
     assert_eq!((packets[1].0.operation, packets[1].0.flags), (Operation::Shutdown, SHUTDOWN_SEND));
-    scene.send(data(ports, b"answer"), b"answer");
-    scene.send(Header { flags: SHUTDOWN_BOTH, ..packet(ports, Operation::Shutdown) }, &[]);
-    assert_eq!(scene.operations(), [Operation::Reset]);
+    harness.send(data(ports, b"answer"), b"answer");
+    harness.send(Header { flags: SHUTDOWN_BOTH, ..packet(ports, Operation::Shutdown) }, &[]);
+    assert_eq!(harness.operations(), [Operation::Reset]);
     let mut answer = String::new();
     stream.read_to_string(&mut answer).unwrap();
     assert_eq!(answer, "answer");
@@ -121,23 +121,23 @@ fn a_half_closed_stream_still_carries_the_other_direction() {
 
 #[test]
 fn a_guest_that_sends_no_more_still_receives() {
-    let mut scene = Scene::new();
-    let (mut stream, ports) = scene.established();
-    scene.send(Header { flags: SHUTDOWN_SEND, ..packet(ports, Operation::Shutdown) }, &[]);
-    assert!(at_end(&mut stream));
+    let mut harness = Harness::new();
+    let (mut stream, ports) = harness.established();
+    harness.send(Header { flags: SHUTDOWN_SEND, ..packet(ports, Operation::Shutdown) }, &[]);
+    assert!(reads_end(&mut stream));
     stream.write_all(b"late").unwrap();
-    assert_eq!(scene.received()[0].1, b"late");
+    assert_eq!(harness.received()[0].1, b"late");
 }
 
 #[test]
 fn a_host_program_that_closes_lets_the_guest_read_what_it_sent() {
-    let mut scene = Scene::new();
-    let (mut stream, ports) = scene.established();
+    let mut harness = Harness::new();
+    let (mut stream, ports) = harness.established();
     stream.write_all(b"last words").unwrap();
     drop(stream);
-    let packets = scene.received();
+    let packets = harness.received();
     assert_eq!(packets[0].1, b"last words");
     assert_eq!((packets[1].0.operation, packets[1].0.flags), (Operation::Shutdown, SHUTDOWN_BOTH));
-    scene.send(packet(ports, Operation::Reset), &[]);
-    assert!(scene.worker.mux.is_empty());
+    harness.send(packet(ports, Operation::Reset), &[]);
+    assert!(harness.worker.mux.is_empty());
 }

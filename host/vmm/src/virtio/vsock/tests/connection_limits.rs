@@ -7,31 +7,31 @@ use crate::virtio::vsock::{
 };
 
 /// Lets the time for closing connections pass.
-fn time_out(scene: &mut Scene) {
-    scene.turn();
-    scene.worker.mux.close_expired(Instant::now() + CLOSE_TIMEOUT);
-    scene.turn();
+fn time_out(harness: &mut Harness) {
+    harness.run_until_idle();
+    harness.worker.mux.close_expired(Instant::now() + CLOSE_TIMEOUT);
+    harness.run_until_idle();
 }
 
 #[test]
 fn connections_that_the_guest_makes_leave_places_for_host_programs() {
-    let mut scene = Scene::new();
-    let path = scene.directory.path().join(format!("vsock.sock_{HOST_PORT}"));
+    let mut harness = Harness::new();
+    let path = harness.directory.path().join(format!("vsock.sock_{HOST_PORT}"));
     let listener = UnixListener::bind(path).unwrap();
     let mut accepted = Vec::new();
     for guest in 0..u32::try_from(FROM_GUEST_MAX).unwrap() {
-        scene.send(packet(Ports { host: HOST_PORT, guest }, Operation::Request), &[]);
-        assert_eq!(scene.operations(), [Operation::Response], "connection {guest}");
+        harness.send(packet(Ports { host: HOST_PORT, guest }, Operation::Request), &[]);
+        assert_eq!(harness.operations(), [Operation::Response], "connection {guest}");
         accepted.push(listener.accept().unwrap());
     }
     let ports = Ports { host: HOST_PORT, guest: 100_000 };
-    scene.send(packet(ports, Operation::Request), &[]);
-    assert_eq!(scene.operations(), [Operation::Reset], "there is no place for one more");
-    let _of_host_program = scene.established();
+    harness.send(packet(ports, Operation::Request), &[]);
+    assert_eq!(harness.operations(), [Operation::Reset], "there is no place for one more");
+    let _of_host_program = harness.established();
     // A place is free again when its connection has ended.
-    scene.send(packet(Ports { host: HOST_PORT, guest: 0 }, Operation::Reset), &[]);
-    scene.send(packet(ports, Operation::Request), &[]);
-    assert_eq!(scene.operations(), [Operation::Response]);
+    harness.send(packet(Ports { host: HOST_PORT, guest: 0 }, Operation::Reset), &[]);
+    harness.send(packet(ports, Operation::Request), &[]);
+    assert_eq!(harness.operations(), [Operation::Response]);
 }
 
 #[test]
@@ -50,85 +50,85 @@ fn each_kind_of_connection_has_places_that_no_other_takes() {
 
 #[test]
 fn a_guest_that_ignores_the_end_of_a_connection_does_not_keep_its_place() {
-    let mut scene = Scene::new();
-    let (stream, ports) = scene.established();
+    let mut harness = Harness::new();
+    let (stream, ports) = harness.established();
     drop(stream);
-    let end = scene.received();
+    let end = harness.received();
     assert_eq!((end.len(), end[0].0.operation, end[0].0.flags), (1, Operation::Shutdown, SHUTDOWN_BOTH));
-    scene.worker.mux.close_expired(Instant::now());
-    assert!(!scene.worker.mux.is_empty(), "the guest has time to answer");
-    time_out(&mut scene);
-    assert!(scene.worker.mux.is_empty());
-    let packets = scene.received();
+    harness.worker.mux.close_expired(Instant::now());
+    assert!(!harness.worker.mux.is_empty(), "the guest has time to answer");
+    time_out(&mut harness);
+    assert!(harness.worker.mux.is_empty());
+    let packets = harness.received();
     assert_eq!((packets[0].0.operation, packets[0].0.ports), (Operation::Reset, ports));
 }
 
 #[test]
 fn a_guest_that_takes_no_packets_does_not_keep_the_place_of_a_caller_that_has_gone() {
-    let mut scene = Scene::without_buffers();
-    let mut stream = scene.connect();
+    let mut harness = Harness::without_buffers();
+    let mut stream = harness.connect();
     stream.write_all(b"CONNECT 1024\n").unwrap();
-    scene.turn();
+    harness.run_until_idle();
     drop(stream);
-    time_out(&mut scene);
-    assert!(scene.worker.mux.is_empty());
+    time_out(&mut harness);
+    assert!(harness.worker.mux.is_empty());
 }
 
 #[test]
 fn a_slow_reader_of_what_a_host_program_left_behind_is_not_cut_off() {
-    let mut scene = Scene::new();
-    let (mut stream, ports) = scene.established();
+    let mut harness = Harness::new();
+    let (mut stream, ports) = harness.established();
     // The guest takes four bytes, and no more for now.
     let little = Header { buf_alloc: 4, ..packet(ports, Operation::CreditUpdate) };
-    scene.send(little, &[]);
+    harness.send(little, &[]);
     stream.write_all(b"all of it").unwrap();
     drop(stream);
-    let packets = scene.received();
+    let packets = harness.received();
     assert_eq!(packets[0].1, b"all ");
-    time_out(&mut scene);
-    assert!(!scene.worker.mux.is_empty());
-    scene.send(Header { fwd_cnt: 4, ..packet(ports, Operation::CreditUpdate) }, &[]);
-    assert!(scene.received().iter().any(|(_, payload)| payload == b"of it"));
+    time_out(&mut harness);
+    assert!(!harness.worker.mux.is_empty());
+    harness.send(Header { fwd_cnt: 4, ..packet(ports, Operation::CreditUpdate) }, &[]);
+    assert!(harness.received().iter().any(|(_, payload)| payload == b"of it"));
 }
 
 #[test]
 fn a_connection_that_ends_in_time_leaves_nothing_to_wait_for() {
-    let mut scene = Scene::new();
-    let (stream, ports) = scene.established();
+    let mut harness = Harness::new();
+    let (stream, ports) = harness.established();
     drop(stream);
-    scene.received();
-    assert!(scene.worker.timeout().unwrap() > Duration::ZERO);
-    scene.send(packet(ports, Operation::Reset), &[]);
-    assert!(scene.worker.mux.is_empty());
-    assert_eq!(scene.worker.timeout(), None);
+    harness.received();
+    assert!(harness.worker.timeout().unwrap() > Duration::ZERO);
+    harness.send(packet(ports, Operation::Reset), &[]);
+    assert!(harness.worker.mux.is_empty());
+    assert_eq!(harness.worker.timeout(), None);
 }
 
 #[test]
 fn a_connection_that_has_gone_leaves_nothing_to_be_sent() {
-    let mut scene = Scene::without_buffers();
-    let path = scene.directory.path().join(format!("vsock.sock_{HOST_PORT}"));
+    let mut harness = Harness::without_buffers();
+    let path = harness.directory.path().join(format!("vsock.sock_{HOST_PORT}"));
     let listener = UnixListener::bind(path).unwrap();
     for guest in 0..3 {
         let ports = Ports { host: HOST_PORT, guest };
-        scene.send(packet(ports, Operation::Request), &[]);
+        harness.send(packet(ports, Operation::Request), &[]);
         drop(listener.accept().unwrap());
-        assert!(scene.worker.mux.has_output(), "the guest is to be told, when it takes packets");
-        scene.send(packet(ports, Operation::Reset), &[]);
-        assert!(!scene.worker.mux.has_output(), "connection {guest} is still in the queue");
+        assert!(harness.worker.mux.has_output(), "the guest is to be told, when it takes packets");
+        harness.send(packet(ports, Operation::Reset), &[]);
+        assert!(!harness.worker.mux.has_output(), "connection {guest} is still in the queue");
     }
 }
 
 #[test]
 fn a_guest_that_sends_without_end_is_served_in_batches() {
-    let mut scene = Scene::new();
+    let mut harness = Harness::new();
     for _ in 0..BATCH + 5 {
-        scene.send_bytes(&reversed(packet(Ports { host: 1, guest: 1 }, Operation::Reset).to_guest()));
+        harness.send_bytes(&reversed(packet(Ports { host: 1, guest: 1 }, Operation::Reset).to_guest()));
     }
-    let mut taken = || std::iter::from_fn(|| scene.transmit.used()).count();
-    assert!(scene.worker.handle_events(Some(Duration::ZERO)).unwrap().is_continue());
-    assert!(scene.worker.move_packets().unwrap(), "there is more, after whoever else has something to say");
+    let mut taken = || std::iter::from_fn(|| harness.transmit.used()).count();
+    assert!(harness.worker.handle_events(Some(Duration::ZERO)).unwrap().is_continue());
+    assert!(harness.worker.move_packets().unwrap(), "there is more, after whoever else has something to say");
     assert_eq!(taken(), BATCH);
-    assert!(!scene.worker.move_packets().unwrap());
+    assert!(!harness.worker.move_packets().unwrap());
     assert_eq!(taken(), 5);
 }
 
@@ -138,15 +138,15 @@ fn a_connection_too_many_is_closed_at_once_and_a_freed_place_is_used_again() {
     let limit = getrlimit(Resource::Nofile);
     setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }).unwrap();
 
-    let mut scene = Scene::new();
+    let mut harness = Harness::new();
     let mut streams = Vec::new();
     for _ in 0..1024 {
-        streams.push(scene.connect());
-        scene.turn();
+        streams.push(harness.connect());
+        harness.run_until_idle();
     }
-    let mut refused = scene.connect();
-    scene.turn();
-    assert!(at_end(&mut refused));
+    let mut refused = harness.connect();
+    harness.run_until_idle();
+    assert!(reads_end(&mut refused));
     streams.pop();
-    scene.established();
+    harness.established();
 }

@@ -43,7 +43,7 @@ const FORWARD_PORT: u32 = 1026;
 type Packet = (Header, Vec<u8>);
 
 /// A guest, its device and the host's side.
-struct Scene {
+struct Harness {
     directory: TempDir,
     worker: Worker,
     memory: GuestMemory,
@@ -52,17 +52,17 @@ struct Scene {
     buffers: HashMap<u16, u64>,
 }
 
-impl Scene {
+impl Harness {
     fn new() -> Self {
         Self::with_forward(None)
     }
 
     fn with_forward(forward: Option<Forward>) -> Self {
-        let mut scene = Self::without_buffers_with_forward(forward);
+        let mut harness = Self::without_buffers_with_forward(forward);
         for index in 0..u64::from(QUEUE) / 2 {
-            scene.give_buffer(RECEIVE_BUFFERS + index * u64::from(RECEIVE_BUFFER));
+            harness.give_buffer(RECEIVE_BUFFERS + index * u64::from(RECEIVE_BUFFER));
         }
-        scene
+        harness
     }
 
     fn without_buffers() -> Self {
@@ -91,8 +91,8 @@ impl Scene {
         self.buffers.insert(head, address);
     }
 
-    /// Lets the device work until it has nothing left to do.
-    fn turn(&mut self) {
+    /// Lets the worker work until it would wait.
+    fn run_until_idle(&mut self) {
         for _ in 0..10_000 {
             assert!(self.worker.handle_events(Some(Duration::ZERO)).unwrap().is_continue());
             if !self.worker.move_packets().unwrap() && !self.handle_next_event() {
@@ -118,7 +118,7 @@ impl Scene {
     /// The guest sends a packet in one buffer.
     fn send(&mut self, header: Header, payload: &[u8]) {
         self.send_bytes(&[&reversed(header.to_guest()), payload].concat());
-        self.turn();
+        self.run_until_idle();
     }
 
     fn send_bytes(&mut self, bytes: &[u8]) {
@@ -129,7 +129,7 @@ impl Scene {
 
     /// The packets that the guest has received since the last call. Its buffers go back to the device.
     fn received(&mut self) -> Vec<Packet> {
-        self.turn();
+        self.run_until_idle();
         let mut packets = Vec::new();
         while let Some((head, length)) = self.receive.used() {
             let address = self.buffers.remove(&head).unwrap();
@@ -193,6 +193,7 @@ fn pattern(length: usize) -> Vec<u8> {
     (0..length).map(|index| u8::try_from(index * 31 / 7 % 251).unwrap()).collect()
 }
 
-fn at_end(stream: &mut UnixStream) -> bool {
+/// Reads a byte. Returns whether the stream has ended instead.
+fn reads_end(stream: &mut UnixStream) -> bool {
     stream.read(&mut [0; 1]).is_ok_and(|count| count == 0)
 }
