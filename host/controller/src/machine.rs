@@ -24,7 +24,7 @@ use pericarp_protos::{
         ResizeResponse, Segment, StatusRequest, StatusResponse, WaitMemoryRequest,
     },
 };
-use pericarp_vmm::{Forward, MachineConfig};
+use pericarp_vmm::{MachineConfig, PortForward};
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
 };
@@ -92,7 +92,7 @@ impl Machine {
         directory: &Path,
         config: &MachineConfig,
         control: &UnixListener,
-        forward: Option<&Forward>,
+        forward: Option<&PortForward>,
         entrance: Option<File>,
     ) -> io::Result<(Machine, OwnedFd)> {
         let path = directory.join(file::CONFIG);
@@ -119,7 +119,7 @@ impl Machine {
             io::Result::Ok(())
         };
         hand_down("--control-fd", control.as_fd())?;
-        if let Some(Forward { listener, steering }) = forward {
+        if let Some(PortForward { listener, steering }) = forward {
             hand_down("--forward-fd", listener.as_fd())?;
             hand_down("--steering-fd", steering.as_fd())?;
         }

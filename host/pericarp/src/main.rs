@@ -18,7 +18,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use clap::{Args, Parser, Subcommand};
 use pericarp_controller::config::Config;
-use pericarp_vmm::{ExitReason, Forward, InheritedSockets, MachineConfig};
+use pericarp_vmm::{ExitReason, InheritedSockets, MachineConfig, PortForward};
 
 /// One KVM microVM around every Kubernetes pod.
 #[derive(Parser)]
@@ -89,9 +89,9 @@ struct ForwardSockets {
 }
 
 impl ForwardSockets {
-    fn forward(self) -> anyhow::Result<Option<Forward>> {
+    fn forward(self) -> anyhow::Result<Option<PortForward>> {
         let Some((listener, steering)) = self.forward_fd.zip(self.steering_fd) else { return Ok(None) };
-        Ok(Some(Forward {
+        Ok(Some(PortForward {
             listener: TcpListener::from(inherited(listener, "the socket of forwarded connections")?),
             steering: inherited(steering, "a BPF link")?,
         }))

@@ -30,4 +30,4 @@ pub use config::{ConsoleConfig, MachineConfig, NetConfig, ShareConfig, VsockConf
 pub use log::Log;
 pub use machine::{Error, ExitReason, InheritedSockets, monotonic_ns, run};
 pub use probe::{ProbeError, Progress, probe};
-pub use virtio::vsock::Forward;
+pub use virtio::vsock::PortForward;

@@ -37,7 +37,7 @@ use crate::{
         net::{Net, NetError},
         register_page::{self, RegisterPage},
         rng::Rng,
-        vsock::{Forward, Vsock, VsockError},
+        vsock::{PortForward, Vsock, VsockError},
     },
 };
 
@@ -117,7 +117,7 @@ pub struct InheritedSockets {
     /// A listening socket on which [`Machine`](pericarp_protos::vmm_blocking::Machine) is served once the vCPUs run.
     pub control: UnixListener,
     /// The listener for connections to the pod's localhost, if port-forward is possible.
-    pub forward: Option<Forward>,
+    pub forward: Option<PortForward>,
 }
 
 /// Starts a machine and waits for its end.
@@ -260,7 +260,7 @@ fn register_regions(
 /// The devices that the machine starts with, in the order of their slots.
 fn make_boot_devices(
     config: &MachineConfig,
-    forward: Option<Forward>,
+    forward: Option<PortForward>,
 ) -> Result<Vec<Box<dyn Device>>, Error> {
     let mut devices: Vec<Box<dyn Device>> =
         vec![Box::new(Vsock::new(&config.vsock, forward)?), Box::new(Rng::default())];

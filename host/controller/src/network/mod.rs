@@ -25,7 +25,7 @@ use std::{
 };
 
 use pericarp_protos::agent::{Interface, Neighbour, Route};
-use pericarp_vmm::{Forward, NetConfig};
+use pericarp_vmm::{NetConfig, PortForward};
 use rtnetlink::{Handle, LinkUnspec};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -126,7 +126,7 @@ pub struct PodNetwork {
     pub routes: Vec<Route>,
     pub neighbours: Vec<Neighbour>,
     /// Where connections to the pod's localhost come from, or why they do not. Without a namespace there are none.
-    pub forward: Option<Result<Forward, SteerError>>,
+    pub forward: Option<Result<PortForward, SteerError>>,
 }
 
 /// An interface of a pod, for its status.

@@ -13,7 +13,7 @@ use std::{
 };
 
 use pericarp_bpf::{self as bpf, FRAME, Instruction, Kind, Register};
-use pericarp_vmm::Forward;
+use pericarp_vmm::PortForward;
 use rustix::{
     io::Errno,
     net::{AddressFamily, SocketFlags, SocketType, bind, listen, socket_with, sockopt::set_ipv6_v6only},
@@ -65,14 +65,14 @@ fn socket_error<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Ste
 
 /// Begins to lead the connections to localhost in the calling thread's network namespace to a new listener. They are
 /// led there for as long as what this answers with is open anywhere, and nothing of it stays.
-pub fn steer() -> Result<Forward, SteerError> {
+pub fn steer() -> Result<PortForward, SteerError> {
     let listener = listener()?;
     let (map, program) = load()?;
     bpf::put_socket(&map, &listener).map_err(refused("put a listener into a BPF map"))?;
     let netns = File::open("/proc/thread-self/ns/net").map_err(socket_error("find its own place"))?;
     let steering = bpf::attach_to_netns(&program, &netns)
         .map_err(refused("attach a BPF program to the pod's network namespace"))?;
-    Ok(Forward { listener, steering })
+    Ok(PortForward { listener, steering })
 }
 
 /// Whether this host's kernel takes the program. Changes nothing.

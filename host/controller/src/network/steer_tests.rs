@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// Begins to steer in a namespace of its own; `None` where this machine's kernel does not let anybody.
-fn steered(netns: &Netns) -> Option<Forward> {
+fn steered(netns: &Netns) -> Option<PortForward> {
     if let Err(error) = probe() {
         // Not captured, unlike what `eprintln!` writes: `scripts/test` tells it at its end.
         let _ = writeln!(io::stderr(), "\nskipped: {}", crate::errors::chain(&error));

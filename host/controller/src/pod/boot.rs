@@ -10,7 +10,7 @@ use std::{
 
 use pericarp_protos::{guest, ttrpc};
 use pericarp_vmm::{
-    ConsoleConfig, Forward, MachineConfig, NetConfig, ShareConfig, VsockConfig, monotonic_ns,
+    ConsoleConfig, MachineConfig, NetConfig, PortForward, ShareConfig, VsockConfig, monotonic_ns,
 };
 use thiserror::Error;
 
@@ -138,7 +138,7 @@ impl Pod {
     fn make_machine(
         &self,
         nets: Vec<NetConfig>,
-        forward: Option<Forward>,
+        forward: Option<PortForward>,
     ) -> Result<(Machine, UnixListener), BootError> {
         let directory = &self.directory;
         DirBuilder::new().mode(0o700).create(directory).map_err(make("directory"))?;
@@ -156,7 +156,7 @@ impl Pod {
         &self,
         running: &mut Undo,
         nets: Vec<NetConfig>,
-        forward: Option<Forward>,
+        forward: Option<PortForward>,
     ) -> Result<(Machine, UnixListener), BootError> {
         let directory = &self.directory;
         let share = Share::at(directory.join(file::SHARE));

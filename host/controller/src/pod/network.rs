@@ -2,7 +2,7 @@
 
 use std::{path::Path, sync::Arc};
 
-use pericarp_vmm::{Forward, monotonic_ns};
+use pericarp_vmm::{PortForward, monotonic_ns};
 
 use super::{Phase, Pod, boot::BootError};
 use crate::{
@@ -26,7 +26,7 @@ impl Pod {
     }
 
     /// What port-forward needs. A pod without it is a pod nonetheless.
-    pub(super) fn take_forward(&self, network: &mut PodNetwork) -> Option<Forward> {
+    pub(super) fn take_forward(&self, network: &mut PodNetwork) -> Option<PortForward> {
         let forward = network.forward.take()?;
         let status = match &forward {
             Ok(_) => "works".to_owned(),

@@ -32,7 +32,7 @@ use std::{
 
 use thiserror::Error;
 
-pub use self::port_forward::Forward;
+pub use self::port_forward::PortForward;
 use self::{mux::Mux, packet::GUEST_CID, worker::Worker};
 use super::{
     ActivateError, Activation, ActiveQueue, Counter, Device, F_EVENT_IDX, RunningWorker, all_queues,
@@ -53,7 +53,7 @@ pub enum VsockError {
         source: io::Error,
     },
     #[error("the inherited listener of forwarded connections cannot be used")]
-    Forward(#[source] io::Error),
+    PortForward(#[source] io::Error),
 }
 
 /// Counted by the worker, read by the control service.
@@ -73,7 +73,7 @@ pub struct Vsock {
     /// Goes to the worker when the device is activated.
     listener: Option<UnixListener>,
     /// Goes to the worker when the device is activated.
-    forward: Option<Forward>,
+    forward: Option<PortForward>,
     counters: Counters,
     worker: Option<RunningWorker>,
 }
@@ -81,13 +81,13 @@ pub struct Vsock {
 impl Vsock {
     /// Listens on the socket, which only its owner may connect to. A connection that is made before the guest is up
     /// waits.
-    pub fn new(config: &VsockConfig, forward: Option<Forward>) -> Result<Self, VsockError> {
+    pub fn new(config: &VsockConfig, forward: Option<PortForward>) -> Result<Self, VsockError> {
         let error = |source| VsockError::Listen { path: config.path.clone(), source };
         let listener = UnixListener::bind(&config.path).map_err(error)?;
         std::fs::set_permissions(&config.path, Permissions::from_mode(0o600)).map_err(error)?;
         listener.set_nonblocking(true).map_err(error)?;
         if let Some(forward) = &forward {
-            forward.listener.set_nonblocking(true).map_err(VsockError::Forward)?;
+            forward.listener.set_nonblocking(true).map_err(VsockError::PortForward)?;
         }
         Ok(Self {
             config: config.clone(),

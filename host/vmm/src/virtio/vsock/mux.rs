@@ -20,7 +20,7 @@ use super::{
     connection::{BUF_ALLOC, Connection, State},
     connection_limits::{ConnectionLimits, ConnectionPermit, Initiator},
     packet::{Header, Operation, Ports},
-    port_forward::{self, Forward},
+    port_forward::{self, PortForward},
     token::{Listener, StreamId, Token},
 };
 use crate::{config::VsockConfig, virtio::wait_context::WaitContext};
@@ -28,7 +28,7 @@ use crate::{config::VsockConfig, virtio::wait_context::WaitContext};
 /// How long a guest may take to reset a connection that has ended on the host. Linux waits as long for its peers
 /// (`VSOCK_CLOSE_TIMEOUT`).
 pub const CLOSE_TIMEOUT: Duration = Duration::from_secs(8);
-/// Connections accepted before those that exist have their turn.
+/// Most connections accepted before those that exist have their turn.
 const ACCEPT_BATCH: usize = 32;
 /// Most resets that wait to be sent to the guest, for packets without a connection. While as many wait, no further
 /// packet is taken from the guest.
@@ -59,7 +59,7 @@ pub struct Mux {
     config: VsockConfig,
     listener: UnixListener,
     /// Connections to the pod's localhost, and the guest's port that takes them.
-    forward: Option<(Forward, u32)>,
+    forward: Option<(PortForward, u32)>,
     wait_context: WaitContext<Token>,
     /// Host programs that have connected and not yet said to which port.
     handshakes: HashMap<StreamId, (UnixStream, ConnectionPermit)>,
@@ -85,7 +85,7 @@ impl Mux {
     pub fn new(
         config: VsockConfig,
         listener: UnixListener,
-        forward: Option<Forward>,
+        forward: Option<PortForward>,
         counters: Counters,
     ) -> io::Result<Self> {
         let wait_context = WaitContext::new()?;

@@ -21,7 +21,7 @@ pub const REACHED: u8 = 0;
 
 /// Where the connections come from. Whoever starts the machine opens both.
 #[derive(Debug)]
-pub struct Forward {
+pub struct PortForward {
     /// Accepts the connections to all ports.
     pub listener: TcpListener,
     /// The BPF link that steers them to the listener. Nothing uses it: it lasts as long as a descriptor of it does, and

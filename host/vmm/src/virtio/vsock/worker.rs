@@ -20,18 +20,18 @@ use crate::{
     virtio::{ActiveQueue, Chain},
 };
 
-/// Events handled before packets are moved.
+/// Most events handled before packets are moved.
 const EVENT_BATCH: usize = 32;
-/// Packets moved one way before the other way, and host programs, have their turn.
+/// Most packets moved one way before the other way, and host programs, have their turn.
 const BATCH: usize = 64;
 const PACKET_MAX: usize = HEADER_SIZE + PAYLOAD_MAX;
 
 /// Serves the device's queues and sockets.
 pub struct Worker {
     memory: GuestMemory,
-    /// Buffers that the guest gives for packets to it.
+    /// The receive queue: buffers for packets to the guest.
     receive: ActiveQueue,
-    /// Packets from the guest.
+    /// The transmit queue: packets from the guest.
     transmit: ActiveQueue,
     mux: Mux,
     /// Holds the packet that is being moved. A copy costs little beside the system calls on both sides, and makes the

@@ -22,7 +22,7 @@ use crate::{
     virtio::{
         testing::{Buffer, RING_SIZE, Ring, guest_memory},
         vsock::{
-            Counters, Forward,
+            Counters, PortForward,
             connection::BUF_ALLOC,
             packet::{Operation, Ports, SHUTDOWN_BOTH, SHUTDOWN_SEND, reversed},
         },
@@ -57,7 +57,7 @@ impl Harness {
         Self::with_forward(None)
     }
 
-    fn with_forward(forward: Option<Forward>) -> Self {
+    fn with_forward(forward: Option<PortForward>) -> Self {
         let mut harness = Self::without_buffers_with_forward(forward);
         for index in 0..u64::from(QUEUE) / 2 {
             harness.give_buffer(RECEIVE_BUFFERS + index * u64::from(RECEIVE_BUFFER));
@@ -69,7 +69,7 @@ impl Harness {
         Self::without_buffers_with_forward(None)
     }
 
-    fn without_buffers_with_forward(forward: Option<Forward>) -> Self {
+    fn without_buffers_with_forward(forward: Option<PortForward>) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let memory = guest_memory();
         let (receive, receive_queue) = Ring::new(&memory, RECEIVE_RING, QUEUE);

@@ -15,7 +15,7 @@ fn harness() -> (Harness, u16) {
     listener.set_nonblocking(true).unwrap();
     let port = listener.local_addr().unwrap().port();
     let steering = File::open("/dev/null").unwrap().into();
-    (Harness::with_forward(Some(Forward { listener, steering })), port)
+    (Harness::with_forward(Some(PortForward { listener, steering })), port)
 }
 
 fn dial(port: u16) -> TcpStream {
