@@ -10,7 +10,7 @@ use std::{
 
 use crate::{LAST_WORDS, bounded_file::BoundedFile};
 
-/// Bytes that the file never exceeds.
+/// Most bytes of the file.
 const SIZE_MAX: u64 = 256 << 10;
 /// Most bytes of one line. The rest is cut off.
 const LINE_MAX: usize = 1024;

@@ -33,7 +33,7 @@ impl VcpuFactory {
         Ok(Self { vm, allowed, max })
     }
 
-    /// Makes the vCPU with this number.
+    /// Makes the vCPU with this number, which is also its APIC id.
     pub fn create(&self, id: u8) -> Result<VcpuFd, Error> {
         let vcpu = self.vm.create_vcpu(u64::from(id)).map_err(refused("create a vCPU"))?;
         vcpu.set_cpuid2(&cpuid::for_vcpu(&self.allowed, id, self.max))

@@ -1,4 +1,4 @@
-//! Puts the kernel, the initial ramfs and the boot parameters into guest memory (Linux
+//! Loads the kernel, the initial ramfs and the boot parameters into guest memory (Linux
 //! `Documentation/arch/x86/boot.rst`, "64-bit boot protocol").
 
 use std::{

@@ -41,22 +41,22 @@ const CODE_SELECTOR: u64 = 0x10;
 
 #[rustfmt::skip]
 const INSTRUCTIONS: [u8; 122] = [
-    // Identity-mapped, as a kernel is entered.
+    // The code begins in identity-mapped memory, as a kernel does.
     0x48, 0xc7, 0xc0, 0x09, 0x00, 0x01, 0x80, // mov rax, 0xffffffff80010009
     0xff, 0xe0,                               // jmp rax: to the next instruction, in the upper half
 
-    // In the upper half from here on, the stack and the interrupt table too.
+    // From here on the code runs in the upper half. The stack and the interrupt table are there too.
     0x48, 0xc7, 0xc4, 0x00, 0x50, 0x01, 0x80, // mov rsp, 0xffffffff80015000
     0x0f, 0x01, 0x1c, 0x25, 0x00, 0x18, 0x01, 0x80, // lidt [0xffffffff80011800]
     0xb0, Progress::Started as u8,            // mov al, Started
     0xe6, 0x80,                               // out PORT, al
 
-    // A KVM that emulates instructions instead of having them run knows few of the vector unit's,
+    // A KVM that emulates instructions, instead of letting the processor execute them, knows few vector instructions.
     0x0f, 0x20, 0xe1,                         // mov rcx, cr4
     0x81, 0xc9, 0x00, 0x02, 0x00, 0x00,       // or ecx, 0x200: OSFXSR, allows SSE
     0x0f, 0x22, 0xe1,                         // mov cr4, rcx
     0x66, 0x0f, 0xd4, 0xc0,                   // paddq xmm0, xmm0
-    // and takes seconds for four million rounds, which a processor does in a few milliseconds.
+    // It also takes seconds for four million rounds of a loop, for which a processor takes a few milliseconds.
     0xb9, 0x00, 0x00, 0x40, 0x00,             // mov ecx, 0x400000
     0xff, 0xc9,                               // dec ecx
     0x75, 0xfc,                               // jnz back to the dec
@@ -71,7 +71,7 @@ const INSTRUCTIONS: [u8; 122] = [
     0xc7, 0x83, 0x80, 0x03, 0x00, 0x00, 0x40, 0x42, 0x0f, 0x00, // mov dword [rbx+0x380], 1000000: 1 ms of KVM's 1 GHz
     0xfb,                                     // sti: takes effect after the next instruction
     0xf4,                                     // hlt
-    0xe6, 0x80,                               // out PORT, al: what the handler has put there
+    0xe6, 0x80,                               // out PORT, al: the value that the handler has set
 
     // The interrupt's handler.
     0xc7, 0x83, 0xb0, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, 0x00, // mov dword [rbx+0xb0], 0: end of interrupt

@@ -14,8 +14,8 @@ use crate::{
     },
 };
 
-/// Requests served before the worker checks whether it is to stop: a guest that makes requests without end must not
-/// keep its disk in the machine.
+/// Most requests served before the worker checks whether it is to stop: a guest that makes requests without end must
+/// not keep its disk in the machine.
 const BATCH: usize = 16;
 
 event_tokens! {

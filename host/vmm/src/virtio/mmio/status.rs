@@ -3,11 +3,14 @@
 //!
 //! ```text
 //!  Reset ──ACKNOWLEDGE──▶ Acknowledged ──DRIVER──▶ DriverFound ──FEATURES_OK──▶ FeaturesOk ──DRIVER_OK──▶ DriverOk
-//!    ▲         │                │                      │                           │                        │
-//!    └── 0 ────┴────── 0 ───────┴───────── 0 ──────────┴──── FAILED ────▶ Failed ◀─┴─────────── 0 ──────────┘
+//!                                                                                                            │ 0
+//!  From each of the first four: 0 ──▶ Reset, FAILED ──▶ Failed                                               ▼
+//!                                                                                                         Failed
 //! ```
 //!
 //! A device that was in use cannot be used again (`Failed`), because its worker owns the queues.
+
+use self::DeviceStatus::{Acknowledged, DriverFound, DriverOk, Failed, FeaturesOk, Reset};
 
 /// Bits of the field.
 pub mod bit {
@@ -34,8 +37,6 @@ pub enum DeviceStatus {
     /// The driver has given up, the device could not be activated, or it was reset after it was in use.
     Failed,
 }
-
-use DeviceStatus::{Acknowledged, DriverFound, DriverOk, Failed, FeaturesOk, Reset};
 
 /// What a driver's write of the field can do: in which status, by which bits that were not set before, to which status.
 /// A write that sets no such bit, or any other, changes nothing.

@@ -120,7 +120,7 @@ struct Counters {
 /// A network interface of the guest.
 pub struct Net {
     name: String,
-    /// `struct virtio_net_config` (virtio 1.2, section 5.1.4), as far as the MTU.
+    /// `struct virtio_net_config` (virtio 1.2, section 5.1.4), up to the MTU.
     config: [u8; 12],
     features: u64,
     queue_sizes: Vec<u16>,

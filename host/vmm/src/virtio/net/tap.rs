@@ -227,9 +227,8 @@ impl AsFd for Tap {
 const USO: libc::c_uint = libc::TUN_F_USO4 | libc::TUN_F_USO6;
 const ALL_OFFLOADS: libc::c_uint = libc::TUN_F_CSUM | libc::TUN_F_TSO4 | libc::TUN_F_TSO6 | USO;
 
-/// The tap's offloads for a driver that has accepted `features`. Segmentation needs
-/// [`feature::GUEST_CSUM`] (virtio 1.2, section 5.1.3.1), and the kernel has one switch for both kinds
-/// of UDP.
+/// The tap's offloads for a driver that has accepted `features`. Segmentation needs [`feature::GUEST_CSUM`] (virtio
+/// 1.2, section 5.1.3.1). The kernel switches segmentation of UDP for IPv4 and IPv6 together.
 fn offload_flags(features: u64) -> libc::c_uint {
     let accepted = |wanted: u64| features & wanted == wanted;
     if !accepted(feature::GUEST_CSUM) {
