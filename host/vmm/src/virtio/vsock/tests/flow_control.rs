@@ -107,7 +107,7 @@ fn what_a_guest_sent_before_it_reset_the_connection_still_arrives() {
 }
 
 #[test]
-fn a_guest_that_sends_beyond_its_credit_reads_reset() {
+fn a_guest_that_sends_beyond_its_credit_is_reset() {
     let mut harness = Harness::new();
     let (stream, ports) = harness.established();
     let chunk = pattern(PAYLOAD_MAX);

@@ -136,7 +136,7 @@ fn a_server_that_sends_no_more_still_receives() {
 }
 
 #[test]
-fn a_client_of_a_port_that_the_guest_does_not_reach_reads_reset() {
+fn a_client_of_a_port_that_the_guest_does_not_reach_is_reset() {
     let shutdown = |ports, flags| Header { flags, ..packet(ports, Operation::Shutdown) };
     let refusals: [&dyn Fn(Ports) -> Header; 4] = [
         &|ports| packet(ports, Operation::Reset),
