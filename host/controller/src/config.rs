@@ -22,13 +22,16 @@ pub struct Config {
     pub kernel_cmdline: String,
     /// containerd's gRPC socket.
     pub containerd_address: PathBuf,
-    /// How long a pod's machine may take from its start until the agent is ready, in seconds.
+    /// How long a pod's machine may take from its start until the agent is ready, in seconds in which it could have worked: time
+    /// in which others had the CPU is not counted.
     pub ready_timeout_seconds: u64,
+    /// How long that may take altogether, in seconds. kubelet gives a pod's start up after 4 minutes.
+    pub start_timeout_seconds: u64,
     /// How long a guest may give no answer before its machine is ended, in seconds. 0: for ever.
     pub guest_timeout_seconds: u64,
     /// The size that a pod's console log never exceeds, in KiB.
     pub console_limit_kib: u64,
-    /// Whether pods may have virtual machines of their own, by [annotation](crate::nested::ANNOTATION).
+    /// Whether pods may have virtual machines of their own, by annotation.
     pub nested_virtualization: bool,
     /// What is logged: a `tracing` filter such as "info" or "`pericarp_controller=debug`".
     pub log: String,
@@ -67,6 +70,7 @@ impl Default for Config {
             kernel_cmdline: String::new(),
             containerd_address: "/run/containerd/containerd.sock".into(),
             ready_timeout_seconds: 10,
+            start_timeout_seconds: 110,
             guest_timeout_seconds: 60,
             console_limit_kib: 256,
             nested_virtualization: false,
@@ -148,7 +152,7 @@ impl Config {
         if self.defaults.vcpus == 0 {
             return wrong("defaults.vcpus", "must be at least 1");
         }
-        if self.defaults.memory_mib < crate::size::MINIMUM_MEMORY_MIB {
+        if self.defaults.memory_mib < crate::host::size::MINIMUM_MEMORY_MIB {
             return wrong("defaults.memory_mib", "is too small for a guest to start; use at least 64");
         }
         if self.ready_timeout_seconds == 0 {
@@ -160,6 +164,11 @@ impl Config {
     /// How long a machine may take until its agent is ready.
     pub fn ready_timeout(&self) -> Duration {
         Duration::from_secs(self.ready_timeout_seconds)
+    }
+
+    /// How long that may take altogether, on a node that has no CPU for it.
+    pub fn start_timeout(&self) -> Duration {
+        Duration::from_secs(self.start_timeout_seconds.max(self.ready_timeout_seconds))
     }
 
     /// How long a guest may give no answer; `None` if that is no reason to end it.

@@ -1,27 +1,170 @@
-//! Points at which a test has the controller killed, as if it had crashed there.
+//! Points at which a test stops the controller, as if it had crashed there, or holds it up.
 //!
-//! They are there only with the feature `fault-points`, which no package of Pericarp is built with.
+//! They act only with the feature `fault-points`, which no package of Pericarp is built with.
 
-/// The variable that names a file. What is in that file is the name of the next point to be killed at.
-#[cfg(feature = "fault-points")]
-const FILE: &str = "PERICARP_FAULT_FILE";
+/// Where the controller can be stopped or held up: after what the name says, and before an undo step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FaultPoint {
+    PodRecordedFirst,
+    DirectoryMade,
+    NetworkMade,
+    MachineSpawned,
+    RecordWritten,
+    MachineRecorded,
+    GuestReady,
+    PodRecorded,
+    MachineEnded,
+    EndRecorded,
+    Adopting,
+    ContainerLookedUp,
+    ContainerPrepared,
+    ContainerReleased,
+    EventHandedOn,
+    UndoMachine,
+    UndoCgroup,
+    UndoShare,
+    UndoNetwork,
+    UndoDirectory,
+    PodRemoved,
+}
 
-/// Kills the controller if this point was asked for, and takes the request back so that the next controller lives.
+impl FaultPoint {
+    /// All of them.
+    pub const ALL: [Self; 21] = [
+        Self::PodRecordedFirst,
+        Self::DirectoryMade,
+        Self::NetworkMade,
+        Self::MachineSpawned,
+        Self::RecordWritten,
+        Self::MachineRecorded,
+        Self::GuestReady,
+        Self::PodRecorded,
+        Self::MachineEnded,
+        Self::EndRecorded,
+        Self::Adopting,
+        Self::ContainerLookedUp,
+        Self::ContainerPrepared,
+        Self::ContainerReleased,
+        Self::EventHandedOn,
+        Self::UndoMachine,
+        Self::UndoCgroup,
+        Self::UndoShare,
+        Self::UndoNetwork,
+        Self::UndoDirectory,
+        Self::PodRemoved,
+    ];
+
+    /// Its name for tests.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::PodRecordedFirst => "pod-recorded-first",
+            Self::DirectoryMade => "directory-made",
+            Self::NetworkMade => "network-made",
+            Self::MachineSpawned => "machine-spawned",
+            Self::RecordWritten => "record-written",
+            Self::MachineRecorded => "machine-recorded",
+            Self::GuestReady => "guest-ready",
+            Self::PodRecorded => "pod-recorded",
+            Self::MachineEnded => "machine-ended",
+            Self::EndRecorded => "end-recorded",
+            Self::Adopting => "adopting",
+            Self::ContainerLookedUp => "container-looked-up",
+            Self::ContainerPrepared => "container-prepared",
+            Self::ContainerReleased => "container-released",
+            Self::EventHandedOn => "event-handed-on",
+            Self::UndoMachine => "undo-machine",
+            Self::UndoCgroup => "undo-cgroup",
+            Self::UndoShare => "undo-share",
+            Self::UndoNetwork => "undo-network",
+            Self::UndoDirectory => "undo-directory",
+            Self::PodRemoved => "pod-removed",
+        }
+    }
+
+    /// Stops or holds up the controller if a test has asked for that here.
+    #[cfg(feature = "fault-points")]
+    pub fn reached(self) {
+        requested::act(self);
+    }
+
+    /// Does nothing.
+    #[cfg(not(feature = "fault-points"))]
+    pub fn reached(self) {
+        let _ = self;
+    }
+}
+
+/// Each point by its name, for [`FaultPoint::ALL`] and a test to be of one mind.
+#[cfg(test)]
+mod tests {
+    use std::collections::HashSet;
+
+    use super::*;
+
+    #[test]
+    fn every_fault_point_has_a_name_of_its_own() {
+        let names: HashSet<_> = FaultPoint::ALL.into_iter().map(FaultPoint::name).collect();
+        assert_eq!(names.len(), FaultPoint::ALL.len());
+    }
+}
+
 #[cfg(feature = "fault-points")]
-pub fn point(name: &str) {
-    let Some(file) = std::env::var_os(FILE) else { return };
-    let asked = std::fs::read_to_string(&file).is_ok_and(|asked| asked.trim() == name);
-    // Whoever removes it is the one that dies: several pods may be here at once.
-    if asked && std::fs::remove_file(&file).is_ok() {
+mod requested {
+    use std::{
+        fs,
+        path::{Path, PathBuf},
+        thread,
+        time::Duration,
+    };
+
+    use super::FaultPoint;
+
+    /// The variable that names a file. In it is what a test asks for: the name of the next point to be killed at, or "hold"
+    /// and the name of the next point to be held up at for as long as a file of the name with ".held" is there.
+    const FILE: &str = "PERICARP_FAULT_FILE";
+
+    /// How often a point that is held up looks whether it may go on.
+    const LOOK: Duration = Duration::from_millis(5);
+
+    pub fn act(point: FaultPoint) {
+        let Some(file) = std::env::var_os(FILE) else { return };
+        let Ok(request) = fs::read_to_string(&file) else { return };
+        let request = request.trim();
+        let (hold, name) = match request.strip_prefix("hold ") {
+            Some(name) => (true, name),
+            None => (false, request),
+        };
+        if name != point.name() {
+            return;
+        }
+        if hold {
+            hold_up(Path::new(&file), name);
+        } else if fs::remove_file(&file).is_ok() {
+            // Whoever removes it is the one that dies: several pods may be here at once.
+            kill(name);
+        }
+    }
+
+    fn hold_up(file: &Path, name: &str) {
+        let mut held = file.as_os_str().to_owned();
+        held.push(".held");
+        let held = PathBuf::from(held);
+        // Made first, so that a test that no longer finds its request finds this.
+        if fs::write(&held, name).is_err() || fs::remove_file(file).is_err() {
+            return;
+        }
+        tracing::warn!(name, "held up at a fault point");
+        while held.exists() {
+            thread::sleep(LOOK);
+        }
+    }
+
+    fn kill(name: &str) {
         tracing::warn!(name, "killed at a fault point");
         let _ = rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL);
         // The signal has been sent to this very process: it does not come back from here.
         loop {
-            std::thread::park();
+            thread::park();
         }
     }
 }
-
-/// Nothing.
-#[cfg(not(feature = "fault-points"))]
-pub fn point(_name: &str) {}

@@ -3,36 +3,15 @@
 //! It makes, watches and removes pods' machines and answers their guests; see ARCHITECTURE.md. [`serve`] is
 //! the whole of it.
 
+mod blocking;
 pub mod config;
-pub mod errors;
-
-mod cgroup;
-mod cpuset;
-mod cri_fields;
-mod delete;
-mod event_stream;
-mod events;
-mod fault;
+mod edge;
+pub mod fault;
 mod guest;
-mod machine;
-mod metrics;
-mod mounts;
-mod nested;
-mod network;
-mod notify;
-mod oom;
-mod orphans;
+mod host;
 mod pod;
-mod rate;
-mod rootfs;
-mod server;
-mod share;
-mod size;
-mod source;
-mod spec;
-mod timeline;
-mod undo;
-mod user_namespace;
+mod pods;
+mod telemetry;
 
 use std::{
     fs::{DirBuilder, File},
@@ -42,8 +21,9 @@ use std::{
     sync::Arc,
 };
 
-pub use self::delete::{Deleted, delete};
-pub use self::network::steer::{SteerError, probe as probe_port_forward};
+pub use self::edge::containerd::delete::{Deleted, delete};
+pub use self::host::network::steer::{SteerError, probe as probe_port_forward};
+pub use self::telemetry::error_chain::chain;
 
 use pericarp_protos::sandbox::controller_server::ControllerServer;
 use thiserror::Error;
@@ -52,8 +32,15 @@ use tokio_stream::wrappers::UnixListenerStream;
 use tonic::transport::{Channel, Endpoint, Server};
 
 use crate::{
-    config::Config, events::Forwarder, notify::Manager, pod::Node, server::Sandboxes, size::Host,
-    source::Containerd,
+    config::Config,
+    edge::containerd::{
+        containers::ContainerdContainers, events::ContainerdEvents, pod_spec::older_record,
+        sandboxes::Sandboxes,
+    },
+    host::size::HostCapacity,
+    pod::{BootQueue, Environment},
+    pods::Pods,
+    telemetry::systemd::Manager,
 };
 
 /// The controller cannot serve.
@@ -101,23 +88,27 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
         .map_err(|source| ServeError::RunDir { path: path.clone(), source })?;
     let _lock = lock(&config)?;
     let channel = containerd(&config)?;
-    let node = Arc::new(Node {
-        source: Arc::new(Containerd::new(channel.clone())),
-        forwarder: Forwarder::new(channel),
-        host: Host::read(),
+    let capacity = HostCapacity::read();
+    let environment = Arc::new(Environment {
+        containers: Arc::new(ContainerdContainers::new(channel.clone())),
+        events: Arc::new(ContainerdEvents::new(channel)),
+        boots: BootQueue::new(usize::try_from(capacity.cpus).unwrap_or(1)),
+        read_older_record: older_record,
+        capacity,
         config,
     });
-    let adopted = pod::adopt_all(&node).await.map_err(|source| ServeError::Adopt { path, source })?;
+    let adopted = pod::adopt_all(&environment).await.map_err(|source| ServeError::Adopt { path, source })?;
 
-    let socket = node.config.controller_socket();
+    let socket = environment.config.controller_socket();
     let listener = listen(&socket).map_err(|source| ServeError::Listen { path: socket.clone(), source })?;
     let mut terminate = signal(SignalKind::terminate()).map_err(ServeError::Signals)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(ServeError::Signals)?;
     tracing::info!(socket = %socket.display(), pods = adopted.len(), "serving containerd");
+    let pods = Pods::of_adopted(adopted);
     let manager = Manager::from_environment();
     manager.ready();
     let server = Server::builder()
-        .add_service(ControllerServer::new(Sandboxes::new(node, adopted)))
+        .add_service(ControllerServer::new(Sandboxes::new(environment, pods)))
         .serve_with_incoming(UnixListenerStream::new(listener));
     // Not a graceful shutdown: that would wait for containerd's open `Wait` calls, which it makes again.
     let result = tokio::select! {
@@ -145,7 +136,7 @@ fn listen(socket: &std::path::Path) -> io::Result<tokio::net::UnixListener> {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    let listener = machine::bind(socket)?;
+    let listener = host::machine::bind(socket)?;
     listener.set_nonblocking(true)?;
     tokio::net::UnixListener::from_std(listener)
 }

@@ -1,15 +1,15 @@
-//! The controller's conversations with a guest: the agent's own service, and what the agent asks ([`requests`]) after its
+//! The controller's conversations with a guest: the agent's own service, and what the agent asks ([`service`]) after its
 //! first word ([`ready`]).
 //!
 //! The guest is not trusted: each call to it has a time limit, and what it sends has size limits.
 
-pub(crate) mod frames;
+pub mod event_stream;
+pub mod frames;
 pub mod ready;
-mod requests;
+pub mod service;
+pub mod translate;
 
 use std::{io, path::Path, time::Duration};
-
-pub use self::requests::{HostServer, Prepared, Requests};
 
 use pericarp_protos::{
     agent::{AgentClient, CheckRequest, ConfigureRequest, ResizeRequest},

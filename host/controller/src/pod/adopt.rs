@@ -1,284 +1,308 @@
 //! Taking over the pods of an earlier controller, which may have been killed at any point.
 //!
 //! A pod whose machine runs goes on, whatever its files look like. One whose machine has ended meanwhile is kept as ended
-//! until containerd removes it. What containerd was never told of is undone.
+//! until it is removed. What nobody was told of is undone.
 
 use std::{
-    fs,
-    io::{self, Read as _},
-    os::{fd::OwnedFd, unix::fs::MetadataExt as _},
+    fs, io,
     path::{Path, PathBuf},
     sync::Arc,
     time::SystemTime,
 };
 
-use pericarp_protos::{cri, id::SandboxId};
+use pericarp_protos::id::SandboxId;
 use pericarp_vmm::MachineConfig;
-use rustix::{
-    io::Errno,
-    process::{Pid, PidfdFlags, Signal, geteuid, kill_process, pidfd_open},
-};
+use tokio::{sync::Semaphore, task::JoinSet};
 
 use super::{
-    Ended, Node, Phase, Pod,
-    boot::host_service_path,
+    Ended, Environment, Pod,
+    files::PodFiles,
+    life::{Life, Running},
+    machine_exit::{last_words, own_last_words},
+    owned::{Extent, Owned, Resource},
     progress::Progress,
-    record::{self, End, Identity, Process, Record, Stage},
+    record::{self, End, Record, RecordError, Stage},
+    spec::PodSpec,
 };
 use crate::{
-    cgroup,
-    errors::chain,
-    fault,
-    machine::{self, Exit, Machine, file},
-    network,
-    share::Share,
-    size::Size,
-    undo::Undo,
+    blocking::BlockingWork,
+    fault::FaultPoint,
+    host::{
+        cgroup,
+        machine::{self, Exit, Machine, file},
+        process::{self, Process},
+        size::Size,
+    },
+    telemetry::error_chain::chain,
 };
 
 /// The namespace of kubelet's pods, where nothing tells of another.
 const NAMESPACE: &str = "k8s.io";
 
-/// Longest command line that is looked at.
-const COMMAND_LINE_MAX: u64 = 8192;
+/// Pods that are taken over at a time. Most of that is waiting for the kernel.
+const AT_A_TIME: usize = 32;
 
 /// Takes over every pod in the run directory.
-pub async fn adopt_all(node: &Arc<Node>) -> io::Result<Vec<Arc<Pod>>> {
-    let mut pods = Vec::new();
-    for entry in fs::read_dir(&node.config.run_dir)? {
+pub async fn adopt_all(environment: &Arc<Environment>) -> io::Result<Vec<Arc<Pod>>> {
+    let run_dir = environment.config.run_dir.clone();
+    let work = BlockingWork::new();
+    let (directories, machines) = work
+        .run(move || {
+            let directories = pod_directories(&run_dir)?;
+            // Looked for once for all pods, and only if one has no usable record: the host may have many processes.
+            let has_all =
+                directories.iter().all(|(directory, _)| matches!(Record::read(directory), Ok(Some(_))));
+            let machines = if has_all { Vec::new() } else { process::machines()? };
+            io::Result::Ok((directories, Arc::new(machines)))
+        })
+        .await?;
+    let places = Arc::new(Semaphore::new(AT_A_TIME));
+    let mut all = JoinSet::new();
+    for (directory, id) in directories {
+        let (environment, machines, places) =
+            (Arc::clone(environment), Arc::clone(&machines), Arc::clone(&places));
+        all.spawn(async move {
+            let _place = places.acquire().await;
+            FaultPoint::Adopting.reached();
+            take_over_or_report(&environment, &directory, id, &machines).await
+        });
+    }
+    Ok(all.join_all().await.into_iter().flatten().collect())
+}
+
+fn pod_directories(run_dir: &Path) -> io::Result<Vec<(PathBuf, SandboxId)>> {
+    let mut directories = Vec::new();
+    for entry in fs::read_dir(run_dir)? {
         let entry = entry?;
         if !entry.file_type()?.is_dir() {
             continue;
         }
-        let directory = entry.path();
-        let Some(Ok(id)) = entry.file_name().to_str().map(str::parse) else {
-            tracing::warn!(directory = %directory.display(), "passed over: its name is not the id of a pod");
-            continue;
-        };
-        fault::point("adopting");
-        match take_over(node, &directory, &id).await {
-            Ok(Some(pod)) => {
-                tracing::info!(pod = pod.id, name = pod.name(), phase = ?pod.phase(), "pod taken over");
-                pods.push(pod);
-            }
-            Ok(None) => tracing::info!(directory = %directory.display(), "removed what a pod had left"),
-            // The others are not to suffer from it.
-            Err(error) => {
-                tracing::error!(directory = %directory.display(), %error, "cannot take a pod over");
-            }
+        if let Some(Ok(id)) = entry.file_name().to_str().map(str::parse) {
+            directories.push((entry.path(), id));
+        } else {
+            let directory = entry.path().display().to_string();
+            tracing::warn!(directory, "passed over: its name is not the id of a pod");
         }
     }
-    Ok(pods)
+    Ok(directories)
 }
 
-/// Answers with the pod, unless it was only to be undone.
-async fn take_over(node: &Arc<Node>, directory: &Path, id: &SandboxId) -> io::Result<Option<Arc<Pod>>> {
-    let record = match Record::read(directory) {
-        Ok(Some(record)) => Some(record),
-        // A controller was killed before it had written one: see `Pod::spawn`.
-        Ok(None) if !directory.join(file::PROGRESS).exists() => None,
-        unusable => {
-            if let Err(error) = unusable {
-                let aside = record::set_aside(directory, file::STATE)?;
-                let error = chain(&error);
-                tracing::error!(aside = %aside.display(), error, "a pod's record is of no use");
-            }
-            seen(directory, id)?
+async fn take_over_or_report(
+    environment: &Arc<Environment>,
+    directory: &Path,
+    id: SandboxId,
+    machines: &[(PathBuf, Process)],
+) -> Option<Arc<Pod>> {
+    let shown = directory.display();
+    match take_over(environment, directory, &id, machines).await {
+        Ok(Some(pod)) => {
+            tracing::info!(pod = pod.id(), name = pod.title(), phase = ?pod.phase(), "pod taken over");
+            Some(pod)
         }
-    };
-    let Some(record) = record else {
-        let machine = find_machine(directory)?;
-        let cgroup = cgroup::find(id)?;
-        return Ok(undo(node, identity_of(id), machine, cgroup).await);
-    };
+        Ok(None) => {
+            tracing::info!(directory = %shown, "removed what a pod had left");
+            None
+        }
+        // The others are not to suffer from it.
+        Err(error) => {
+            tracing::error!(directory = %shown, %error, "cannot take a pod over");
+            None
+        }
+    }
+}
+
+/// Returns the pod, unless it was only to be undone.
+async fn take_over(
+    environment: &Arc<Environment>,
+    directory: &Path,
+    id: &SandboxId,
+    machines: &[(PathBuf, Process)],
+) -> io::Result<Option<Arc<Pod>>> {
+    let found = machines.iter().find(|(config, _)| *config == directory.join(file::CONFIG));
+    let found = found.map(|(_, process)| *process);
+    let (reader, pod_directory, pod_id) = (environment.read_older_record, directory.to_owned(), id.clone());
+    let default_size = Size::default_of(&environment.config);
+    let work = BlockingWork::new();
+    let record = work.run(move || find_record(&pod_directory, &pod_id, found, default_size, reader)).await?;
     // Whoever asked for it has had an error instead of an answer.
     if record.stage == Stage::Starting {
-        return Ok(undo(node, record.pod, Some(record.machine), record.cgroup).await);
+        return Ok(undo(environment, record).await);
     }
-    let machine = running(record.machine);
-    take_over_machine(node, record, machine).map(Some)
+    let machine = match record.owned.machine() {
+        Some(process) => running(process),
+        None => Ok(None),
+    };
+    take_over_machine(environment, record, machine).await.map(Some)
 }
 
-/// Goes on with a pod whose machine runs (`Some`), has ended (`None`), or cannot be watched.
-fn take_over_machine(
-    node: &Arc<Node>,
-    record: Record,
-    machine: io::Result<Option<Machine>>,
-) -> io::Result<Arc<Pod>> {
-    match machine {
-        Ok(Some(machine)) => resume(node, record, machine),
-        Ok(None) => Ok(restore(node, record, None)),
-        // Nobody would see its end, nor whether its guest is stuck.
-        Err(error) => Ok(restore(node, record, Some(&error))),
+/// What is on record about a pod, or else what can be seen of it. Blocks.
+fn find_record(
+    directory: &Path,
+    id: &SandboxId,
+    machine: Option<Process>,
+    default_size: Size,
+    read_older: fn(&[u8], &Path) -> Option<Record>,
+) -> io::Result<Record> {
+    match Record::read(directory) {
+        Ok(Some(record)) => return Ok(record),
+        // A controller was killed before it had written one. What it has made by then is undone.
+        Ok(None) if !directory.join(file::PROGRESS).exists() => {
+            return seen(directory, id, machine, Stage::Starting, default_size);
+        }
+        Err(RecordError::Version { .. }) => {
+            let older = fs::read(directory.join(file::STATE))?;
+            if let Some(record) = read_older(&older, directory) {
+                return Ok(record);
+            }
+        }
+        Ok(None) | Err(_) => {}
     }
+    if let Err(error) = Record::read(directory) {
+        let aside = record::set_aside(directory, file::STATE)?;
+        let error = chain(&error);
+        tracing::error!(aside = %aside.display(), error, "a pod's record is of no use");
+    }
+    // One whose machine has ended has nothing left to go on with.
+    let stage = if machine.is_some() { Stage::Running } else { Stage::Starting };
+    seen(directory, id, machine, stage, default_size)
+}
+
+/// A record of what can be seen of a pod without one. Blocks.
+fn seen(
+    directory: &Path,
+    id: &SandboxId,
+    machine: Option<Process>,
+    stage: Stage,
+    default_size: Size,
+) -> io::Result<Record> {
+    let size = fs::read(directory.join(file::CONFIG))
+        .ok()
+        .and_then(|text| serde_json::from_slice::<MachineConfig>(&text).ok())
+        .map(|config| Size { vcpus: config.vcpus, memory_mib: config.memory_mib });
+    let mut record = Record::new(PodSpec::unknown(id.clone(), NAMESPACE), size.unwrap_or(default_size));
+    record.stage = stage;
+    record.owned = owned_in(directory, None, cgroup::find(id)?, machine);
+    Ok(record)
+}
+
+/// What a pod owns, put together from what is known of it.
+pub fn owned_in(
+    directory: &Path,
+    netns: Option<PathBuf>,
+    cgroup: Option<PathBuf>,
+    machine: Option<Process>,
+) -> Owned {
+    let mut owned = Owned::default();
+    owned.add(Resource::Directory { path: directory.to_owned() });
+    if let Some(netns) = netns {
+        owned.add(Resource::Network { netns });
+    }
+    owned.add(Resource::Share { path: directory.join(file::SHARE) });
+    if let Some(path) = cgroup {
+        owned.add(Resource::Cgroup { path });
+    }
+    if let Some(process) = machine {
+        owned.add(Resource::Machine { process });
+    }
+    owned
 }
 
 /// The process, if it still is that process.
 fn running(process: Process) -> io::Result<Option<Machine>> {
-    match open(process)? {
+    match process.open()? {
         Some((pid, pidfd)) => Machine::adopt(pid, pidfd).map(Some),
         None => Ok(None),
     }
 }
 
-/// A descriptor of a process, if it still is that process.
-fn open(process: Process) -> io::Result<Option<(Pid, OwnedFd)>> {
-    let Some(pid) = number(process) else { return Ok(None) };
-    let pidfd = match pidfd_open(pid, PidfdFlags::NONBLOCK) {
-        Err(Errno::SRCH) => return Ok(None),
-        pidfd => pidfd?,
-    };
-    // Checked with the pidfd in hand: from here the process cannot be mistaken for another.
-    Ok(process.runs()?.then_some((pid, pidfd)))
-}
-
-fn number(process: Process) -> Option<Pid> {
-    i32::try_from(process.pid).ok().and_then(Pid::from_raw)
-}
-
-/// Ends a machine and waits until it is gone. `open` is how a descriptor of it is had.
-fn end(process: Process, open: impl FnOnce(Process) -> io::Result<Option<(Pid, OwnedFd)>>) -> io::Result<()> {
-    match open(process) {
-        Ok(Some((_, pidfd))) => machine::kill(&pidfd),
-        Ok(None) => Ok(()),
-        // By its number, then. In the moment between this look and the signal, the kernel would have to give the number of a
-        // process that has just ended to another.
-        Err(error) => {
-            if let Some(pid) = number(process).filter(|_| process.runs().unwrap_or(false)) {
-                kill_process(pid, Signal::KILL)?;
-                // Whether it is gone is seen when this is tried again.
-                return Err(error);
-            }
-            Ok(())
-        }
+/// Goes on with a pod whose machine runs (`Some`), has ended (`None`), or cannot be watched.
+async fn take_over_machine(
+    environment: &Arc<Environment>,
+    record: Record,
+    machine: io::Result<Option<Machine>>,
+) -> io::Result<Arc<Pod>> {
+    match machine {
+        Ok(Some(machine)) if record.end.is_none() => resume(environment, record, machine),
+        Ok(_) => Ok(restore(environment, record, None).await),
+        // Nobody would see its end, nor whether its guest is stuck.
+        Err(error) => Ok(restore(environment, record, Some(error)).await),
     }
-}
-
-/// What can be seen of a pod without its record; `None` if its machine does not run.
-fn seen(directory: &Path, id: &SandboxId) -> io::Result<Option<Record>> {
-    let Some(machine) = find_machine(directory)? else { return Ok(None) };
-    let size = fs::read(directory.join(file::CONFIG))
-        .ok()
-        .and_then(|text| serde_json::from_slice::<MachineConfig>(&text).ok())
-        .map(|config| Size { vcpus: config.vcpus, memory_mib: config.memory_mib });
-    let record = Record::new(identity_of(id), size, machine)?;
-    if let Err(error) = record.write(directory) {
-        // It can be seen again by the next controller.
-        tracing::warn!(directory = %directory.display(), %error, "a pod is not on record");
-    }
-    Ok(Some(record))
-}
-
-/// What a pod's directory tells of which pod it is.
-fn identity_of(id: &SandboxId) -> Identity {
-    Identity {
-        id: id.clone(),
-        namespace: NAMESPACE.to_owned(),
-        // Its taps go with it when containerd removes it.
-        netns: String::new(),
-        config: cri::PodSandboxConfig::default(),
-        created_at: SystemTime::now(),
-    }
-}
-
-/// Looks for the process that runs a pod's machine, by its command line.
-fn find_machine(directory: &Path) -> io::Result<Option<Process>> {
-    let config = directory.join(file::CONFIG);
-    let config = config.as_os_str().as_encoded_bytes();
-    for entry in fs::read_dir("/proc")? {
-        let Ok(entry) = entry else { continue };
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else {
-            continue;
-        };
-        // A process that ends meanwhile is none.
-        let Ok(process) = Process::of(pid) else { continue };
-        let ours = entry.metadata().is_ok_and(|metadata| metadata.uid() == geteuid().as_raw());
-        if ours && is_machine(&entry.path(), config) && Process::of(pid).is_ok_and(|again| again == process) {
-            return Ok(Some(process));
-        }
-    }
-    Ok(None)
-}
-
-fn is_machine(process: &Path, config: &[u8]) -> bool {
-    let mut line = Vec::new();
-    let read = fs::File::open(process.join("cmdline"))
-        .and_then(|file| file.take(COMMAND_LINE_MAX).read_to_end(&mut line));
-    let mut words = line.split(|byte| *byte == 0);
-    read.is_ok() && words.nth(1) == Some(b"vmm") && words.any(|word| word == config)
 }
 
 /// Goes on with a pod whose machine runs.
-fn resume(node: &Arc<Node>, record: Record, machine: Machine) -> io::Result<Arc<Pod>> {
-    let pod = Arc::new(pod(node, &record));
-    let progress = read_progress(&pod)?;
-    let running = undo_running(&pod.directory, Some(record.machine), &pod.netns, record.cgroup.clone());
+fn resume(environment: &Arc<Environment>, record: Record, machine: Machine) -> io::Result<Arc<Pod>> {
+    let resources = record.resources.unwrap_or(record.spec.resources);
+    let (pod, mut task) = Pod::new(record, Arc::clone(environment));
+    // So that the next controller finds it: it may have been put together from what was seen.
+    if let Err(error) = pod.record.change(|_| ()) {
+        tracing::warn!(pod = pod.id(), %error, "a pod is not on record");
+    }
+    pod.progress.resume(read_progress(&pod)?);
     // One of an older version leaves it open to every process in the guest.
-    if let Err(error) = fs::remove_file(host_service_path(&pod.directory))
-        && error.kind() != io::ErrorKind::NotFound
-    {
-        return Err(error);
+    match fs::remove_file(pod.files.host_service()) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => {}
     }
-    {
-        let mut state = pod.state();
-        state.phase = Phase::Running { pid: machine.pid() };
-        state.running = running;
-        // It may have been resized, and moved.
-        state.size_now = None;
-        state.pinned = None;
-        state.progress = progress;
-        state.cgroup = record.cgroup;
-        state.interfaces = record.interfaces;
-        state.port_forward = record.port_forward;
-        state.directory = pod.undo_directory();
-    }
-    pod.watch(machine);
+    let pid = machine.pid();
+    task.is_machine_watched = true;
+    pod.watch_machine(machine);
+    task.spawn(Life::running_with(Running::taken_over(pid, resources)));
     pod.watch_network();
     pod.serve_requests();
     pod.follow_events();
     Ok(pod)
 }
 
-/// Keeps a pod whose machine has ended, or is ended here because it cannot be watched, for containerd to ask about and to
-/// remove.
-fn restore(node: &Arc<Node>, record: Record, unwatched: Option<&io::Error>) -> Arc<Pod> {
-    let pod = Arc::new(pod(node, &record));
-    let machine = unwatched.map(|_| record.machine);
-    let mut running = undo_running(&pod.directory, machine, &pod.netns, record.cgroup.clone());
-    if let Err(error) = running.run() {
-        // Tried again when containerd has it stopped.
-        tracing::error!(pod = pod.id, %error, "cannot clean up after a machine");
+/// Keeps a pod whose machine has ended, or is ended here because it cannot be watched, for somebody to ask about and to remove.
+async fn restore(environment: &Arc<Environment>, record: Record, unwatched: Option<io::Error>) -> Arc<Pod> {
+    let on_record = record.end.clone();
+    let files = PodFiles::new(&environment.config.run_dir, &record.spec.id);
+    let (pod, mut task) = Pod::new(record, Arc::clone(environment));
+    let mut owned = task.owned.clone();
+    let (owned, removed) = pod
+        .blocking
+        .run(move || {
+            let removed = owned.remove(Extent::Running);
+            (owned, removed)
+        })
+        .await;
+    task.owned = owned;
+    if let Err(error) = removed {
+        // Tried again when the pod is stopped.
+        tracing::error!(pod = pod.id(), %error, "cannot clean up after a machine");
     }
-    let end = match (&record.end, unwatched) {
-        (Some(end), _) => end.clone(),
+    let end = match (on_record, unwatched) {
+        (Some(end), _) => end,
         (None, Some(error)) => {
             let reason =
                 format!("the machine could not be watched by a new controller and was ended: {error}");
-            tracing::error!(pod = pod.id, reason, "a machine is ended");
+            tracing::error!(pod = pod.id(), reason, "a machine is ended");
             End::new(Ended { exit: Exit::Unknown, at: SystemTime::now() }, Some(reason))
         }
-        (None, None) => observed_end(&pod),
+        (None, None) => pod.blocking.run(move || observed_end(&files)).await,
     };
-    {
-        let mut state = pod.state();
-        state.phase = Phase::Ended;
-        state.running = running;
-        state.directory = pod.undo_directory();
-        state.reason.clone_from(&end.reason);
-    }
     pod.ended.send_replace(Some(end.ended()));
-    if let Err(error) = record.with_end(end).write(&pod.directory) {
-        tracing::warn!(pod = pod.id, %error, "the end of a machine is not on record");
+    pod.status.send_modify(|status| status.reason.clone_from(&end.reason));
+    let (writer, owned) = (Arc::clone(&pod), task.owned.clone());
+    let written = pod.blocking.run(move || {
+        writer.record.change(|record| {
+            record.end = Some(end);
+            record.owned = owned;
+        })
+    });
+    if let Err(error) = written.await {
+        tracing::warn!(pod = pod.id(), %error, "the end of a machine is not on record");
     }
+    task.spawn(Life::Ended);
     pod
 }
 
-/// What the files of a machine tell about its end, which nobody has watched.
-fn observed_end(pod: &Pod) -> End {
-    let log = pod.directory.join(file::LOG);
+/// What the files of a machine tell about its end, which nobody has watched. Blocks.
+fn observed_end(files: &PodFiles) -> End {
+    let (log, console) = (files.log(), files.console());
     let written = fs::metadata(&log).and_then(|log| log.modified());
     // The last thing that it does by itself is to say so.
-    let own = if pod.own_last_words().is_some() {
+    let own = if own_last_words(&log).is_some() {
         Some(Exit::Code(1))
     } else {
         machine::tail(&log, 256).contains(pericarp_vmm::LAST_WORDS).then_some(Exit::Code(0))
@@ -287,68 +311,36 @@ fn observed_end(pod: &Pod) -> End {
         (Some(exit), Ok(written)) => (exit, written),
         (own, _) => (own.unwrap_or(Exit::Unknown), SystemTime::now()),
     };
-    let reason = format!("the machine ended while no controller ran: {}", pod.last_words(None));
-    End::new(Ended { exit, at }, Some(reason))
-}
-
-fn pod(node: &Arc<Node>, record: &Record) -> Pod {
-    // Not checked again: it runs, whatever this controller would have said to it.
-    let size = record.size.or_else(|| Size::of(&record.pod.config, &node.config, node.host).ok());
-    let size = size.unwrap_or_else(|| Size::default_of(&node.config));
-    Pod::make(record.pod.clone(), size, node.clone())
+    let words = last_words(&log, &console, None);
+    End::new(Ended { exit, at }, Some(format!("the machine ended while no controller ran: {words}")))
 }
 
 /// How far its events have been handed on. If that cannot be known, all that the guest remembers are told again.
 fn read_progress(pod: &Pod) -> io::Result<Progress> {
-    let mut progress = match Progress::read(&pod.directory) {
+    let mut progress = match Progress::read(pod.files.directory()) {
         Ok(progress) => progress,
         Err(error) => {
-            let aside = record::set_aside(&pod.directory, file::PROGRESS)?;
-            tracing::error!(pod = pod.id, aside = %aside.display(), %error, "events may be told twice");
+            let aside = record::set_aside(pod.files.directory(), file::PROGRESS)?;
+            tracing::error!(pod = pod.id(), aside = %aside.display(), %error, "events may be told twice");
             Progress::default()
         }
     };
     // Those of a controller that did not keep such a record.
-    for container in Share::at(pod.directory.join(file::SHARE)).containers() {
+    for container in pod.files.share().containers() {
         progress.add(container.as_str());
     }
     Ok(progress)
 }
 
-/// The steps that take down what a pod has on the host beside its directory.
-fn undo_running(directory: &Path, machine: Option<Process>, netns: &str, cgroup: Option<PathBuf>) -> Undo {
-    let mut running = Undo::default();
-    network::push_removal(Path::new(netns), &mut running);
-    let share = Share::at(directory.join(file::SHARE));
-    running.push("remove the pod's share", move || {
-        share.remove().map_err(|error| io::Error::other(chain(&error)))
-    });
-    if let Some(path) = cgroup {
-        running.push("remove the pod's cgroup", move || cgroup::remove(&path));
-    }
-    if let Some(process) = machine {
-        running.push("end the pod's machine", move || end(process, open));
-    }
-    running
-}
-
-/// Removes everything of a pod that nobody waits for. What cannot be undone yet is kept in the pod.
-async fn undo(
-    node: &Arc<Node>,
-    identity: Identity,
-    machine: Option<Process>,
-    cgroup: Option<PathBuf>,
-) -> Option<Arc<Pod>> {
-    let pod = Arc::new(Pod::make(identity, Size::default_of(&node.config), node.clone()));
-    {
-        let mut state = pod.state();
-        state.running = undo_running(&pod.directory, machine, &pod.netns, cgroup);
-        state.directory = pod.undo_directory();
-    }
-    match pod.shutdown().await {
+/// Removes everything of a pod that nobody waits for. What cannot be removed yet is kept in the pod, and tried again.
+async fn undo(environment: &Arc<Environment>, record: Record) -> Option<Arc<Pod>> {
+    let (pod, task) = Pod::new(record, Arc::clone(environment));
+    task.spawn(Life::Ended);
+    match pod.remove().await {
         Ok(()) => None,
         Err(error) => {
-            tracing::error!(pod = pod.id, error = chain(&error), "cannot undo what a pod has left");
+            tracing::error!(pod = pod.id(), error = chain(&error), "cannot undo what a pod has left");
+            pod.abandon().await;
             Some(pod)
         }
     }
@@ -361,24 +353,13 @@ mod tests {
         process::{Child, Command},
     };
 
+    use rustix::io::Errno;
+
     use super::*;
-    use crate::pod::tests::node;
+    use crate::pod::{life::Phase, tests::environment};
 
     fn id() -> SandboxId {
         "abc".parse().unwrap()
-    }
-
-    #[test]
-    fn a_pid_that_was_given_to_another_process_is_not_the_machine() {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
-        let _guard = runtime.enter();
-        let own = Process::of(std::process::id()).unwrap();
-        assert!(running(own).unwrap().is_some());
-        assert!(running(Process { start_time: 1, ..own }).unwrap().is_none());
-    }
-
-    fn no_descriptor(_: Process) -> io::Result<Option<(Pid, OwnedFd)>> {
-        Err(Errno::MFILE.into())
     }
 
     fn sleeping() -> (Child, Process) {
@@ -387,84 +368,99 @@ mod tests {
         (child, process)
     }
 
-    #[test]
-    fn a_machine_is_ended_with_and_without_a_descriptor_and_no_other_process_is() {
-        let (mut child, process) = sleeping();
-        let another = Process { start_time: 1, ..process };
-        end(another, open).unwrap();
-        end(another, no_descriptor).unwrap();
-        assert_eq!(child.try_wait().unwrap(), None);
-        // It is not known to be gone, so this is tried again.
-        end(process, no_descriptor).unwrap_err();
-        assert_eq!(child.wait().unwrap().signal(), Some(9));
-        end(process, no_descriptor).unwrap();
-        let (mut child, process) = sleeping();
-        end(process, open).unwrap();
-        assert_eq!(child.wait().unwrap().signal(), Some(9));
-    }
-
-    fn record(node: &Node, machine: Process, cgroup: Option<PathBuf>, stage: Stage) -> Record {
-        let directory = node.config.run_dir.join("abc");
+    fn record(run_dir: &Path, machine: Process, cgroup: Option<PathBuf>, stage: Stage) -> Record {
+        let directory = run_dir.join("abc");
         fs::create_dir(&directory).unwrap();
-        let mut record = Record::new(identity_of(&id()), None, machine).unwrap();
-        (record.cgroup, record.stage) = (cgroup, stage);
-        record.write(&directory).unwrap();
+        let size = Size { vcpus: 1, memory_mib: 512 };
+        let mut record = Record::new(PodSpec::unknown(id(), NAMESPACE), size);
+        record.stage = stage;
+        record.owned = owned_in(&directory, None, cgroup, Some(machine));
+        fs::write(directory.join(file::STATE), serde_json::to_vec(&record).unwrap()).unwrap();
         record
     }
 
     #[tokio::test]
     async fn a_machine_that_cannot_be_watched_is_ended_and_its_pod_kept_with_the_reason() {
         let directory = tempfile::tempdir().unwrap();
-        let node = node(directory.path());
+        let environment = environment(directory.path());
         let (mut child, process) = sleeping();
-        let record = record(&node, process, None, Stage::Running);
-        let pod = take_over_machine(&node, record, Err(Errno::MFILE.into())).unwrap();
+        let record = record(directory.path(), process, None, Stage::Running);
+        let pod = take_over_machine(&environment, record, Err(Errno::MFILE.into())).await.unwrap();
         assert_eq!(child.wait().unwrap().signal(), Some(9));
         assert_eq!(pod.phase(), Phase::Ended);
-        let info = pod.verbose_info().await;
-        assert!(info["pericarp"]["reason"].as_str().unwrap().contains("could not be watched"), "{info}");
+        let reason = pod.status().reason.unwrap();
+        assert!(reason.contains("could not be watched"), "{reason}");
+        let on_record = Record::read(&directory.path().join("abc")).unwrap().unwrap();
+        assert_eq!(on_record.end.unwrap().reason, Some(reason));
     }
 
-    #[tokio::test]
+    #[tokio::test(start_paused = true)]
     async fn what_cannot_be_undone_is_kept_with_its_record_until_it_can_be() {
         let directory = tempfile::tempdir().unwrap();
-        let node = node(directory.path());
+        let environment = environment(directory.path());
         let (mut child, process) = sleeping();
         // A cgroup with something in it cannot be removed.
         let cgroup = directory.path().join("abc.cgroup");
         fs::create_dir_all(cgroup.join("busy")).unwrap();
-        record(&node, process, Some(cgroup.clone()), Stage::Starting);
-        let pod = take_over(&node, &directory.path().join("abc"), &id()).await.unwrap().unwrap();
+        record(directory.path(), process, Some(cgroup.clone()), Stage::Starting);
+        let pod = take_over(&environment, &directory.path().join("abc"), &id(), &[]).await.unwrap().unwrap();
         assert_eq!(child.wait().unwrap().signal(), Some(9));
         assert_eq!(pod.phase(), Phase::Ended);
-        let error = chain(&pod.shutdown().await.unwrap_err());
+        let error = chain(&pod.remove().await.unwrap_err());
         assert!(error.contains("cannot remove the pod's cgroup"), "{error}");
         assert!(Record::read(&directory.path().join("abc")).unwrap().is_some());
         fs::remove_dir(cgroup.join("busy")).unwrap();
-        pod.shutdown().await.unwrap();
+        // Nobody asks for it again.
+        pod.removed().await;
         assert!(!cgroup.exists() && !directory.path().join("abc").exists());
     }
 
-    #[test]
-    fn a_machine_is_found_by_its_command_line() {
+    #[tokio::test]
+    async fn a_directory_without_a_record_is_removed_and_a_damaged_record_is_set_aside() {
         let directory = tempfile::tempdir().unwrap();
-        assert_eq!(find_machine(directory.path()).unwrap(), None);
-        let config = directory.path().join(file::CONFIG);
-        // A process with that command line that waits for its input.
-        fs::write(directory.path().join("vmm"), "echo started\nread line\n").unwrap();
-        let mut child = Command::new("sh")
-            .current_dir(directory.path())
-            .args(["vmm", "--config"])
-            .arg(&config)
-            .stdin(std::process::Stdio::piped())
-            .stdout(std::process::Stdio::piped())
-            .spawn()
-            .unwrap();
-        // The kernel ends `vfork` a moment before the new program's command line can be read.
-        child.stdout.take().unwrap().read_exact(&mut [0]).unwrap();
-        let found = find_machine(directory.path()).unwrap();
-        assert_eq!(found.map(|process| process.pid), Some(child.id()));
+        let environment = environment(directory.path());
+        let of_pod = directory.path().join("abc");
+        fs::create_dir(&of_pod).unwrap();
+        assert!(take_over(&environment, &of_pod, &id(), &[]).await.unwrap().is_none());
+        assert!(!of_pod.exists());
+
+        let (mut child, process) = sleeping();
+        fs::create_dir(&of_pod).unwrap();
+        fs::write(of_pod.join(file::STATE), "nonsense").unwrap();
+        let machines = [(of_pod.join(file::CONFIG), process)];
+        let pod = take_over(&environment, &of_pod, &id(), &machines).await.unwrap().unwrap();
+        assert_eq!(pod.phase(), Phase::Running { pid: process.pid });
+        assert!(of_pod.join("state.json.unusable").exists());
+        // The next controller finds it without looking for its machine.
+        assert_eq!(Record::read(&of_pod).unwrap().unwrap().owned.machine(), Some(process));
+        pod.remove().await.unwrap();
+        // Its exit status was taken by whoever watched it.
+        let _ = child.wait();
+        assert!(!of_pod.exists());
+    }
+
+    /// As a node has them that was full of pods when its controller was restarted.
+    #[tokio::test]
+    async fn a_thousand_pods_are_taken_over_together() {
+        let directory = tempfile::tempdir().unwrap();
+        let environment = environment(directory.path());
+        let (mut child, process) = sleeping();
+        for number in 0..1000 {
+            let of_pod = directory.path().join(format!("pod{number}"));
+            fs::create_dir(&of_pod).unwrap();
+            let spec = PodSpec::unknown(format!("pod{number}").parse().unwrap(), NAMESPACE);
+            let mut record = Record::new(spec, Size { vcpus: 1, memory_mib: 512 });
+            record.stage = Stage::Running;
+            record.owned = owned_in(&of_pod, None, None, Some(process));
+            fs::write(of_pod.join(file::STATE), serde_json::to_vec(&record).unwrap()).unwrap();
+        }
+        let adopted = adopt_all(&environment).await.unwrap();
+        assert_eq!(adopted.len(), 1000);
+        assert!(adopted.iter().all(|pod| pod.phase() == Phase::Running { pid: process.pid }));
         child.kill().unwrap();
-        child.wait().unwrap();
+        for pod in adopted {
+            pod.wait().await;
+        }
+        let _ = child.wait();
     }
 }

@@ -1,14 +1,16 @@
 //! What a guest is told of its pod, beside its network.
 
-use std::{collections::HashMap, fs::File, io::Read as _, path::Path};
-
-use pericarp_protos::{
-    agent::{ConfigureRequest, Dns},
-    cri,
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs::File,
+    io::Read as _,
+    path::Path,
 };
 
-use super::Pod;
-use crate::network::PodNetwork;
+use pericarp_protos::agent::{self, ConfigureRequest};
+
+use super::{Pod, spec::Dns};
+use crate::host::network::PodNetwork;
 
 /// The host's resolver, which a pod gets that asks for none of its own.
 const HOST_RESOLVER: &str = "/etc/resolv.conf";
@@ -28,52 +30,48 @@ const SHM_BYTES: u64 = 64 << 20;
 
 impl Pod {
     pub(super) fn configuration(&self, network: PodNetwork) -> ConfigureRequest {
-        let hostname = if self.config.hostname.is_empty() {
+        let spec = &self.spec;
+        let hostname = if spec.hostname.is_empty() {
             // As containerd does for its own sandboxes.
             rustix::system::uname().nodename().to_string_lossy().into_owned()
         } else {
-            self.config.hostname.clone()
+            spec.hostname.clone()
         };
-        let linux = self.config.linux.clone().unwrap_or_default();
+        let Dns { servers, searches, options } = resolver(spec.dns.as_ref(), Path::new(HOST_RESOLVER));
         ConfigureRequest {
-            sandbox_id: self.id.clone(),
+            sandbox_id: self.id().to_owned(),
             hostname,
             shm_bytes: SHM_BYTES,
-            dns: Some(resolver(self.config.dns_config.as_ref(), Path::new(HOST_RESOLVER))).into(),
-            sysctls: sysctls(linux.sysctls, self.id_map.is_some()),
+            dns: Some(agent::Dns { servers, searches, options, ..agent::Dns::default() }).into(),
+            sysctls: sysctls(&spec.sysctls, spec.id_map.is_some()),
             interfaces: network.interfaces,
             routes: network.routes,
             neighbours: network.neighbours,
-            user_namespace: self.id_map.map(|map| map.message()).into(),
+            user_namespace: spec.id_map.map(|map| map.message()).into(),
             ..ConfigureRequest::default()
         }
     }
 }
 
-fn sysctls(mut asked_for: HashMap<String, String>, has_user_namespace: bool) -> HashMap<String, String> {
+fn sysctls(requested: &BTreeMap<String, String>, has_user_namespace: bool) -> HashMap<String, String> {
+    let mut sysctls: HashMap<_, _> = requested.clone().into_iter().collect();
     for (key, value) in SYSCTLS {
         // Most of these groups do not exist in a user namespace, and containerd leaves it out then, too.
         if has_user_namespace && key == PING_GROUPS {
             continue;
         }
         // Keys may be written with slashes, too: see sysctl(8).
-        if !asked_for.contains_key(&key.replace('.', "/")) {
-            asked_for.entry(key.to_owned()).or_insert_with(|| value.to_owned());
+        if !sysctls.contains_key(&key.replace('.', "/")) {
+            sysctls.entry(key.to_owned()).or_insert_with(|| value.to_owned());
         }
     }
-    asked_for
+    sysctls
 }
 
 /// The pod's own resolver or, as containerd has it for its own sandboxes, a copy of the host's.
-fn resolver(config: Option<&cri::DnsConfig>, host: &Path) -> Dns {
-    let config = config.cloned().unwrap_or_default();
-    if config != cri::DnsConfig::default() {
-        return Dns {
-            servers: config.servers,
-            searches: config.searches,
-            options: config.options,
-            ..Dns::default()
-        };
+fn resolver(own: Option<&Dns>, host: &Path) -> Dns {
+    if let Some(own) = own {
+        return own.clone();
     }
     let mut text = String::new();
     let read = File::open(host).and_then(|file| file.take(RESOLVER_MAX).read_to_string(&mut text));
@@ -110,35 +108,33 @@ mod tests {
         let text = "# made by hand\nsearch old.example\nnameserver 192.0.2.1\nnameserver fd00::53 # second\n\
                     options ndots:2 edns0\nsearch a.example b.example\n";
         std::fs::write(&host, text).unwrap();
-        for config in [None, Some(&cri::DnsConfig::default())] {
-            let dns = resolver(config, &host);
-            assert_eq!(dns.servers, ["192.0.2.1", "fd00::53"]);
-            assert_eq!(dns.searches, ["a.example", "b.example"]);
-            assert_eq!(dns.options, ["ndots:2", "edns0"]);
-        }
+        let dns = resolver(None, &host);
+        assert_eq!(dns.servers, ["192.0.2.1", "fd00::53"]);
+        assert_eq!(dns.searches, ["a.example", "b.example"]);
+        assert_eq!(dns.options, ["ndots:2", "edns0"]);
         assert_eq!(resolver(None, &directory.path().join("none")), Dns::default());
     }
 
     #[test]
     fn a_pods_own_resolver_is_taken_as_it_is() {
-        let own = cri::DnsConfig { servers: vec!["10.96.0.10".into()], ..Default::default() };
+        let own = Dns { servers: vec!["10.96.0.10".into()], ..Default::default() };
         assert_eq!(resolver(Some(&own), Path::new("/no/such/file")).servers, ["10.96.0.10"]);
     }
 
     #[test]
     fn a_sysctl_that_the_pod_asks_for_wins() {
         let ports = "net.ipv4.ip_unprivileged_port_start";
-        assert_eq!(sysctls(HashMap::new(), false)[ports], "0");
-        let asked_for = HashMap::from([(ports.to_owned(), "1024".to_owned())]);
-        assert_eq!(sysctls(asked_for, false)[ports], "1024");
-        let with_slashes = HashMap::from([(ports.replace('.', "/"), "1024".to_owned())]);
-        assert!(!sysctls(with_slashes, false).contains_key(ports));
+        assert_eq!(sysctls(&BTreeMap::new(), false)[ports], "0");
+        let asked_for = BTreeMap::from([(ports.to_owned(), "1024".to_owned())]);
+        assert_eq!(sysctls(&asked_for, false)[ports], "1024");
+        let with_slashes = BTreeMap::from([(ports.replace('.', "/"), "1024".to_owned())]);
+        assert!(!sysctls(&with_slashes, false).contains_key(ports));
     }
 
     #[test]
     fn a_user_namespace_has_not_all_groups_that_might_ping() {
-        assert!(sysctls(HashMap::new(), false).contains_key(PING_GROUPS));
-        let own = sysctls(HashMap::new(), true);
+        assert!(sysctls(&BTreeMap::new(), false).contains_key(PING_GROUPS));
+        let own = sysctls(&BTreeMap::new(), true);
         assert!(!own.contains_key(PING_GROUPS) && own.len() == SYSCTLS.len() - 1);
     }
 }

@@ -1,26 +1,29 @@
-//! Containers' file systems: made when the guest asks for a container that containerd knows.
+//! Containers' file systems: made when the guest asks for a container that is on record.
 
 use std::time::Instant;
 
-use pericarp_protos::{host::Disk, id::ContainerId, ttrpc};
+use pericarp_protos::{host::Disk, id::ContainerId};
 use thiserror::Error;
 
 use super::{
-    Phase, Pod,
+    Pod,
     disks::DiskError,
-    guest_errors::{self, GuestError},
+    ports::{ContainerRequest, SourceError},
     resize::ResizeError,
+    task::PodTask,
 };
 use crate::{
-    errors::chain,
-    fault,
-    guest::Prepared,
-    rootfs::ImageLayers,
-    share::{Root, Share, ShareError},
-    size::Limits,
-    source::{ContainerRecord, SourceError},
-    spec::{self, HugeDirectory, Translated},
-    user_namespace::UserNamespaceError,
+    fault::FaultPoint,
+    guest::{
+        service::Prepared,
+        translate::{self, HugeDirectory, Translated},
+    },
+    host::{
+        rootfs::RootFs,
+        share::{ShareError, SharedRoot},
+        user_namespace::UserNamespaceError,
+    },
+    telemetry::error_chain::chain,
 };
 
 /// A container cannot be prepared.
@@ -33,140 +36,145 @@ pub enum ContainerError {
     #[error(transparent)]
     Source(#[from] SourceError),
     #[error(transparent)]
-    Spec(#[from] spec::Error),
+    Spec(#[from] translate::Error),
     #[error(transparent)]
     Share(#[from] ShareError),
     #[error(transparent)]
     Disk(#[from] DiskError),
+    #[error(
+        "the machine has no free slot for the image layers of the container; use fewer raw block volumes or containers"
+    )]
+    NoSlotForLayers,
     #[error(transparent)]
     UserNamespace(#[from] UserNamespaceError),
     #[error(transparent)]
     Resize(#[from] ResizeError),
 }
 
-impl ContainerError {
-    /// For the agent, which hands it on to containerd. All of it goes to the log; the guest gets what it may know.
-    pub fn into_status(self, pod: &Pod) -> (ttrpc::Code, String) {
-        pod.caused_by_guest(|| {
-            tracing::warn!(pod = pod.id, error = chain(&self), "what the guest asks for cannot be done");
-        });
-        (guest_errors::code(&self), format!("{}: {}", pod.name(), GuestError::from(&self)))
-    }
+/// Reads a guest's word for a container. What is not an id names none.
+pub(super) fn container_id(text: &str) -> Result<ContainerId, ContainerError> {
+    text.parse().map_err(|_| not_of_this_pod(text))
+}
+
+fn not_of_this_pod(id: &str) -> ContainerError {
+    // Only a guest that is broken or hostile asks for this.
+    let id = id.chars().take(ContainerId::LONGEST).collect();
+    ContainerError::NotOfThisPod { id }
 }
 
 impl Pod {
-    /// Looks the container up, makes its files and disks appear in the guest, and answers with its spec.
-    pub(super) async fn prepare_container(&self, id: &ContainerId) -> Result<Prepared, ContainerError> {
+    /// What is on record about a container of this pod. Nothing is believed of an id that a guest names.
+    pub(super) async fn look_up(&self, id: &ContainerId) -> Result<ContainerRequest, ContainerError> {
+        match self.environment.containers.container(&self.spec, id).await {
+            Err(SourceError::NotFound { .. }) => Err(not_of_this_pod(id.as_str())),
+            request => Ok(request?),
+        }
+    }
+}
+
+impl PodTask {
+    /// Makes a container's files and disks appear in the guest, and returns its spec.
+    pub(super) async fn prepare(
+        &mut self,
+        id: &ContainerId,
+        request: ContainerRequest,
+    ) -> Result<Prepared, ContainerError> {
         let begun = Instant::now();
-        let record = self.look_up(id).await?;
-        let given = record.asked_for.as_ref().map(|asked_for| spec::check_record(asked_for)).transpose()?;
-        fault::point("container-looked-up");
-        let share = self.share.lock().await;
-        let Phase::Running { pid } = self.phase() else { return Err(ContainerError::Ended) };
-        let (spec, container) = (record.spec.clone(), id.clone());
-        let pod = spec::Pod { machine_pid: pid, id_map: self.id_map, huge_directory: HugeDirectory::at };
-        // It may have to ask a file system: not on the runtime's own threads.
-        let translated =
-            tokio::task::spawn_blocking(move || spec::translate(&spec, &container, &pod, given.as_ref()));
-        let translated = translated.await.map_err(|_| ContainerError::Ended)??;
+        FaultPoint::ContainerLookedUp.reached();
+        let machine_pid = self.life.running().ok_or(ContainerError::Ended)?.pid;
+        let limits = request.limits();
+        let ContainerRequest { spec, given_devices, rootfs } = request;
+        let of_pod =
+            translate::Pod { machine_pid, id_map: self.pod.spec.id_map, huge_directory: HugeDirectory::at };
+        let container = id.clone();
+        // It may have to ask a file system.
+        let translated = self
+            .pod
+            .blocking
+            .run(move || translate::translate(&spec, &container, &of_pod, given_devices.as_ref()))
+            .await?;
         // An earlier attempt of the same container: containerd tries again only after it has given up.
-        self.take_away(id, &share).await?;
-        self.fit(id, Limits::of_spec(&record.spec), &share.containers()).await?;
-        let disks = match self.make_appear(id, record, &translated, &share).await {
+        self.remove_files(id).await?;
+        self.fit(id, limits).await?;
+        let disks = match self.add_files(id, rootfs, &translated).await {
             Ok(disks) => disks,
             Err(error) => {
-                self.state().limits.remove(id);
-                if let Err(error) = self.take_away(id, &share).await {
+                self.forget_limits(id);
+                if let Err(error) = self.remove_files(id).await {
                     let error = chain(&error);
-                    self.caused_by_guest(|| {
-                        tracing::warn!(pod = self.id, container = %id, error, "cannot undo a preparation");
+                    self.pod.caused_by_guest(|| {
+                        let container = id.as_str();
+                        tracing::warn!(pod = self.pod.id(), container, error, "cannot undo a preparation");
                     });
                 }
                 return Err(error);
             }
         };
-        if !self.knows_container(id.as_str()) {
-            self.progress(|progress| progress.add(id.as_str()));
+        if !self.pod.progress.knows(id.as_str()) {
+            self.pod.note_progress(|progress| progress.add(id.as_str()));
         }
-        fault::point("container-prepared");
-        let elapsed = begun.elapsed();
-        self.state().containers.entry(id.clone()).or_default().prepare = Some(elapsed.as_secs_f64() * 1000.0);
-        self.caused_by_guest(|| {
-            tracing::info!(pod = self.id, container = %id, ?elapsed, "container prepared");
+        FaultPoint::ContainerPrepared.reached();
+        let elapsed_ms = begun.elapsed().as_secs_f64() * 1000.0;
+        self.publish(|status| status.containers.entry(id.clone()).or_default().prepare = Some(elapsed_ms));
+        self.pod.caused_by_guest(|| {
+            tracing::info!(pod = self.pod.id(), container = id.as_str(), elapsed_ms, "container prepared");
         });
         Ok(Prepared { spec: translated.spec, disks })
     }
 
-    /// Undoes what was prepared. A container that was not is no error.
-    pub(crate) async fn release_container(&self, id: &ContainerId) -> Result<(), ContainerError> {
-        let share = self.share.lock().await;
-        self.state().containers.remove(id);
-        self.state().limits.remove(id);
+    /// Undoes what was prepared, if it was.
+    pub(super) async fn release(&mut self, id: &ContainerId) -> Result<(), ContainerError> {
+        self.publish(|status| {
+            status.containers.remove(id);
+        });
+        self.forget_limits(id);
         if let Err(error) = self.set_oom_score(&self.all_limits()) {
             let error = chain(&error);
-            self.caused_by_guest(|| {
-                tracing::warn!(pod = self.id, error, "the machine keeps its OOM score");
+            self.pod.caused_by_guest(|| {
+                tracing::warn!(pod = self.pod.id(), error, "the machine keeps its OOM score");
             });
         }
-        self.take_away(id, &share).await?;
-        fault::point("container-released");
+        self.remove_files(id).await?;
+        FaultPoint::ContainerReleased.reached();
         Ok(())
     }
 
-    /// A guest's word for a container. What is no id names none.
-    pub(super) fn container_id(text: &str) -> Result<ContainerId, ContainerError> {
-        text.parse().map_err(|_| Self::not_of_this_pod(text))
-    }
-
-    /// What is on record about a container of this pod. Nothing is believed of an id that a guest names.
-    pub(super) async fn look_up(&self, id: &ContainerId) -> Result<ContainerRecord, ContainerError> {
-        match self.node.source.container(&self.namespace, &self.id, id.as_str()).await {
-            Ok(record) if record.sandbox == self.id => Ok(record),
-            Ok(_) | Err(SourceError::NotFound { .. }) => Err(Self::not_of_this_pod(id.as_str())),
-            Err(error) => Err(error.into()),
-        }
-    }
-
     /// Mounts what is mounted and inserts what is a disk.
-    async fn make_appear(
-        &self,
+    async fn add_files(
+        &mut self,
         id: &ContainerId,
-        record: ContainerRecord,
+        rootfs: RootFs,
         translated: &Translated,
-        share: &Share,
     ) -> Result<Vec<Disk>, ContainerError> {
+        let pod = &self.pod;
         let mut disks = Vec::new();
         for (number, volume) in (1..).zip(&translated.disks) {
-            disks.push(self.insert_volume(id, number, volume).await?);
+            disks.push(pod.insert_volume(id, number, volume).await?);
         }
         // After the volumes: for them there is no other way.
-        let mut root = Root::Mounts { snapshotter: record.snapshotter, mounts: record.rootfs.clone() };
-        if let Some(layers) = ImageLayers::of(&record.rootfs)
-            && let Some(disk) = self.insert_layers(id, &layers).await?
-        {
-            disks.push(disk);
-            root = Root::Disks(layers.writable);
-        }
-        let (files, container, volumes) = (share.clone(), id.clone(), translated.volumes.clone());
-        let namespace = self.user_namespace()?;
-        // Mounting may wait for a disk: not on the runtime's own threads.
-        tokio::task::spawn_blocking(move || files.add(&container, &root, &volumes, namespace.as_ref()))
-            .await
-            .map_err(|_| ContainerError::Ended)??;
+        let root = match rootfs {
+            RootFs::Mounted(mount) => SharedRoot::Mounted(mount),
+            RootFs::Images { layers, mounted } => match (pod.insert_layers(id, &layers).await?, mounted) {
+                (Some(disk), _) => {
+                    disks.push(disk);
+                    SharedRoot::Disks(layers.writable)
+                }
+                (None, Some(mount)) => SharedRoot::Mounted(mount),
+                (None, None) => return Err(ContainerError::NoSlotForLayers),
+            },
+        };
+        let (share, container, volumes) = (pod.files.share(), id.clone(), translated.volumes.clone());
+        let namespace = pod.user_namespace().await?;
+        // Mounting may wait for a server.
+        pod.blocking.run(move || share.add(&container, &root, &volumes, namespace.as_ref())).await?;
         Ok(disks)
     }
 
-    /// Undoes [`Pod::make_appear`], whether or not it was called.
-    async fn take_away(&self, id: &ContainerId, share: &Share) -> Result<(), ContainerError> {
-        let (files, container) = (share.clone(), id.clone());
-        let unmounted = tokio::task::spawn_blocking(move || files.remove_container(&container)).await;
-        self.remove_disks(id).await?;
-        unmounted.map_err(|_| ContainerError::Ended)?.map_err(ContainerError::from)
-    }
-
-    fn not_of_this_pod(id: &str) -> ContainerError {
-        // Only a guest that is broken or hostile asks for this.
-        let id = id.chars().take(ContainerId::LONGEST).collect();
-        ContainerError::NotOfThisPod { id }
+    /// Undoes [`PodTask::add_files`], whether or not it was called.
+    async fn remove_files(&self, id: &ContainerId) -> Result<(), ContainerError> {
+        let (share, container) = (self.pod.files.share(), id.clone());
+        let unmounted = self.pod.blocking.run(move || share.remove_container(&container)).await;
+        self.pod.remove_disks(id).await?;
+        Ok(unmounted?)
     }
 }

@@ -18,14 +18,12 @@ use thiserror::Error;
 
 use super::Pod;
 use crate::{
-    machine::Control,
-    rootfs::ImageLayers,
-    share::{WRITABLE, writable},
-    spec::BlockVolume,
+    guest::translate::BlockVolume,
+    host::{
+        rootfs::ImageLayers,
+        share::{WRITABLE, writable},
+    },
 };
-
-/// Directory of the records in a pod's directory; a record is called after its container.
-const RECORDS: &str = "disks";
 
 /// Characters of a container's id that a disk's serial number shows; it has 20 in all.
 const SERIAL_ID: usize = 16;
@@ -66,7 +64,7 @@ impl Pod {
         let inserted = self.insert(container, 0, &layers.images, true, "its image layers").await?;
         let Some(InsertDiskResponse { device, extents, .. }) = inserted else {
             self.caused_by_guest(|| {
-                tracing::info!(pod = self.id, %container, "no free slot for the layers; they go through the share");
+                tracing::info!(pod = self.id(), %container, "no free slot for the layers; they go through the share");
             });
             return Ok(None);
         };
@@ -113,8 +111,7 @@ impl Pod {
         read_only: bool,
         what: &str,
     ) -> Result<Option<InsertDiskResponse>, DiskError> {
-        let machine = Control::connect(&self.directory).await.map_err(DiskError::Machine)?;
-        match machine.insert_disk(files, read_only, serial(container, number)).await {
+        match self.control.insert_disk(files, read_only, serial(container, number)).await {
             Ok(inserted) => {
                 self.record_disk(container, inserted.device)?;
                 Ok(Some(inserted))
@@ -124,32 +121,27 @@ impl Pod {
         }
     }
 
-    /// Takes a container's disks out of the machine. A container without any is no error.
+    /// Takes a container's disks out of the machine. A container may have none.
     pub(super) async fn remove_disks(&self, container: &ContainerId) -> Result<(), DiskError> {
-        let record = self.disk_record(container);
+        let record = self.files.disk_records().join(container);
         let text = match fs::read_to_string(&record) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
             text => text.map_err(DiskError::Record)?,
         };
-        let machine = Control::connect(&self.directory).await.map_err(DiskError::Machine)?;
         for device in text.lines().filter_map(|line| line.parse().ok()) {
-            machine.remove_disk(device).await.map_err(DiskError::Machine)?;
+            self.control.remove_disk(device).await.map_err(DiskError::Machine)?;
         }
         fs::remove_file(record).map_err(DiskError::Record)
     }
 
     fn record_disk(&self, container: &ContainerId, device: u32) -> Result<(), DiskError> {
         use std::io::Write as _;
-        let record = self.disk_record(container);
+        let record = self.files.disk_records().join(container);
         let written = || -> io::Result<()> {
-            fs::create_dir_all(self.directory.join(RECORDS))?;
+            fs::create_dir_all(self.files.disk_records())?;
             writeln!(fs::OpenOptions::new().create(true).append(true).open(record)?, "{device}")
         };
         written().map_err(DiskError::Record)
-    }
-
-    fn disk_record(&self, container: &ContainerId) -> PathBuf {
-        self.directory.join(RECORDS).join(container)
     }
 }
 

@@ -4,8 +4,12 @@
 use pericarp_protos::ttrpc::{self, Code};
 use thiserror::Error;
 
-use super::{containers::ContainerError, disks::DiskError, resize::ResizeError};
-use crate::{rootfs::RootfsError, share::ShareError, size, source::SourceError, spec};
+use super::{Pod, containers::ContainerError, disks::DiskError, ports::SourceError, resize::ResizeError};
+use crate::{
+    guest::{service::RequestError, translate},
+    host::{share::ShareError, size},
+    telemetry::error_chain::chain,
+};
 
 /// A failure in words for the guest. Whatever has no word of its own here is [`GuestError::Host`].
 #[derive(Debug, Error)]
@@ -15,10 +19,10 @@ pub enum GuestError<'a> {
     #[error("the pod is being taken down")]
     Ended,
     #[error("containerd does not answer the controller; try again")]
-    Containerd,
+    Source,
     /// It speaks of the spec, which the guest would get, and of its paths in the container.
     #[error("{0}")]
-    Spec(&'a spec::Error),
+    Spec(&'a translate::Error),
     #[error("{0}")]
     Size(&'a size::Error),
     #[error("the source of the volume at {0} does not exist on the host; create it or remove the volume")]
@@ -44,6 +48,10 @@ pub enum GuestError<'a> {
     Root,
     #[error("the machine has no free slot for the volume at {0}; use fewer raw block volumes")]
     NoSlot(&'a str),
+    #[error(
+        "the machine has no free slot for the image layers of the container; use fewer raw block volumes"
+    )]
+    NoSlotForLayers,
     #[error("the block device of the volume at {0} cannot be found on the host")]
     Device(&'a str),
     #[error(
@@ -65,12 +73,16 @@ impl<'a> From<&'a ContainerError> for GuestError<'a> {
             ContainerError::NotOfThisPod { id } | ContainerError::Source(SourceError::NotFound { id }) => {
                 Self::NotOfThisPod(id)
             }
-            ContainerError::Source(SourceError::Unavailable { .. }) => Self::Containerd,
-            ContainerError::Spec(error) => Self::Spec(error),
+            ContainerError::Source(SourceError::Unavailable { .. }) => Self::Source,
+            ContainerError::Source(SourceError::RootFs { snapshotter, .. }) => Self::Snapshotter(snapshotter),
+            ContainerError::Source(SourceError::Refused(error)) | ContainerError::Spec(error) => {
+                Self::Spec(error)
+            }
             ContainerError::Share(error) => Self::of_share(error),
             ContainerError::Disk(DiskError::NoSlot { path }) => Self::NoSlot(path),
             ContainerError::Disk(DiskError::Device { path, .. }) => Self::Device(path),
             ContainerError::Resize(error) => Self::of_resize(error),
+            ContainerError::NoSlotForLayers => Self::NoSlotForLayers,
             ContainerError::Source(_) | ContainerError::Disk(_) | ContainerError::UserNamespace(_) => {
                 Self::Host
             }
@@ -85,7 +97,6 @@ impl<'a> GuestError<'a> {
             ShareError::VolumeKind { destination, kind, .. } => Self::VolumeKind { destination, kind },
             ShareError::VolumeIds { destination, .. } => Self::VolumeIds(destination),
             ShareError::Volume { destination, .. } => Self::Volume(destination),
-            ShareError::Root(RootfsError::Unsupported { snapshotter, .. }) => Self::Snapshotter(snapshotter),
             ShareError::Root(_) => Self::Root,
             ShareError::Mount(_) => Self::Host,
         }
@@ -104,25 +115,39 @@ impl<'a> GuestError<'a> {
     }
 }
 
+impl Pod {
+    /// What the agent hands on to containerd. All of it goes to the log; the guest gets what it may know.
+    pub(super) fn error_for_guest(&self, error: &ContainerError) -> RequestError {
+        self.caused_by_guest(|| {
+            tracing::warn!(pod = self.id(), error = chain(error), "what the guest asks for cannot be done");
+        });
+        let message = format!("{}: {}", self.title(), GuestError::from(error));
+        RequestError { code: code(error), message }
+    }
+}
+
 /// The status for a guest.
-pub fn code(error: &ContainerError) -> Code {
+fn code(error: &ContainerError) -> Code {
     match error {
         ContainerError::NotOfThisPod { .. } | ContainerError::Source(SourceError::NotFound { .. }) => {
             Code::NOT_FOUND
         }
         ContainerError::Source(SourceError::Unavailable { .. }) => Code::UNAVAILABLE,
-        ContainerError::Disk(DiskError::NoSlot { .. }) | ContainerError::Resize(ResizeError::Size(_)) => {
-            Code::RESOURCE_EXHAUSTED
-        }
+        ContainerError::NoSlotForLayers
+        | ContainerError::Disk(DiskError::NoSlot { .. })
+        | ContainerError::Resize(ResizeError::Size(_)) => Code::RESOURCE_EXHAUSTED,
         ContainerError::Resize(ResizeError::Machine { source: ttrpc::Error::RpcStatus(status), .. }) => {
             status.code()
         }
         ContainerError::Spec(_)
+        | ContainerError::Source(SourceError::Refused(_))
         | ContainerError::Disk(DiskError::Device { .. })
         | ContainerError::Share(ShareError::VolumeMissing { .. } | ShareError::VolumeKind { .. }) => {
             Code::INVALID_ARGUMENT
         }
-        ContainerError::Ended | ContainerError::Share(ShareError::Root(_)) => Code::FAILED_PRECONDITION,
+        ContainerError::Ended
+        | ContainerError::Source(SourceError::RootFs { .. })
+        | ContainerError::Share(ShareError::Root(_)) => Code::FAILED_PRECONDITION,
         ContainerError::Source(_)
         | ContainerError::UserNamespace(_)
         | ContainerError::Share(_)
@@ -136,7 +161,7 @@ mod tests {
     use std::io;
 
     use super::*;
-    use crate::{mounts::MountError, user_namespace::UserNamespaceError};
+    use crate::host::{mounts::MountError, rootfs::RootfsError, user_namespace::UserNamespaceError};
 
     const SECRET: &str = "/var/lib/host-secret";
 
@@ -157,17 +182,24 @@ mod tests {
             (SourceError::NotFound { id: "x".into() }.into(), Code::NOT_FOUND, "in this pod"),
             (
                 SourceError::Unavailable {
+                    source_name: "containerd",
                     what: "the record",
                     id: "x".into(),
-                    source: Box::new(tonic::Status::unavailable(SECRET)),
+                    cause: Box::new(io_error()),
                 }
                 .into(),
                 Code::UNAVAILABLE,
                 "try again",
             ),
+            (
+                SourceError::RootFs { snapshotter: "odd".into(), message: SECRET.into() }.into(),
+                Code::FAILED_PRECONDITION,
+                "\"odd\" gives a root file system",
+            ),
+            (ContainerError::NoSlotForLayers, Code::RESOURCE_EXHAUSTED, "image layers"),
             (SourceError::Incomplete { what: "spec", id: "x".into() }.into(), Code::INTERNAL, "log"),
             (
-                spec::Error::WorkingDirectory("relative".into()).into(),
+                translate::Error::WorkingDirectory("relative".into()).into(),
                 Code::INVALID_ARGUMENT,
                 "\"relative\" is not an absolute path",
             ),

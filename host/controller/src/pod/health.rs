@@ -8,7 +8,7 @@ use std::{
 
 use tokio::time::{Instant, sleep_until};
 
-use super::{Phase, Pod};
+use super::{Pod, life::Phase};
 use crate::guest::Agent;
 
 /// Unanswered questions, one after the other, after which a guest is taken for stuck. More than one, because the host may
@@ -18,30 +18,30 @@ const UNANSWERED_MAX: u32 = 3;
 impl Pod {
     /// Resolves when the guest has given no answer for as long as is allowed, and tells how long that was. containerd's
     /// calls to it, most of which have no limit, end with its machine.
-    pub(super) async fn falls_silent(&self) -> Duration {
-        let Some(limit) = self.node.config.guest_timeout() else { return pending().await };
+    pub(super) async fn guest_stuck(&self) -> Duration {
+        let Some(limit) = self.environment.config.guest_timeout() else { return pending().await };
         let each = limit / UNANSWERED_MAX;
-        tokio::time::sleep(each.mul_f64(phase(&self.id))).await;
+        tokio::time::sleep(each.mul_f64(offset(self.id()))).await;
         let mut silence = Silence::default();
         loop {
             let next = Instant::now() + each;
-            let answered = self.answers(each).await;
+            let answered = self.guest_answers(each).await;
             // A guest that refuses has as long as one that is silent.
             sleep_until(next).await;
-            if silence.lasts(answered) {
+            if silence.count(answered) {
                 return limit;
             }
         }
     }
 
-    async fn answers(&self, limit: Duration) -> bool {
+    async fn guest_answers(&self, limit: Duration) -> bool {
         // Before and after, other limits hold.
         if !matches!(self.phase(), Phase::Running { .. }) {
             return true;
         }
-        let answer = Agent::check(&self.vsock(), limit).await;
+        let answer = Agent::check(&self.files.vsock(), limit).await;
         if let Err(error) = &answer {
-            tracing::debug!(pod = self.id, %error, "the guest does not answer");
+            tracing::debug!(pod = self.id(), %error, "the guest does not answer");
         }
         answer.is_ok()
     }
@@ -49,7 +49,7 @@ impl Pod {
 
 /// When in an interval a pod is asked, from 0 to 1. All pods of a node that has just been started would else be asked in the
 /// same moment, and then again and again.
-fn phase(pod: &str) -> f64 {
+fn offset(pod: &str) -> f64 {
     const PARTS: u16 = 4096;
     let mut hash = DefaultHasher::new();
     pod.hash(&mut hash);
@@ -65,8 +65,8 @@ struct Silence {
 }
 
 impl Silence {
-    /// Whether that was one too many.
-    fn lasts(&mut self, answered: bool) -> bool {
+    /// Counts an answer, or that there was none. Returns whether that was one too many.
+    fn count(&mut self, answered: bool) -> bool {
         self.unanswered = if answered { 0 } else { self.unanswered + 1 };
         self.unanswered >= UNANSWERED_MAX
     }
@@ -74,14 +74,19 @@ impl Silence {
 
 #[cfg(test)]
 mod tests {
-    use pericarp_protos::cri::PodSandboxConfig;
-
     use super::*;
-    use crate::pod::tests::node;
+    use crate::{
+        host::size::PodResources,
+        pod::{
+            life::{Life, Running},
+            spec::PodSpec,
+            tests::environment,
+        },
+    };
 
     fn is_stuck(answers: &[bool]) -> bool {
         let mut silence = Silence::default();
-        answers.iter().any(|answered| silence.lasts(*answered))
+        answers.iter().any(|answered| silence.count(*answered))
     }
 
     #[test]
@@ -89,8 +94,8 @@ mod tests {
         let mut tenths = [0; 10];
         for number in 0..1000 {
             let id = format!("{number:064x}");
-            assert!((phase(&id) - phase(&id)).abs() < f64::EPSILON);
-            let tenth = (0..10).rev().find(|tenth| phase(&id) * 10.0 >= f64::from(*tenth));
+            assert!((offset(&id) - offset(&id)).abs() < f64::EPSILON);
+            let tenth = (0..10).rev().find(|tenth| offset(&id) * 10.0 >= f64::from(*tenth));
             tenths[usize::try_from(tenth.unwrap()).unwrap()] += 1;
         }
         assert!(tenths.iter().all(|pods| (50..200).contains(pods)), "{tenths:?}");
@@ -99,13 +104,13 @@ mod tests {
     /// How long it takes until a guest that nobody can reach is found to be stuck.
     async fn found_after(id: &str) -> Duration {
         let directory = tempfile::tempdir().unwrap();
-        let (config, netns) = (PodSandboxConfig::default(), String::new());
-        let pod =
-            Pod::new(id.parse().unwrap(), "k8s.io".into(), config, netns, node(directory.path())).unwrap();
-        pod.state().phase = Phase::Running { pid: 1 };
+        let spec = PodSpec::unknown(id.parse().unwrap(), "k8s.io");
+        let pod = Pod::create(spec, environment(directory.path())).unwrap();
+        let running = Life::running_with(Running::taken_over(1, PodResources::default()));
+        pod.status.send_modify(|status| status.phase = running.phase());
         let start = Instant::now();
-        let limit = pod.falls_silent().await;
-        assert_eq!(limit, pod.node.config.guest_timeout().unwrap());
+        let limit = pod.guest_stuck().await;
+        assert_eq!(limit, pod.environment.config.guest_timeout().unwrap());
         start.elapsed().checked_sub(limit).unwrap()
     }
 

@@ -1,85 +1,92 @@
 //! A pod: its machine, its directory, its containers' file systems.
 //!
-//! [`boot`] starts it, [`requests`] takes the guest's requests, [`containers`] serves them, [`teardown`] ends it, [`record`] is what is
-//! on disk about it, [`adopt`] goes on with it from there, [`health`] finds out that it is stuck.
+//! Each pod has a task ([`task`]) that owns its state ([`life`]) and works off a mailbox. A [`Pod`] is what everybody else
+//! holds: it sends requests to the task and waits for the answer, so that a caller that goes away changes nothing. Three
+//! more tasks belong to a pod that runs: one watches its machine ([`machine_exit`]), one takes its guest's requests
+//! ([`requests`]), one its guest's events ([`events`]).
+//!
+//! What a pod is made from is its [`spec`], whom it needs outside are its [`ports`], and what it has on the host is on one list
+//! ([`owned`]), which is kept on disk ([`record`]) for the next controller ([`adopt`]).
 
 mod adopt;
-mod boot;
+mod boot_queue;
 mod configuration;
 mod containers;
 mod disks;
+mod events;
+mod files;
 mod guest_errors;
 mod health;
-mod log_limit;
+pub mod life;
+mod machine_exit;
 mod network;
+pub mod owned;
+pub mod ports;
 mod progress;
-mod record;
-mod refusals;
+pub mod record;
 mod requests;
 mod resize;
-mod teardown;
+pub mod spec;
+mod start;
+mod start_budget;
+pub mod status;
+mod task;
 
 use std::{
-    collections::HashMap,
-    path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    path::Path,
+    sync::{Arc, OnceLock},
     time::SystemTime,
 };
 
-use pericarp_protos::{
-    cri,
-    id::{ContainerId, SandboxId},
-    vmm::StatusResponse,
-};
-use prost::{DecodeError, Message as _};
-use serde_json::json;
+use pericarp_protos::{id::ContainerId, vmm::BootTimes};
 use thiserror::Error;
-use tokio::sync::{Mutex as AsyncMutex, Notify, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 
-pub use self::{adopt::adopt_all, boot::BootError, record::end_on_record};
-use self::{log_limit::LogLimit, progress::Progress, record::Identity, refusals::Refusal};
+pub use self::{
+    adopt::{adopt_all, owned_in},
+    boot_queue::BootQueue,
+    containers::ContainerError,
+    record::end_on_record,
+    resize::ResizeError,
+    start::StartError,
+};
+use self::{
+    files::PodFiles,
+    life::{Life, Phase},
+    ports::{ContainerSource, EventSink},
+    progress::ProgressFile,
+    record::{Record, RecordFile},
+    spec::PodSpec,
+    status::PodStatus,
+    task::{Command, PodTask, Reply},
+};
 use crate::{
+    blocking::BlockingWork,
     config::Config,
-    cpuset::CpuSet,
-    cri_fields,
-    events::Forwarder,
-    machine::{self, Exit, file},
-    nested,
-    network::InterfaceStatus,
-    share::Share,
-    size::{self, Host, Limits, Size},
-    source::ContainerSource,
-    timeline::{ContainerTimeline, Marks, PodTimeline},
-    undo::Undo,
-    user_namespace::{IdMap, UserNamespace, UserNamespaceError},
+    guest::service::Prepared,
+    host::{
+        machine::{Exit, MachineControl},
+        size::{self, CpuAndMemory, HostCapacity, Size},
+    },
+    telemetry::log_limit::LogLimit,
 };
 
-/// What a pod is made from, in CRI.
-pub const POD_CONFIG_TYPE: &str = "runtime.v1.PodSandboxConfig";
+/// Requests that wait for a pod's task at most. Who has another waits for room.
+const MAILBOX: usize = 32;
 
 /// What all pods share.
-pub struct Node {
+pub struct Environment {
     pub config: Config,
-    pub source: Arc<dyn ContainerSource>,
-    pub forwarder: Forwarder,
-    pub host: Host,
-}
-
-/// Where a pod is in its life. It only ever goes forward.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Phase {
-    /// containerd has told of it.
-    Created,
-    /// The machine is being started.
-    Starting,
-    /// The agent serves.
-    Running { pid: u32 },
-    /// The machine has ended, by itself or by `Stop`.
-    Ended,
+    pub containers: Arc<dyn ContainerSource>,
+    pub events: Arc<dyn EventSink>,
+    pub capacity: HostCapacity,
+    pub boots: BootQueue,
+    /// Reads a record that an older controller has left in a pod's directory; `None` if it cannot be read either.
+    pub read_older_record: fn(&[u8], &Path) -> Option<Record>,
 }
 
 /// The end of a pod's machine.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ended {
     pub exit: Exit,
     pub at: SystemTime,
@@ -88,33 +95,23 @@ pub struct Ended {
 /// Why a request about a pod fails. Each names the pod.
 #[derive(Debug, Error)]
 pub enum PodError {
-    #[error("pod sandbox {id:?}: its PodSandboxConfig cannot be read")]
-    Unreadable {
-        id: String,
-        #[source]
-        source: DecodeError,
-    },
-    #[error("{pod}: {what} cannot be given to a pod in a machine of its own: {remedy}")]
-    Refused { pod: String, what: String, remedy: &'static str },
     #[error("{pod}")]
     Size {
         pod: String,
         #[source]
         source: size::Error,
     },
-    #[error("{pod}")]
-    Nested {
-        pod: String,
-        #[source]
-        source: nested::Error,
-    },
+    #[error(
+        "{pod} asks for virtual machines of its own, and this node does not allow them; remove that from the pod, or set nested_virtualization = true in the controller's configuration"
+    )]
+    NestedVirtualization { pod: String },
     #[error("{pod} cannot be started: it is {phase:?}")]
     Phase { pod: String, phase: Phase },
     #[error("{pod} cannot be started")]
-    Boot {
+    Start {
         pod: String,
         #[source]
-        source: BootError,
+        source: StartError,
     },
     #[error("{pod} cannot be taken down")]
     Teardown {
@@ -122,174 +119,176 @@ pub enum PodError {
         #[source]
         source: std::io::Error,
     },
+    #[error("{pod} cannot be resized: it is {phase:?}")]
+    NotRunning { pod: String, phase: Phase },
+    #[error("{pod} cannot be resized")]
+    Resize {
+        pod: String,
+        #[source]
+        source: ResizeError,
+    },
+    #[error("{pod} has been removed")]
+    Removed { pod: String },
 }
 
-/// A pod and everything that belongs to it.
+/// A pod, as everybody but its task sees it.
 pub struct Pod {
-    /// For messages.
-    pub id: String,
-    /// The same, for paths and names.
-    sandbox: SandboxId,
-    /// containerd's namespace, usually `k8s.io`.
-    pub namespace: String,
-    pub config: cri::PodSandboxConfig,
-    pub netns: String,
-    /// Of its user namespace, if it has one.
-    id_map: Option<IdMap>,
-    pub size: Size,
-    pub created_at: SystemTime,
-    directory: PathBuf,
-    node: Arc<Node>,
-    /// Start, stop and shutdown, one at a time.
-    lifecycle: AsyncMutex<()>,
-    /// What the guest sees of the host; changed by one at a time.
-    share: AsyncMutex<Share>,
-    state: Mutex<State>,
+    spec: PodSpec,
+    /// The machine's size at its start.
+    size: Size,
+    files: PodFiles,
+    environment: Arc<Environment>,
+    mailbox: mpsc::Sender<Command>,
+    status: watch::Sender<PodStatus>,
     ended: watch::Sender<Option<Ended>>,
-    /// Whether containerd waits, or has waited, for its end.
+    /// Whether somebody outside waits, or has waited, for its end.
     claimed: watch::Sender<bool>,
+    /// Whether the machine is to end. It is ended at once, before anything is removed that may take its time.
+    stopping: watch::Sender<bool>,
+    record: RecordFile,
+    /// What has been taken of the guest's events.
+    progress: ProgressFile,
     /// Of what the guest causes.
     log_limit: LogLimit,
-    /// Told when the machine is to end, before anything is undone that may take its time.
-    stopping: Notify,
-}
-
-/// What changes in a pod's life. Never locked across a wait.
-struct State {
-    phase: Phase,
-    /// Takes down what runs: machine, mounts, cgroup, sockets.
-    running: Undo,
-    /// The machine's cgroup, once there is one.
-    cgroup: Option<PathBuf>,
-    /// What the guest has of the pod's network.
-    interfaces: Vec<InterfaceStatus>,
-    /// Whether port-forward works or why it does not, once that is known.
-    port_forward: Option<String>,
-    /// Removes the directory.
-    directory: Undo,
-    /// Whether somebody waits for the end of the machine: see [`Pod::watch`].
-    watched: bool,
-    marks: Marks,
-    timeline: Option<PodTimeline>,
-    containers: HashMap<ContainerId, ContainerTimeline>,
-    /// What each prepared container may use.
-    limits: HashMap<ContainerId, Limits>,
-    /// The machine's size now, as far as this controller has set it.
-    size_now: Option<Size>,
-    /// The host's CPUs and memory nodes that the machine is kept on, as far as this controller has set them.
-    pinned: Option<(CpuSet, CpuSet)>,
-    /// What has been taken of the agent's events.
-    progress: Progress,
-    guest_kernel: String,
-    /// Why the machine ended, where it was not asked to.
-    reason: Option<String>,
+    blocking: BlockingWork,
+    control: MachineControl,
+    boot_times: OnceLock<BootTimes>,
 }
 
 impl Pod {
-    /// Checks what is asked for and takes note of it; nothing is made yet.
-    pub fn from_message(
-        id: SandboxId,
-        namespace: String,
-        message: &[u8],
-        netns: String,
-        node: Arc<Node>,
-    ) -> Result<Pod, PodError> {
-        let unreadable = |source| PodError::Unreadable { id: id.to_string(), source };
-        let config = cri::PodSandboxConfig::decode(message).map_err(unreadable)?;
-        if let Some(unknown) = cri_fields::unknown_in_message(POD_CONFIG_TYPE, message).map_err(unreadable)? {
-            let Refusal { what, remedy } = Refusal::of_unknown(&unknown);
-            return Err(PodError::Refused { pod: name_of(&config, id.as_str()), what, remedy });
+    /// Checks what is asked for and takes note of it. Nothing is made yet.
+    pub fn create(spec: PodSpec, environment: Arc<Environment>) -> Result<Arc<Self>, PodError> {
+        let pod = spec.title();
+        if spec.nested_virtualization && !environment.config.nested_virtualization {
+            return Err(PodError::NestedVirtualization { pod });
         }
-        Pod::new(id, namespace, config, netns, node)
+        let size = Size::at_start(&spec.resources, &environment.config, environment.capacity)
+            .map_err(|source| PodError::Size { pod, source })?;
+        let (pod, task) = Self::new(Record::new(spec, size), environment);
+        task.spawn(Life::Created);
+        Ok(pod)
     }
 
-    /// The same of a configuration of which everything has been understood.
-    pub fn new(
-        id: SandboxId,
-        namespace: String,
-        config: cri::PodSandboxConfig,
-        netns: String,
-        node: Arc<Node>,
-    ) -> Result<Pod, PodError> {
-        let pod = name_of(&config, id.as_str());
-        if let Some(Refusal { what, remedy }) = refusals::refusal(&config) {
-            return Err(PodError::Refused { pod, what, remedy });
-        }
-        if let Err(source) = nested::of(&config, &node.config) {
-            return Err(PodError::Nested { pod, source });
-        }
-        let size =
-            Size::of(&config, &node.config, node.host).map_err(|source| PodError::Size { pod, source })?;
-        let created_at = SystemTime::now();
-        Ok(Pod::make(Identity { id, namespace, netns, config, created_at }, size, node))
-    }
-
-    fn make(identity: Identity, size: Size, node: Arc<Node>) -> Pod {
-        let Identity { id, namespace, netns, config, created_at } = identity;
-        let directory = node.config.run_dir.join(&id);
-        // What is no map was refused when the pod was new.
-        let id_map = IdMap::of(&config).ok().flatten();
-        Pod {
-            share: AsyncMutex::new(Share::at(directory.join(file::SHARE))),
-            directory,
-            id: id.to_string(),
-            sandbox: id,
-            namespace,
-            config,
-            netns,
-            id_map,
+    /// Makes a pod of a record, and its task, which does not run yet.
+    fn new(record: Record, environment: Arc<Environment>) -> (Arc<Self>, PodTask) {
+        let (mailbox, commands) = mpsc::channel(MAILBOX);
+        let (spec, size) = (record.spec.clone(), record.size);
+        let files = PodFiles::new(&environment.config.run_dir, &spec.id);
+        let status = PodStatus {
+            interfaces: record.interfaces.clone(),
+            port_forward: record.port_forward.clone(),
+            owned: record.owned.clone(),
+            ..PodStatus::new(size)
+        };
+        let pod = Arc::new(Self {
+            spec,
             size,
-            created_at,
-            node,
-            lifecycle: AsyncMutex::new(()),
-            state: Mutex::new(State {
-                phase: Phase::Created,
-                running: Undo::default(),
-                cgroup: None,
-                interfaces: Vec::new(),
-                port_forward: None,
-                directory: Undo::default(),
-                watched: false,
-                marks: Marks::default(),
-                timeline: None,
-                containers: HashMap::new(),
-                limits: HashMap::new(),
-                size_now: Some(size),
-                pinned: Some(Default::default()),
-                progress: Progress::default(),
-                guest_kernel: String::new(),
-                reason: None,
-            }),
+            environment,
+            mailbox,
+            status: watch::Sender::new(status),
             ended: watch::Sender::new(None),
             claimed: watch::Sender::new(false),
+            stopping: watch::Sender::new(false),
+            record: RecordFile::new(files.directory().to_owned(), record),
+            progress: ProgressFile::new(files.directory()),
             log_limit: LogLimit::new(),
-            stopping: Notify::new(),
-        }
+            blocking: BlockingWork::new(),
+            control: MachineControl::new(files.control()),
+            boot_times: OnceLock::new(),
+            files,
+        });
+        let task = PodTask::new(Arc::clone(&pod), commands);
+        (pod, task)
     }
 
-    fn identity(&self) -> Identity {
-        Identity {
-            id: self.sandbox.clone(),
-            namespace: self.namespace.clone(),
-            netns: self.netns.clone(),
-            config: self.config.clone(),
-            created_at: self.created_at,
-        }
+    pub fn spec(&self) -> &PodSpec {
+        &self.spec
+    }
+
+    pub fn id(&self) -> &str {
+        self.spec.id.as_str()
     }
 
     /// "pod namespace/name (id)", for messages.
-    pub fn name(&self) -> String {
-        name_of(&self.config, &self.id)
+    pub fn title(&self) -> String {
+        self.spec.title()
+    }
+
+    pub fn environment(&self) -> &Environment {
+        &self.environment
+    }
+
+    pub fn directory(&self) -> &Path {
+        self.files.directory()
+    }
+
+    /// Reads something for which one may have to wait, on a thread where that does no harm.
+    pub async fn read_blocking<T: Send + 'static>(&self, read: impl FnOnce() -> T + Send + 'static) -> T {
+        self.blocking.run(read).await
     }
 
     /// The address on which containerd reaches the tasks.
-    pub fn address(&self) -> String {
-        let socket = self.directory.join(file::VSOCK);
-        format!("ttrpc+hvsock://{}:{}", socket.display(), pericarp_protos::guest::AGENT_PORT)
+    pub fn task_address(&self) -> String {
+        self.files.task_address()
     }
 
-    pub fn phase(&self) -> Phase {
-        self.state().phase.clone()
+    /// Starts the machine and makes its guest into the pod; returns the machine's process id. On an error nothing is left of
+    /// the pod, or what cannot be removed yet is tried to be removed until it is.
+    pub async fn start(&self) -> Result<u32, PodError> {
+        let called_at = pericarp_vmm::monotonic_ns();
+        self.ask(|reply| Command::Start { called_at, reply }).await?
+    }
+
+    /// Ends the machine and unmounts everything; the directory with the logs stays. A pod may be stopped again.
+    pub async fn stop(&self) -> Result<(), PodError> {
+        // At once: what is removed afterwards may wait for what is under way.
+        self.stopping.send_replace(true);
+        match self.ask(Command::Stop).await {
+            Err(PodError::Removed { .. }) => Ok(()),
+            stopped => stopped?,
+        }
+    }
+
+    /// Removes everything of the pod. A pod that has been removed may be removed again.
+    pub async fn remove(&self) -> Result<(), PodError> {
+        self.stopping.send_replace(true);
+        match self.ask(Command::Remove).await {
+            Err(PodError::Removed { .. }) => Ok(()),
+            removed => removed?,
+        }
+    }
+
+    /// Has the pod removed, now or as soon as it can be. Nobody waits for that.
+    pub async fn abandon(&self) {
+        self.stopping.send_replace(true);
+        // Who has been removed need not be told.
+        let _ = self.mailbox.send(Command::Abandon).await;
+    }
+
+    /// Makes the machine fit what the pod may use now.
+    pub async fn resize(&self, limits: CpuAndMemory, overhead: CpuAndMemory) -> Result<(), PodError> {
+        self.ask(|reply| Command::Resize { limits, overhead, reply }).await?
+    }
+
+    /// Looks a container up, makes its files and disks appear in the guest, and returns its spec.
+    async fn prepare_container(&self, id: &ContainerId) -> Result<Prepared, ContainerError> {
+        let request = self.look_up(id).await?;
+        let id = id.clone();
+        self.ask_for_container(|reply| Command::Prepare { id, request, reply }).await
+    }
+
+    /// Makes the machine fit what a container may use now.
+    async fn fit_container(&self, id: &ContainerId) -> Result<(), ContainerError> {
+        // As for any other request: the id is looked up, and the limits are those on record, not the guest's.
+        let limits = self.look_up(id).await?.limits();
+        let id = id.clone();
+        self.ask_for_container(|reply| Command::Fit { id, limits, reply }).await
+    }
+
+    /// Undoes what was prepared, if it was.
+    async fn release_container(&self, id: &ContainerId) -> Result<(), ContainerError> {
+        let id = id.clone();
+        self.ask_for_container(|reply| Command::Release { id, reply }).await
     }
 
     /// Resolves when the machine has ended; at once if it has.
@@ -304,150 +303,81 @@ impl Pod {
         }
     }
 
-    /// containerd waits for its end: it knows this pod.
-    pub fn claim(&self) {
-        self.claimed.send_replace(true);
-    }
-
-    /// Resolves when containerd has shown that it knows this pod; at once if it has.
-    pub async fn claimed(&self) {
-        // The sender is part of this pod, which is borrowed here.
-        let _ = self.claimed.subscribe().wait_for(|claimed| *claimed).await;
-    }
-
     /// When and how the machine ended, if it has.
     pub fn end(&self) -> Option<Ended> {
         *self.ended.borrow()
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        // Nothing panics while it holds this; if something did, the numbers in it would still be sound.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    pub fn phase(&self) -> Phase {
+        if self.end().is_some() { Phase::Ended } else { self.status.borrow().phase }
     }
 
-    /// The cgroup that has the pod's numbers; `None` on a host without cgroup v2.
-    pub fn cgroup(&self) -> Option<PathBuf> {
-        self.state().cgroup.clone()
+    pub fn status(&self) -> PodStatus {
+        PodStatus { phase: self.phase(), ..self.status.borrow().clone() }
     }
 
-    /// The pod's user namespace on the host, if it has one.
-    fn user_namespace(&self) -> Result<Option<UserNamespace>, UserNamespaceError> {
-        let of_netns = |map| UserNamespace::of_netns(Path::new(&self.netns), map);
-        self.id_map.map(of_netns).transpose()
+    /// Notes that somebody outside waits for its end, and so knows this pod.
+    pub fn claim(&self) {
+        self.claimed.send_replace(true);
+    }
+
+    /// Resolves when somebody has shown that they know this pod; at once if they have.
+    pub async fn claimed(&self) {
+        // The sender is part of this pod, which is borrowed here.
+        let _ = self.claimed.subscribe().wait_for(|claimed| *claimed).await;
+    }
+
+    /// Resolves when it is neither about to start nor starting.
+    pub async fn started(&self) {
+        // The sender is part of this pod, which is borrowed here.
+        let mut status = self.status.subscribe();
+        let _ = status.wait_for(|status| !matches!(status.phase, Phase::Created | Phase::Starting)).await;
+    }
+
+    /// Whether everything of it has been removed.
+    pub fn is_removed(&self) -> bool {
+        self.mailbox.is_closed()
+    }
+
+    /// Resolves when everything of it has been removed.
+    pub async fn removed(&self) {
+        self.mailbox.closed().await;
+    }
+
+    /// Resolves when the machine is to end.
+    async fn stop_requested(&self) {
+        // The sender is part of this pod, which is borrowed here.
+        let _ = self.stopping.subscribe().wait_for(|stopping| *stopping).await;
+    }
+
+    fn is_stop_requested(&self) -> bool {
+        *self.stopping.borrow()
     }
 
     /// Writes a line of the log that the guest can cause, unless it has caused too many.
-    pub(crate) fn caused_by_guest(&self, write: impl FnOnce()) {
+    fn caused_by_guest(&self, write: impl FnOnce()) {
         let Some(suppressed) = self.log_limit.permit() else { return };
         if suppressed > 0 {
-            tracing::warn!(pod = self.id, suppressed, "the guest has caused more lines than are written");
+            tracing::warn!(pod = self.id(), suppressed, "the guest has caused more lines than are written");
         }
         write();
     }
 
-    /// What the guest has of the pod's network, and whether port-forward works.
-    fn network_status(&self) -> (Vec<InterfaceStatus>, Option<String>) {
-        let state = self.state();
-        (state.interfaces.clone(), state.port_forward.clone())
+    /// Sends a request to the pod's task and waits for the answer. It is carried through whether or not this is polled on.
+    async fn ask<T>(&self, request: impl FnOnce(Reply<T>) -> Command) -> Result<T, PodError> {
+        let removed = || PodError::Removed { pod: self.title() };
+        let (reply, answer) = oneshot::channel();
+        self.mailbox.send(request(reply)).await.map_err(|_| removed())?;
+        answer.await.map_err(|_| removed())
     }
 
-    pub(crate) fn node(&self) -> &Node {
-        &self.node
-    }
-
-    /// The machine's vsock socket.
-    pub(crate) fn vsock(&self) -> PathBuf {
-        self.directory.join(file::VSOCK)
-    }
-
-    pub(crate) fn last_event(&self) -> u64 {
-        self.state().progress.last_event
-    }
-
-    /// Whether a container is, or was, this pod's.
-    pub(crate) fn knows_container(&self, id: &str) -> bool {
-        self.state().progress.knows(id)
-    }
-
-    /// Changes what is on record about the pod's events.
-    pub(crate) fn progress(&self, change: impl FnOnce(&mut Progress)) {
-        // Written under the lock, so that an older record never replaces a newer one.
-        let mut state = self.state();
-        change(&mut state.progress);
-        if let Err(error) = state.progress.write(&self.directory) {
-            tracing::warn!(pod = self.id, %error, "events may be told twice after a restart of the controller");
-        }
-    }
-
-    /// Changes a prepared container's timeline; `None` if the guest speaks of one that is not.
-    pub(crate) fn with_container_timeline(
+    async fn ask_for_container<T>(
         &self,
-        id: &str,
-        change: impl FnOnce(&mut ContainerTimeline),
-    ) -> Option<ContainerTimeline> {
-        let mut state = self.state();
-        let timeline = state.containers.get_mut(id)?;
-        change(timeline);
-        Some(*timeline)
+        request: impl FnOnce(Reply<Result<T, ContainerError>>) -> Command,
+    ) -> Result<T, ContainerError> {
+        self.ask(request).await.unwrap_or(Err(ContainerError::Ended))
     }
-
-    /// What `crictl inspectp` prints: the keys that containerd's own sandboxes have, and the machine.
-    pub async fn verbose_info(&self) -> serde_json::Value {
-        let running = matches!(self.phase(), Phase::Running { .. });
-        let machine = if running { machine::status(&self.directory).await.ok() } else { None };
-        let timeline = self.timeline(machine.as_ref());
-        let state = self.state();
-        let pid = match state.phase {
-            Phase::Running { pid } => pid,
-            _ => 0,
-        };
-        json!({
-            "pid": pid,
-            "processStatus": if running { "running" } else { "stopped" },
-            "netNamespaceClosed": !self.netns.is_empty() && !Path::new(&self.netns).exists(),
-            "runtimeHandler": "pericarp",
-            "runtimeType": "io.containerd.pericarp.v1",
-            "runtimeOptions": null,
-            "config": self.config,
-            "runtimeSpec": null,
-            "cniResult": null,
-            "pericarp": {
-                "directory": self.directory,
-                "vcpus": state.size_now.unwrap_or(self.size).vcpus,
-                "memoryMib": state.size_now.unwrap_or(self.size).memory_mib,
-                "residentBytes": machine.as_ref().map(|machine| machine.resident_bytes),
-                "devices": machine.as_ref().map(|machine| {
-                    machine.devices.iter().map(|device| (device.device.clone(), json!(device.counters))).collect::<serde_json::Map<_, _>>()
-                }),
-                "netns": self.netns,
-                "interfaces": state.interfaces,
-                "portForward": state.port_forward,
-                "guestKernel": state.guest_kernel,
-                "bootTimeline": timeline,
-                "containers": state.containers,
-                "reason": state.reason,
-            },
-        })
-    }
-
-    /// The boot timeline, once the machine has told its part.
-    fn timeline(&self, machine: Option<&StatusResponse>) -> Option<PodTimeline> {
-        let mut state = self.state();
-        if state.timeline.is_none()
-            && state.marks.end > 0
-            && let Some(boot) = machine.and_then(|machine| machine.boot.as_ref())
-        {
-            state.timeline = Some(PodTimeline::new(&state.marks, boot));
-        }
-        state.timeline
-    }
-}
-
-/// "pod namespace/name (id)".
-fn name_of(config: &cri::PodSandboxConfig, id: &str) -> String {
-    let metadata = config.metadata.clone().unwrap_or_default();
-    format!("pod {}/{} ({id})", metadata.namespace, metadata.name)
 }
 
 #[cfg(test)]
-pub(crate) mod tests;
+pub mod tests;

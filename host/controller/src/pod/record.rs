@@ -1,71 +1,38 @@
 //! What is on disk about a pod (`state.json`): enough for another controller to go on with it ([`super::adopt`]).
 
 use std::{
-    fs::{self, File},
-    io::{self, Write as _},
+    fs, io,
     path::{Path, PathBuf},
+    sync::{Mutex, PoisonError},
     time::SystemTime,
 };
 
-use pericarp_protos::{cri, id::SandboxId};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use super::{Ended, Pod};
+use super::{Ended, owned::Owned, spec::PodSpec};
 use crate::{
-    fault,
-    machine::{Exit, file},
-    network::InterfaceStatus,
-    size::Size,
+    fault::FaultPoint,
+    host::{
+        machine::{Exit, file},
+        network::InterfaceStatus,
+        replace::{Durability, replace},
+        size::{PodResources, Size},
+    },
 };
 
 /// Of the format. Fields that an older controller does not know may be added without another number, if it is safe for it
 /// to pass over them.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// How far a pod had come when its record was written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Stage {
-    /// Its machine runs; containerd has not been told of it.
+    /// Its machine is being made, or runs; whoever asked for it has had no answer.
     Starting,
-    /// containerd knows it.
+    /// Whoever asked for it knows that it runs.
     Running,
-}
-
-/// The process of a pod's machine.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Process {
-    pub pid: u32,
-    /// When it started, in clock ticks since boot (`proc_pid_stat(5)`, field 22): together with the pid it names a process
-    /// for good.
-    pub start_time: u64,
-}
-
-impl Process {
-    /// The process that has this pid now.
-    pub fn of(pid: u32) -> io::Result<Process> {
-        let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-        // The command in field 2 may hold anything; fields are counted from its closing bracket.
-        let start_time = stat
-            .rsplit_once(')')
-            .and_then(|(_, rest)| rest.split_whitespace().nth(19)?.parse().ok())
-            .ok_or_else(|| {
-                io::Error::new(io::ErrorKind::InvalidData, format!("/proc/{pid}/stat cannot be read"))
-            })?;
-        Ok(Process { pid, start_time })
-    }
-
-    /// Whether it is still there, alive or as an exit status that nobody has taken.
-    pub fn runs(self) -> io::Result<bool> {
-        match Process::of(self.pid) {
-            Ok(found) => Ok(found == self),
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
-            // It ended while it was looked at.
-            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(false),
-            Err(error) => Err(error),
-        }
-    }
 }
 
 /// How a machine has ended.
@@ -78,8 +45,8 @@ pub struct End {
 }
 
 impl End {
-    pub fn new(ended: Ended, reason: Option<String>) -> End {
-        End { exit: ended.exit, at: ended.at, reason }
+    pub fn new(ended: Ended, reason: Option<String>) -> Self {
+        Self { exit: ended.exit, at: ended.at, reason }
     }
 
     pub fn ended(&self) -> Ended {
@@ -87,36 +54,24 @@ impl End {
     }
 }
 
-/// Which pod it is: what containerd has said of it.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Identity {
-    pub id: SandboxId,
-    pub namespace: String,
-    pub netns: String,
-    pub config: cri::PodSandboxConfig,
-    #[serde(default = "SystemTime::now")]
-    pub created_at: SystemTime,
-}
-
-/// Enough to take a pod over again.
-#[derive(Clone, Debug, Serialize, Deserialize)]
+/// Enough to take a pod over.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Record {
     version: u32,
     pub stage: Stage,
-    #[serde(flatten)]
-    pub pod: Identity,
-    #[serde(flatten)]
-    pub machine: Process,
-    pub cgroup: Option<PathBuf>,
+    pub spec: PodSpec,
+    /// What the machine is started with.
+    pub size: Size,
+    pub owned: Owned,
+    /// What the pod may use now, if that has changed since it was asked for.
+    #[serde(default)]
+    pub resources: Option<PodResources>,
     /// What the guest has of the pod's network.
     #[serde(default)]
     pub interfaces: Vec<InterfaceStatus>,
     /// Whether port-forward works or why it does not.
     #[serde(default)]
     pub port_forward: Option<String>,
-    /// What the machine was started with, where the configuration does not tell.
-    #[serde(default)]
-    pub size: Option<Size>,
     #[serde(default)]
     pub end: Option<End>,
 }
@@ -133,35 +88,23 @@ pub enum RecordError {
 }
 
 impl Record {
-    /// Of a pod that runs, as far as that can be seen from outside.
-    pub fn new(pod: Identity, size: Option<Size>, machine: Process) -> io::Result<Record> {
-        Ok(Record {
+    /// The record of a pod that begins to start and owns nothing yet.
+    pub fn new(spec: PodSpec, size: Size) -> Self {
+        Self {
             version: VERSION,
-            stage: Stage::Running,
-            pod,
-            machine,
-            cgroup: cgroup_of(machine.pid)?,
+            stage: Stage::Starting,
+            spec,
+            size,
+            owned: Owned::default(),
+            resources: None,
             interfaces: Vec::new(),
             port_forward: None,
-            size,
             end: None,
-        })
-    }
-
-    /// Of a pod whose machine runs as a process.
-    pub fn of(pod: &Pod, pid: u32, stage: Stage) -> io::Result<Record> {
-        let (interfaces, port_forward) = pod.network_status();
-        let record = Record::new(pod.identity(), Some(pod.size), Process::of(pid)?)?;
-        Ok(Record { stage, interfaces, port_forward, ..record })
-    }
-
-    /// The same, of a machine that has ended.
-    pub fn with_end(self, end: End) -> Record {
-        Record { end: Some(end), ..self }
+        }
     }
 
     /// Reads what a controller has left in a pod's directory; `None` if there is none.
-    pub fn read(directory: &Path) -> Result<Option<Record>, RecordError> {
+    pub fn read(directory: &Path) -> Result<Option<Self>, RecordError> {
         /// What records of every version have.
         #[derive(Deserialize)]
         struct Versioned {
@@ -179,15 +122,31 @@ impl Record {
         serde_json::from_slice(&text).map(Some).map_err(RecordError::Damaged)
     }
 
-    /// Writes it so that it is either there whole or not at all.
-    pub fn write(&self, directory: &Path) -> io::Result<()> {
-        let path = directory.join(file::STATE);
-        let temporary = path.with_extension("json.new");
-        let mut new = File::create(&temporary)?;
-        new.write_all(&serde_json::to_vec(self)?)?;
-        new.sync_all()?;
-        fault::point("record-written");
-        fs::rename(&temporary, &path)
+    fn write(&self, directory: &Path) -> io::Result<()> {
+        replace(&directory.join(file::STATE), &serde_json::to_vec(self)?, Durability::Host)?;
+        FaultPoint::RecordWritten.reached();
+        Ok(())
+    }
+}
+
+/// A pod's record and its file. Its task and whoever watches its machine change it, one at a time.
+#[derive(Debug)]
+pub struct RecordFile {
+    directory: PathBuf,
+    record: Mutex<Record>,
+}
+
+impl RecordFile {
+    pub fn new(directory: PathBuf, record: Record) -> Self {
+        Self { directory, record: Mutex::new(record) }
+    }
+
+    /// Changes the record and replaces the file. Blocks.
+    pub fn change(&self, change: impl FnOnce(&mut Record)) -> io::Result<()> {
+        // A change is a few assignments: what a panic leaves is sound.
+        let mut record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut record);
+        record.write(&self.directory)
     }
 }
 
@@ -203,17 +162,10 @@ pub fn set_aside(directory: &Path, name: &str) -> io::Result<PathBuf> {
     Ok(aside)
 }
 
-/// The cgroup of a process, if it is one of ours.
-fn cgroup_of(pid: u32) -> io::Result<Option<PathBuf>> {
-    let groups = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
-    let path =
-        groups.lines().find_map(|line| line.strip_prefix("0::/")).filter(|path| path.contains("pericarp-"));
-    Ok(path.map(|path| Path::new("/sys/fs/cgroup").join(path)))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{host::process::Process, pod::owned::Resource};
 
     fn written(text: &str) -> tempfile::TempDir {
         let directory = tempfile::tempdir().unwrap();
@@ -222,54 +174,26 @@ mod tests {
     }
 
     fn record() -> Record {
-        Record {
-            version: VERSION,
-            stage: Stage::Running,
-            pod: Identity {
-                id: "x".parse().unwrap(),
-                namespace: "k8s.io".into(),
-                netns: "/run/netns/x".into(),
-                config: cri::PodSandboxConfig::default(),
-                created_at: SystemTime::UNIX_EPOCH,
-            },
-            machine: Process { pid: 7, start_time: 8 },
-            cgroup: None,
-            interfaces: Vec::new(),
-            port_forward: None,
-            size: Some(Size { vcpus: 2, memory_mib: 300 }),
-            end: Some(End {
-                exit: Exit::Signal(9),
-                at: SystemTime::UNIX_EPOCH,
-                reason: Some("killed".into()),
-            }),
-        }
-    }
-
-    #[test]
-    fn a_process_is_known_by_its_start_time() {
-        let own = std::process::id();
-        assert_eq!(Process::of(own).unwrap(), Process::of(own).unwrap());
-        assert_ne!(Process::of(own).unwrap().start_time, Process::of(1).unwrap().start_time);
+        let spec = PodSpec {
+            netns: Some("/run/netns/x".into()),
+            created_at: SystemTime::UNIX_EPOCH,
+            ..PodSpec::unknown("x".parse().unwrap(), "k8s.io")
+        };
+        let mut record = Record::new(spec, Size { vcpus: 2, memory_mib: 300 });
+        record.owned.add(Resource::Directory { path: "/run/pericarp/x".into() });
+        record.owned.add(Resource::Machine { process: Process { pid: 7, start_time: 8 } });
+        record.end =
+            Some(End { exit: Exit::Signal(9), at: SystemTime::UNIX_EPOCH, reason: Some("killed".into()) });
+        record
     }
 
     #[test]
     fn what_was_written_is_read_again() {
         let directory = tempfile::tempdir().unwrap();
-        assert!(Record::read(directory.path()).unwrap().is_none());
+        assert_eq!(Record::read(directory.path()).unwrap(), None);
         record().write(directory.path()).unwrap();
-        let read = Record::read(directory.path()).unwrap().unwrap();
-        assert_eq!(serde_json::to_value(read).unwrap(), serde_json::to_value(record()).unwrap());
+        assert_eq!(Record::read(directory.path()).unwrap(), Some(record()));
         assert_eq!(fs::read_dir(directory.path()).unwrap().count(), 1);
-    }
-
-    #[test]
-    fn a_record_of_the_first_controllers_is_read() {
-        let directory = written(
-            r#"{"version":1,"stage":"running","id":"x","namespace":"k8s.io","netns":"","config":{},
-                "pid":7,"start_time":8,"cgroup":null}"#,
-        );
-        let read = Record::read(directory.path()).unwrap().unwrap();
-        assert_eq!((read.machine, read.end), (Process { pid: 7, start_time: 8 }, None));
     }
 
     #[test]
@@ -277,19 +201,23 @@ mod tests {
         let mut newer = serde_json::to_value(record()).unwrap();
         newer["invented"] = "later".into();
         let directory = written(&newer.to_string());
-        assert_eq!(Record::read(directory.path()).unwrap().unwrap().pod.id.as_str(), "x");
+        assert_eq!(Record::read(directory.path()).unwrap().unwrap().spec.id.as_str(), "x");
     }
 
     #[test]
     fn a_record_of_another_version_is_told_from_a_damaged_one() {
-        let newer = written(r#"{"version": 99, "stage": {"of": "another kind"}}"#);
-        assert!(matches!(Record::read(newer.path()), Err(RecordError::Version { found: 99 })));
+        for (number, rest) in [(1, r#""stage":"running""#), (99, r#""stage": {"of": "another kind"}"#)] {
+            let other = written(&format!(r#"{{"version": {number}, {rest}}}"#));
+            assert!(
+                matches!(Record::read(other.path()), Err(RecordError::Version { found }) if found == number)
+            );
+        }
         let whole = serde_json::to_string(&record()).unwrap();
         for length in 0..whole.len() {
             let cut = written(&whole[..length]);
             assert!(matches!(Record::read(cut.path()), Err(RecordError::Damaged(_))), "{length}");
         }
-        for damaged in ["[]", "null", "{}", r#"{"version":1}"#, "\0\0\0\0"] {
+        for damaged in ["[]", "null", "{}", r#"{"version":2}"#, "\0\0\0\0"] {
             let damaged = written(damaged);
             assert!(matches!(Record::read(damaged.path()), Err(RecordError::Damaged(_))));
         }
@@ -300,6 +228,6 @@ mod tests {
         let directory = written("nonsense");
         let aside = set_aside(directory.path(), file::STATE).unwrap();
         assert_eq!(fs::read_to_string(aside).unwrap(), "nonsense");
-        assert!(Record::read(directory.path()).unwrap().is_none());
+        assert_eq!(Record::read(directory.path()).unwrap(), None);
     }
 }

@@ -6,11 +6,14 @@
 use std::{io, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use pericarp_protos::{guest::REQUESTS_PORT, ttrpc};
+use pericarp_protos::guest::REQUESTS_PORT;
 use tokio::time::Instant;
 
-use super::Pod;
-use crate::guest::{HostServer, Prepared, Requests, dial};
+use super::{Pod, containers::container_id};
+use crate::guest::{
+    dial,
+    service::{HostServer, Prepared, RequestError, Requests},
+};
 
 /// How long after a failure it is tried again: nothing tells when it is worth it. A guest that takes connections only to
 /// break them waits as long as one that takes none.
@@ -35,24 +38,24 @@ impl Pod {
         let server = HostServer::new(Arc::new(GuestRequests(self.clone())));
         let mut pause = PAUSE_MIN;
         // What repeats is said once.
-        let mut said = false;
+        let mut is_reported = false;
         loop {
-            match dial_within(&self.vsock(), DIAL_TIMEOUT).await {
+            match dial_within(&self.files.vsock(), DIAL_TIMEOUT).await {
                 Ok(connection) => {
-                    if std::mem::take(&mut said) {
-                        tracing::info!(pod = self.id, "the guest's requests are taken again");
+                    if std::mem::take(&mut is_reported) {
+                        tracing::info!(pod = self.id(), "the guest's requests are taken again");
                     }
                     let begun = Instant::now();
                     let error = server.serve(connection).await;
-                    tracing::debug!(pod = self.id, %error, "the connection for the guest's requests has ended");
+                    tracing::debug!(pod = self.id(), %error, "the connection for the guest's requests has ended");
                     // One that was of use is replaced at once.
                     if begun.elapsed() > PAUSE_MAX {
                         pause = PAUSE_MIN;
                     }
                 }
-                Err(error) if !std::mem::replace(&mut said, true) && self.end().is_none() => {
+                Err(error) if !std::mem::replace(&mut is_reported, true) && self.end().is_none() => {
                     tracing::warn!(
-                        pod = self.id,
+                        pod = self.id(),
                         %error,
                         "the guest takes no connection for its requests, without which it gets no containers; if the pod \
                          was started by an older version, replace it"
@@ -76,18 +79,18 @@ struct GuestRequests(Arc<Pod>);
 
 #[async_trait]
 impl Requests for GuestRequests {
-    async fn prepare(&self, container: &str) -> Result<Prepared, (ttrpc::Code, String)> {
-        let prepared = async { self.0.prepare_container(&Pod::container_id(container)?).await };
-        prepared.await.map_err(|error| error.into_status(&self.0))
+    async fn prepare(&self, container: &str) -> Result<Prepared, RequestError> {
+        let prepared = async { self.0.prepare_container(&container_id(container)?).await };
+        prepared.await.map_err(|error| self.0.error_for_guest(&error))
     }
 
-    async fn fit(&self, container: &str) -> Result<(), (ttrpc::Code, String)> {
-        let fitted = async { self.0.fit_container(&Pod::container_id(container)?).await };
-        fitted.await.map_err(|error| error.into_status(&self.0))
+    async fn fit(&self, container: &str) -> Result<(), RequestError> {
+        let fitted = async { self.0.fit_container(&container_id(container)?).await };
+        fitted.await.map_err(|error| self.0.error_for_guest(&error))
     }
 
-    async fn release(&self, container: &str) -> Result<(), (ttrpc::Code, String)> {
-        let released = async { self.0.release_container(&Pod::container_id(container)?).await };
-        released.await.map_err(|error| error.into_status(&self.0))
+    async fn release(&self, container: &str) -> Result<(), RequestError> {
+        let released = async { self.0.release_container(&container_id(container)?).await };
+        released.await.map_err(|error| self.0.error_for_guest(&error))
     }
 }

@@ -1,19 +1,20 @@
 //! Making a running machine fit what its containers may use.
 
-use std::{path::PathBuf, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use pericarp_protos::{id::ContainerId, ttrpc};
 use thiserror::Error;
 
-use super::{Phase, Pod, containers::ContainerError};
+use super::{PodError, containers::ContainerError, task::PodTask};
 use crate::{
-    cgroup,
-    cpuset::CpuSet,
-    errors::chain,
     guest::Agent,
-    machine::{Control, file},
-    oom,
-    size::{self, Limits, Size},
+    host::{
+        cgroup,
+        cpuset::CpuSet,
+        oom,
+        size::{self, CpuAndMemory, Limits, Size},
+    },
+    telemetry::error_chain::chain,
 };
 
 /// How long the guest may take to plug memory: some hundred milliseconds per GiB.
@@ -64,146 +65,179 @@ pub enum ResizeError {
     Agent(#[source] std::io::Error),
 }
 
-/// The limits of a container, noted as its own. They are forgotten again unless it turns out that it can have them, also when
-/// whoever waits for that has given up.
-struct AskedFor<'a> {
-    pod: &'a Pod,
-    container: &'a ContainerId,
-    /// What it had.
-    before: Option<Limits>,
-    stays: bool,
-}
-
-impl<'a> AskedFor<'a> {
-    fn note(pod: &'a Pod, container: &'a ContainerId, limits: Limits) -> AskedFor<'a> {
-        let before = pod.state().limits.insert(container.clone(), limits);
-        AskedFor { pod, container, before, stays: false }
-    }
-
-    fn stays(mut self) {
-        self.stays = true;
-    }
-}
-
-impl Drop for AskedFor<'_> {
-    fn drop(&mut self) {
-        if self.stays {
-            return;
+impl PodTask {
+    /// Makes the machine fit what the pod may use now. On an error the pod is as it was.
+    pub(super) async fn resize(
+        &mut self,
+        limits: CpuAndMemory,
+        overhead: CpuAndMemory,
+    ) -> Result<(), PodError> {
+        let (pod, phase) = (self.pod.title(), self.life.phase());
+        let Some(running) = self.life.running_mut() else { return Err(PodError::NotRunning { pod, phase }) };
+        let before = running.resources;
+        let (limits_before, size_before) = (self.all_limits(), self.wanted_size());
+        if let Some(running) = self.life.running_mut() {
+            running.resources.limits = limits;
+            running.resources.overhead = overhead;
         }
-        let mut state = self.pod.state();
-        match self.before.take() {
-            Some(before) => state.limits.insert(self.container.clone(), before),
-            None => state.limits.remove(self.container),
-        };
-    }
-}
-
-impl Pod {
-    /// The guest's hint that containerd has other limits for a container.
-    pub(super) async fn fit_container(&self, id: &ContainerId) -> Result<(), ContainerError> {
-        // As for any other request: the id is looked up, and the limits are containerd's, not the guest's.
-        let record = self.look_up(id).await?;
-        let share = self.share.lock().await;
-        let Phase::Running { .. } = self.phase() else { return Err(ContainerError::Ended) };
-        self.fit(id, Limits::of_spec(&record.spec), &share.containers()).await
+        let resized = self.refit(&limits_before, size_before).await;
+        if resized.is_err()
+            && let Some(running) = self.life.running_mut()
+        {
+            running.resources = before;
+        }
+        if resized.is_ok() {
+            self.record_resources().await;
+        }
+        resized.map_err(|source| PodError::Resize { pod, source })
     }
 
-    /// Makes the machine fit its containers, of which `id` has these limits. The share is locked meanwhile, so that this
-    /// is done by one at a time. On an error the pod is as it was.
-    pub(super) async fn fit(
-        &self,
-        id: &ContainerId,
-        limits: Limits,
-        containers: &[ContainerId],
-    ) -> Result<(), ContainerError> {
-        // After a restart of the controller, nothing is known of those that were there before.
-        for other in containers.iter().filter(|other| *other != id) {
-            if !self.state().limits.contains_key(other)
-                && let Ok(record) = self.look_up(other).await
+    /// Puts on record what the pod may use now, for the next controller.
+    async fn record_resources(&self) {
+        let Some(running) = self.life.running() else { return };
+        let (pod, resources) = (Arc::clone(&self.pod), running.resources);
+        let written =
+            self.pod.blocking.run(move || pod.record.change(|record| record.resources = Some(resources)));
+        if let Err(error) = written.await {
+            tracing::warn!(pod = self.pod.id(), %error, "the pod's new size is not on record");
+        }
+    }
+
+    /// Makes the machine fit its containers, of which `id` has these limits. On an error the pod is as it was.
+    pub(super) async fn fit(&mut self, id: &ContainerId, limits: Limits) -> Result<(), ContainerError> {
+        self.look_up_limits(id).await?;
+        let (limits_before, size_before) = (self.all_limits(), self.wanted_size());
+        let running = self.life.running_mut().ok_or(ContainerError::Ended)?;
+        let before = running.limits.insert(id.clone(), limits);
+        let fitted = self.refit(&limits_before, size_before).await;
+        if fitted.is_err()
+            && let Some(running) = self.life.running_mut()
+        {
+            match before {
+                Some(before) => running.limits.insert(id.clone(), before),
+                None => running.limits.remove(id),
+            };
+        }
+        Ok(fitted?)
+    }
+
+    /// Looks up what the other containers may use, of whom a controller that has taken the pod over knows nothing.
+    async fn look_up_limits(&mut self, except: &ContainerId) -> Result<(), ContainerError> {
+        let share = self.pod.files.share();
+        let containers = self.pod.blocking.run(move || share.containers()).await;
+        for other in containers.iter().filter(|other| *other != except) {
+            let running = self.life.running().ok_or(ContainerError::Ended)?;
+            if !running.limits.contains_key(other)
+                && let Ok(request) = self.pod.look_up(other).await
+                && let Some(running) = self.life.running_mut()
             {
-                self.state().limits.insert(other.clone(), Limits::of_spec(&record.spec));
+                running.limits.insert(other.clone(), request.limits());
             }
         }
-        let before = self.all_limits();
-        let asked_for = AskedFor::note(self, id, limits);
-        let wanted = self.all_limits();
-        let size = self.fitting(&wanted).map_err(ResizeError::from)?;
-        if let Err(error) = self.become_size(size, &wanted).await {
-            // Where nothing is known of the size, because another controller has set it, this is what it should be.
-            let size = self.state().size_now.or_else(|| self.fitting(&before).ok()).unwrap_or(self.size);
-            self.roll_back(size, &before).await;
-            return Err(error.into());
-        }
-        asked_for.stays();
         Ok(())
     }
 
-    pub(super) fn all_limits(&self) -> Vec<Limits> {
-        self.state().limits.values().cloned().collect()
+    pub(super) fn forget_limits(&mut self, id: &ContainerId) {
+        if let Some(running) = self.life.running_mut() {
+            running.limits.remove(id);
+        }
     }
 
-    fn fitting(&self, containers: &[Limits]) -> Result<Size, size::Error> {
-        Size::fitting(self.size, &self.config, containers, &self.node.config, self.node.host)
+    pub(super) fn all_limits(&self) -> Vec<Limits> {
+        self.life.running().map(|running| running.limits.values().cloned().collect()).unwrap_or_default()
+    }
+
+    /// The size that the machine should have for what pod and containers may use.
+    fn wanted_size(&self) -> Result<Size, size::Error> {
+        let pod = &self.pod;
+        let resources = self.life.running().map_or(pod.spec.resources, |running| running.resources);
+        let environment = &pod.environment;
+        Size::fitting(pod.size, &resources, &self.all_limits(), &environment.config, environment.capacity)
+    }
+
+    /// Makes the machine fit what has just been changed, or as it was before: with those limits and that size.
+    async fn refit(
+        &mut self,
+        limits_before: &[Limits],
+        size_before: Result<Size, size::Error>,
+    ) -> Result<(), ResizeError> {
+        let size = self.wanted_size()?;
+        if let Err(error) = self.become_size(size, &self.all_limits()).await {
+            // Where nothing is known of the size, because another controller has set it, this is what it should be.
+            let known = self.life.running().and_then(|running| running.size);
+            let size = known.or(size_before.ok()).unwrap_or(self.pod.size);
+            self.roll_back(size, limits_before).await;
+            return Err(error);
+        }
+        Ok(())
     }
 
     /// Changes what has to be changed. On an error, some of it may have been.
-    async fn become_size(&self, size: Size, containers: &[Limits]) -> Result<(), ResizeError> {
-        let now = self.state().size_now;
+    async fn become_size(&mut self, size: Size, containers: &[Limits]) -> Result<(), ResizeError> {
+        let now = self.life.running().and_then(|running| running.size);
         if now != Some(size) {
-            self.resize(size, now.unwrap_or(self.size)).await?;
+            self.set_size(size, now.unwrap_or(self.pod.size)).await?;
         }
-        self.pin(containers)?;
+        self.pin(containers).await?;
         self.set_oom_score(containers)?;
-        self.state().size_now = Some(size);
+        if let Some(running) = self.life.running_mut() {
+            running.size = Some(size);
+        }
+        self.publish(|_| ());
         if now != Some(size) {
-            self.caused_by_guest(|| tracing::info!(pod = self.id, ?size, "machine resized"));
+            let Size { vcpus, memory_mib } = size;
+            self.pod.caused_by_guest(|| {
+                tracing::info!(pod = self.pod.id(), vcpus, memory_mib, "machine resized");
+            });
         }
         Ok(())
     }
 
     /// Undoes what a resize that failed may have done.
-    async fn roll_back(&self, size: Size, containers: &[Limits]) {
-        {
+    async fn roll_back(&mut self, size: Size, containers: &[Limits]) {
+        if let Some(running) = self.life.running_mut() {
             // Unknown, so that all of it is set again, if not now then by the next resize.
-            let mut state = self.state();
-            state.size_now = None;
-            state.pinned = None;
+            running.size = None;
+            running.pinned = None;
         }
         if let Err(error) = self.become_size(size, containers).await {
             let error = chain(&error);
-            self.caused_by_guest(|| {
-                tracing::warn!(pod = self.id, ?size, error, "the machine cannot be given back its size");
+            let Size { vcpus, memory_mib } = size;
+            self.pod.caused_by_guest(|| {
+                let pod = self.pod.id();
+                tracing::warn!(pod, vcpus, memory_mib, error, "the machine cannot be given back its size");
             });
         }
     }
 
     /// Keeps the machine on the host's CPUs and memory nodes that its containers may use together.
-    fn pin(&self, containers: &[Limits]) -> Result<(), ResizeError> {
+    async fn pin(&mut self, containers: &[Limits]) -> Result<(), ResizeError> {
         let cpus = CpuSet::together(containers.iter().map(|container| &container.cpus));
         let mems = CpuSet::together(containers.iter().map(|container| &container.mems));
         let wanted = (cpus, mems);
-        if self.state().pinned.as_ref() == Some(&wanted) {
+        if self.life.running().is_none_or(|running| running.pinned.as_ref() == Some(&wanted)) {
             return Ok(());
         }
-        if let Some(cgroup) = self.cgroup() {
-            let (cpus, mems) = &wanted;
-            let (cpus, mems) = (cpus.to_string(), mems.to_string());
-            cgroup::pin(&cgroup, &cpus, &mems).map_err(|source| ResizeError::Pin {
-                cpus,
-                mems,
-                cgroup,
-                source,
-            })?;
+        if let Some(cgroup) = self.owned.cgroup() {
+            let (cpus, mems) = (wanted.0.to_string(), wanted.1.to_string());
+            let pinned = self.pod.blocking.run({
+                let (cgroup, cpus, mems) = (cgroup.clone(), cpus.clone(), mems.clone());
+                move || cgroup::pin(&cgroup, &cpus, &mems)
+            });
+            pinned.await.map_err(|source| ResizeError::Pin { cpus, mems, cgroup, source })?;
         }
-        self.state().pinned = Some(wanted);
+        if let Some(running) = self.life.running_mut() {
+            running.pinned = Some(wanted);
+        }
         Ok(())
     }
 
     /// Has the host's kernel kill the machine when it would kill its containers.
     pub(super) fn set_oom_score(&self, containers: &[Limits]) -> Result<(), ResizeError> {
         let number = oom::of_machine(containers.iter().map(|container| container.oom_score_adj));
-        match (number, self.phase()) {
-            (Some(number), Phase::Running { pid }) => {
+        match (number, self.life.running()) {
+            (Some(number), Some(running)) => {
+                let pid = running.pid;
                 oom::set(pid, number).map_err(|source| ResizeError::OomScore { number, pid, source })
             }
             _ => Ok(()),
@@ -211,12 +245,12 @@ impl Pod {
     }
 
     /// Has machine and guest take on a size.
-    async fn resize(&self, size: Size, before: Size) -> Result<(), ResizeError> {
+    async fn set_size(&self, size: Size, before: Size) -> Result<(), ResizeError> {
         let Size { vcpus, memory_mib } = size;
         let machine_error = |source| ResizeError::Machine { vcpus, memory_mib, source };
-        let machine = Control::connect(&self.directory).await.map_err(machine_error)?;
+        let machine = &self.pod.control;
         let answer = machine.resize(vcpus, u64::from(memory_mib) << 20).await.map_err(machine_error)?;
-        let agent = Agent::connect(&self.directory.join(file::VSOCK)).await.map_err(ResizeError::Agent)?;
+        let agent = Agent::connect(&self.pod.files.vsock()).await.map_err(ResizeError::Agent)?;
         let online = agent
             .resize(vcpus, answer.memory_device)
             .await
@@ -227,8 +261,8 @@ impl Pod {
         match machine.wait_memory(MEMORY_LIMIT).await {
             // The guest goes on giving back what it can; its containers' limits hold already.
             Err(error) if memory_mib <= before.memory_mib => {
-                self.caused_by_guest(|| {
-                    tracing::warn!(pod = self.id, %error, "the guest has not given back its memory yet");
+                self.pod.caused_by_guest(|| {
+                    tracing::warn!(pod = self.pod.id(), %error, "the guest has not given back its memory yet");
                 });
                 Ok(())
             }

@@ -17,7 +17,15 @@ use tokio::{
 };
 
 use super::*;
-use crate::pod::tests::pod;
+use crate::{
+    host::{machine::file, size::PodResources},
+    pod::{
+        Pod,
+        life::{Life, Running},
+        owned::Resource,
+        tests::undriven,
+    },
+};
 
 /// Which of the steps fails, each time that it is about more than one vCPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,18 +87,21 @@ impl AgentService for Told {
     }
 }
 
-/// A pod whose machine has one vCPU and 512 MiB, and what its machine and guest are told.
-struct Place {
+/// A running pod whose machine has one vCPU and 512 MiB, and what its machine and guest are told.
+struct RunningPod {
     directory: tempfile::TempDir,
     pod: Arc<Pod>,
+    task: PodTask,
     told: Told,
+    /// Stands for its machine's process.
+    process: std::process::Child,
     _servers: [Server; 2],
 }
 
-impl Place {
-    async fn new(fails: Fails) -> Place {
+impl RunningPod {
+    async fn new(fails: Fails) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let pod = pod(directory.path());
+        let (pod, mut task) = undriven(directory.path());
         let of_pod = directory.path().join("abc");
         std::fs::create_dir(&of_pod).unwrap();
         let told = Told { fails, sizes: Arc::default(), guest: Arc::default() };
@@ -114,17 +125,22 @@ impl Place {
                 });
             }
         });
-        let place = Place { directory, pod, told, _servers: [machine, agent] };
-        let cgroup = place.directory.path().join("cgroup");
+        let cgroup = directory.path().join("cgroup");
         if fails != Fails::Pin {
             std::fs::create_dir(&cgroup).unwrap();
         }
-        place.pod.state().cgroup = Some(cgroup);
-        place
+        task.owned.add(Resource::Cgroup { path: cgroup });
+        let process = std::process::Command::new("sleep").arg("600").spawn().unwrap();
+        task.life = Life::running_with(Running::new(process.id(), PodResources::default(), pod.size));
+        Self { directory, pod, task, told, process, _servers: [machine, agent] }
     }
 
-    async fn fit(&self, container: &str, limits: Limits) -> Result<(), String> {
-        self.pod.fit(&container.parse().unwrap(), limits, &[]).await.map_err(|error| chain(&error))
+    async fn fit(&mut self, container: &str, limits: Limits) -> Result<(), String> {
+        self.task.fit(&container.parse().unwrap(), limits).await.map_err(|error| chain(&error))
+    }
+
+    fn limits(&self) -> &std::collections::HashMap<ContainerId, Limits> {
+        &self.task.life.running().unwrap().limits
     }
 
     fn sizes(&self) -> Vec<(u32, u64)> {
@@ -137,7 +153,14 @@ impl Place {
     }
 
     fn vcpus_and_mib(&self) -> Option<(u8, u32)> {
-        self.pod.state().size_now.map(|size| (size.vcpus, size.memory_mib))
+        self.task.life.running().unwrap().size.map(|size| (size.vcpus, size.memory_mib))
+    }
+}
+
+impl Drop for RunningPod {
+    fn drop(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
     }
 }
 
@@ -152,7 +175,7 @@ fn on_cpu(limits: Limits, cpus: &str) -> Limits {
 
 #[tokio::test]
 async fn a_machine_is_made_as_large_as_its_containers_may_need() {
-    let place = Place::new(Fails::Nothing).await;
+    let mut place = RunningPod::new(Fails::Nothing).await;
     place.fit("c1", on_cpu(limits(1, 600), "0")).await.unwrap();
     place.fit("c2", on_cpu(limits(1, 200), "1")).await.unwrap();
     assert_eq!(place.sizes(), [(1, 600), (2, 800)]);
@@ -161,7 +184,7 @@ async fn a_machine_is_made_as_large_as_its_containers_may_need() {
 
 #[tokio::test]
 async fn a_machine_is_let_go_when_one_of_its_containers_may_run_anywhere() {
-    let place = Place::new(Fails::Nothing).await;
+    let mut place = RunningPod::new(Fails::Nothing).await;
     // What the cgroup above has.
     for (file, all) in [("cpuset.cpus.effective", "0-7"), ("cpuset.mems.effective", "0")] {
         std::fs::write(place.directory.path().join(file), all).unwrap();
@@ -176,7 +199,7 @@ async fn a_machine_is_let_go_when_one_of_its_containers_may_run_anywhere() {
 
 #[tokio::test]
 async fn a_size_that_is_refused_leaves_no_trace() {
-    let place = Place::new(Fails::Nothing).await;
+    let mut place = RunningPod::new(Fails::Nothing).await;
     place.fit("c1", limits(1, 256)).await.unwrap();
     // A new container, and a new size for one that there is: both more than the host has.
     for (container, limits) in [("large", limits(1, 100_000)), ("c1", limits(99, 256))] {
@@ -187,15 +210,14 @@ async fn a_size_that_is_refused_leaves_no_trace() {
     place.fit("c2", limits(1, 256)).await.unwrap();
     assert_eq!(place.sizes(), [(2, 512)]);
     place.fit("large", limits(1, 100_000)).await.unwrap_err();
-    let state = place.pod.state();
-    assert_eq!(state.limits.len(), 2, "{:?}", state.limits);
-    assert_eq!(state.limits["c1"], limits(1, 256));
+    assert_eq!(place.limits().len(), 2, "{:?}", place.limits());
+    assert_eq!(place.limits()["c1"], limits(1, 256));
 }
 
 #[tokio::test]
 async fn a_resize_that_fails_leaves_the_pod_as_it_was() {
     for fails in [Fails::Machine, Fails::Guest, Fails::Processors, Fails::Memory, Fails::Pin] {
-        let place = Place::new(fails).await;
+        let mut place = RunningPod::new(fails).await;
         let before = limits(1, 600);
         place.fit("c1", before.clone()).await.unwrap();
         let error = place.fit("c1", on_cpu(limits(2, 800), "1")).await.unwrap_err();
@@ -204,7 +226,7 @@ async fn a_resize_that_fails_leaves_the_pod_as_it_was() {
         assert_eq!(place.told.guest.lock().unwrap().last(), Some(&1), "{fails:?}");
         assert_eq!(place.vcpus_and_mib(), Some((1, 600)), "{fails:?}");
         assert_eq!(place.pinned(), "", "{fails:?}");
-        assert_eq!(place.pod.state().limits["c1"], before, "{fails:?}");
+        assert_eq!(place.limits()["c1"], before, "{fails:?}");
         // What is possible still is.
         place.fit("c1", limits(1, 700)).await.unwrap();
         assert_eq!(place.vcpus_and_mib(), Some((1, 700)), "{fails:?}");
@@ -217,37 +239,57 @@ fn to_be_killed(limits: Limits, oom_score_adj: i64) -> Limits {
 
 #[tokio::test]
 async fn the_hosts_kernel_kills_a_machine_when_it_would_kill_its_containers() {
-    let mut machine = std::process::Command::new("sleep").arg("60").spawn().unwrap();
-    let pid = machine.id();
+    let mut place = RunningPod::new(Fails::Guest).await;
+    let pid = place.process.id();
     let number = || std::fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap().trim().to_owned();
-    let place = Place::new(Fails::Guest).await;
-    place.pod.state().phase = Phase::Running { pid };
     place.fit("c1", to_be_killed(limits(1, 256), 750)).await.unwrap();
     assert_eq!(number(), "750");
     place.fit("c2", to_be_killed(limits(1, 256), 1000)).await.unwrap_err();
     assert_eq!(number(), "750");
     place.fit("c2", to_be_killed(Limits::default(), 900)).await.unwrap();
     assert_eq!(number(), "650");
-    place.pod.share.lock().await.create().unwrap();
-    place.pod.release_container(&"c1".parse().unwrap()).await.unwrap();
-    place.pod.share.lock().await.remove().unwrap();
+    place.pod.files.share().create().unwrap();
+    place.task.release(&"c1".parse().unwrap()).await.unwrap();
+    place.pod.files.share().remove().unwrap();
     assert_eq!(number(), "900");
-    machine.kill().unwrap();
-    machine.wait().unwrap();
+    place.process.kill().unwrap();
+    place.process.wait().unwrap();
     let error = place.fit("c2", to_be_killed(Limits::default(), 800)).await.unwrap_err();
     assert!(error.contains("oom_score_adj"), "{error}");
 }
 
+fn pod_limits(vcpus: u64, mib: u64) -> CpuAndMemory {
+    CpuAndMemory { cpu_milli: Some(vcpus * 1000), memory_bytes: Some(mib << 20) }
+}
+
 #[tokio::test]
-async fn a_resize_that_nobody_waits_for_any_more_leaves_no_limits() {
-    let place = Place::new(Fails::Nothing).await;
-    let c1 = "c1".parse().unwrap();
-    let mut fitting = Box::pin(place.pod.fit(&c1, limits(2, 800), &[]));
-    // As far as it comes without an answer of the machine's.
-    let waker = std::task::Waker::noop();
-    let polled = fitting.as_mut().poll(&mut std::task::Context::from_waker(waker));
-    assert!(polled.is_pending());
-    assert_eq!(place.pod.state().limits.len(), 1);
-    drop(fitting);
-    assert!(place.pod.state().limits.is_empty());
+async fn a_pod_that_may_use_more_or_less_gets_a_machine_for_it_and_that_is_on_record() {
+    let mut place = RunningPod::new(Fails::Nothing).await;
+    place.fit("c1", Limits::default()).await.unwrap();
+    for (limits, size) in [(pod_limits(2, 700), (2, 700)), (pod_limits(1, 600), (1, 600))] {
+        place.task.resize(limits, CpuAndMemory::default()).await.unwrap();
+        assert_eq!(place.vcpus_and_mib(), Some(size));
+        let record = crate::pod::record::Record::read(&place.directory.path().join("abc")).unwrap().unwrap();
+        assert_eq!(record.resources.unwrap().limits, limits);
+    }
+    let overhead = CpuAndMemory { memory_bytes: Some(100 << 20), ..CpuAndMemory::default() };
+    place.task.resize(pod_limits(1, 600), overhead).await.unwrap();
+    assert_eq!(place.vcpus_and_mib(), Some((1, 700)));
+}
+
+#[tokio::test]
+async fn a_size_of_a_pod_that_cannot_be_had_is_refused_and_nothing_changes() {
+    let mut place = RunningPod::new(Fails::Guest).await;
+    place.task.resize(pod_limits(1, 600), CpuAndMemory::default()).await.unwrap();
+    let error = place.task.resize(pod_limits(1, 100_000), CpuAndMemory::default()).await.unwrap_err();
+    assert!(matches!(error, PodError::Resize { source: ResizeError::Size(_), .. }), "{error:?}");
+    let error = place.task.resize(pod_limits(2, 800), CpuAndMemory::default()).await.unwrap_err();
+    assert!(matches!(error, PodError::Resize { source: ResizeError::Guest { .. }, .. }), "{error:?}");
+    assert_eq!(place.vcpus_and_mib(), Some((1, 600)));
+    assert_eq!(place.task.life.running().unwrap().resources.limits, pod_limits(1, 600));
+    place.task.life.advance(Life::Ended);
+    let error = place.task.resize(pod_limits(1, 600), CpuAndMemory::default()).await.unwrap_err();
+    assert!(matches!(error, PodError::NotRunning { .. }), "{error:?}");
+    // For the stand-in of its machine.
+    place.task.life = Life::Created;
 }

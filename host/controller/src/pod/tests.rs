@@ -1,172 +1,166 @@
-use std::sync::atomic::{AtomicBool, Ordering};
-
-use async_trait::async_trait;
-use pericarp_protos::ttrpc;
-use tonic::transport::Endpoint;
-
-use super::*;
-use crate::{
-    network::{PodNetwork, steer::SteerError},
-    source::{ContainerRecord, SourceError},
+use std::{
+    collections::HashMap,
+    path::Path,
+    sync::{
+        Mutex,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
-/// Knows two containers: `known`, of the pod `other`, and `odd`, of the pod `abc`, for which CRI was asked for something
-/// that it does not know.
-struct OneContainer;
+use async_trait::async_trait;
+use pericarp_protos::{host::HostClient, ttrpc};
+use tokio::sync::watch;
+
+use super::{
+    owned::{Resource, tests::Fake},
+    ports::{ContainerRequest, Delivery, SourceError, TaskEvent},
+    *,
+};
+use crate::{
+    guest::translate,
+    host::{
+        machine::Machine,
+        network::{PodNetwork, steer::SteerError},
+        process::Process,
+    },
+};
+
+/// Containers on record in memory: `odd`, for which something was asked that cannot be had, and what a test adds.
+#[derive(Default)]
+pub struct MemoryContainers {
+    containers: Mutex<HashMap<String, ContainerRequest>>,
+}
 
 #[async_trait]
-impl ContainerSource for OneContainer {
-    async fn container(
-        &self,
-        _namespace: &str,
-        _sandbox: &str,
-        id: &str,
-    ) -> Result<ContainerRecord, SourceError> {
-        let of = [("known", "other"), ("odd", "abc")].into_iter().find(|(container, _)| *container == id);
-        if let Some((_, pod)) = of {
-            Ok(ContainerRecord {
-                sandbox: pod.into(),
-                spec: Vec::new(),
-                asked_for: Some(br#"{"Metadata":{"Config":{"hologram":true}}}"#.into()),
-                snapshotter: "overlayfs".into(),
-                rootfs: Vec::new(),
-            })
-        } else {
-            Err(SourceError::NotFound { id: id.into() })
+impl ContainerSource for MemoryContainers {
+    async fn container(&self, _pod: &PodSpec, id: &ContainerId) -> Result<ContainerRequest, SourceError> {
+        if id.as_str() == "odd" {
+            return translate::unsupported("a hologram", "do without").map_err(SourceError::Refused);
         }
+        let known = self.containers.lock().unwrap().get(id.as_str()).cloned();
+        known.ok_or_else(|| SourceError::NotFound { id: id.to_string() })
     }
 
-    async fn sandbox(&self, _namespace: &str, id: &str) -> Result<(), SourceError> {
-        Err(SourceError::NotFound { id: id.into() })
+    async fn check_pod(&self, pod: &PodSpec) -> Result<(), SourceError> {
+        Err(SourceError::NotFound { id: pod.id.to_string() })
     }
 }
 
-pub(crate) fn node(run_dir: &std::path::Path) -> Arc<Node> {
-    node_with_containerd(run_dir, "/no/such/socket")
+/// Takes events, unless it is told to defer them.
+#[derive(Default)]
+pub struct MemoryEvents {
+    is_closed: AtomicBool,
+    taken: watch::Sender<Vec<String>>,
 }
 
-fn node_with_containerd(run_dir: &std::path::Path, socket: &str) -> Arc<Node> {
-    let channel = Endpoint::from_shared(format!("unix://{socket}")).unwrap().connect_lazy();
-    Arc::new(Node {
+#[async_trait]
+impl EventSink for MemoryEvents {
+    async fn deliver(&self, _pod: &PodSpec, event: TaskEvent) -> Delivery {
+        if self.is_closed.load(Ordering::SeqCst) {
+            return Delivery::Deferred("not now".to_owned());
+        }
+        self.taken.send_modify(|taken| taken.push(event.topic));
+        Delivery::Taken
+    }
+}
+
+pub fn environment(run_dir: &Path) -> Arc<Environment> {
+    environment_with(run_dir, Arc::default())
+}
+
+fn environment_with(run_dir: &Path, events: Arc<MemoryEvents>) -> Arc<Environment> {
+    Arc::new(Environment {
         config: Config { run_dir: run_dir.into(), ..Config::default() },
-        source: Arc::new(OneContainer),
-        forwarder: Forwarder::new(channel),
-        host: Host { cpus: 2, memory_mib: 4096 },
+        containers: Arc::new(MemoryContainers::default()),
+        events,
+        capacity: HostCapacity { cpus: 2, memory_mib: 4096 },
+        boots: BootQueue::new(1),
+        read_older_record: |_, _| None,
     })
 }
 
-fn config(network: cri::NamespaceMode) -> cri::PodSandboxConfig {
-    cri::PodSandboxConfig {
-        metadata: Some(cri::PodSandboxMetadata {
-            name: "web".into(),
-            namespace: "default".into(),
-            ..Default::default()
-        }),
-        linux: Some(cri::LinuxPodSandboxConfig {
-            security_context: Some(cri::LinuxSandboxSecurityContext {
-                namespace_options: Some(cri::NamespaceOption {
-                    network: network as i32,
-                    ..Default::default()
-                }),
-                ..Default::default()
-            }),
-            ..Default::default()
-        }),
-        ..Default::default()
+fn spec() -> PodSpec {
+    PodSpec {
+        name: "web".into(),
+        namespace: "default".into(),
+        ..PodSpec::unknown("abc".parse().unwrap(), "k8s.io")
     }
 }
 
-pub(super) fn pod(run_dir: &std::path::Path) -> Arc<Pod> {
-    let config = config(cri::NamespaceMode::Pod);
-    Arc::new(Pod::new("abc".parse().unwrap(), "k8s.io".into(), config, String::new(), node(run_dir)).unwrap())
+/// A pod that is only known, and its task, which a test drives itself.
+pub fn undriven(run_dir: &Path) -> (Arc<Pod>, PodTask) {
+    let size = Size { vcpus: 1, memory_mib: 512 };
+    Pod::new(Record::new(spec(), size), environment(run_dir))
 }
 
-impl Pod {
-    /// Gives it one more thing to be undone when it is removed.
-    pub(crate) fn push_undo(
-        &self,
-        what: &'static str,
-        step: impl FnMut() -> std::io::Result<()> + Send + 'static,
-    ) {
-        self.state().directory.push(what, step);
-    }
+fn pod(run_dir: &Path) -> Arc<Pod> {
+    Pod::create(spec(), environment(run_dir)).unwrap()
 }
 
-/// Gives a pod something that cannot be undone as long as this is so.
-pub(crate) fn cannot_undo(pod: &Pod, while_this: &Arc<AtomicBool>) {
-    let fails = while_this.clone();
-    pod.push_undo("remove what is busy", move || {
+/// Gives a pod one more thing to be removed when it is removed.
+pub async fn own(pod: &Pod, remove: impl FnMut() -> std::io::Result<()> + Send + 'static) {
+    pod.mailbox.send(Command::Own(Fake::resource(remove))).await.unwrap();
+}
+
+/// Gives a pod something that cannot be removed as long as this is so.
+pub async fn cannot_remove(pod: &Pod, while_this: &Arc<AtomicBool>) {
+    let fails = Arc::clone(while_this);
+    own(pod, move || {
         if fails.load(Ordering::Relaxed) { Err(std::io::ErrorKind::ResourceBusy.into()) } else { Ok(()) }
-    });
-}
-
-#[tokio::test]
-async fn a_pod_on_the_hosts_network_is_refused_with_its_name_and_what_to_do() {
-    let directory = tempfile::tempdir().unwrap();
-    let config = config(cri::NamespaceMode::Node);
-    let error =
-        Pod::new("abc".parse().unwrap(), "k8s.io".into(), config, String::new(), node(directory.path()))
-            .err()
-            .unwrap();
-    let text = error.to_string();
-    assert!(text.contains("default/web") && text.contains("remove hostNetwork"), "{text}");
+    })
+    .await;
 }
 
 #[tokio::test]
 async fn a_pod_that_asks_for_nested_virtualization_is_refused_where_it_is_not_allowed() {
     let directory = tempfile::tempdir().unwrap();
-    let mut config = config(cri::NamespaceMode::Pod);
-    config.annotations.insert("io.pericarp.nested-virtualization".to_owned(), "true".to_owned());
-    let error =
-        Pod::new("abc".parse().unwrap(), "k8s.io".into(), config, String::new(), node(directory.path()))
-            .err()
-            .unwrap();
-    assert!(matches!(&error, PodError::Nested { source: crate::nested::Error::NotAllowed, .. }), "{error:?}");
+    let nested = PodSpec { nested_virtualization: true, ..spec() };
+    let error = Pod::create(nested, environment(directory.path())).err().unwrap();
+    assert!(matches!(&error, PodError::NestedVirtualization { .. }), "{error:?}");
+    let text = error.to_string();
+    assert!(text.contains("default/web") && text.contains("nested_virtualization = true"), "{text}");
 }
 
 #[tokio::test]
 async fn a_pod_whose_netns_is_gone_does_not_start_and_leaves_nothing() {
     let directory = tempfile::tempdir().unwrap();
-    let config = config(cri::NamespaceMode::Pod);
-    let netns = "/run/netns/no-such-netns".to_owned();
-    let pod =
-        Pod::new("abc".parse().unwrap(), "k8s.io".into(), config, netns.clone(), node(directory.path()))
-            .unwrap();
-    let pod = Arc::new(pod);
+    let netns = "/run/netns/no-such-netns";
+    let spec = PodSpec { netns: Some(netns.into()), ..spec() };
+    let pod = Pod::create(spec, environment(directory.path())).unwrap();
     let error = pod.start().await.unwrap_err();
-    let text = crate::errors::chain(&error);
-    assert!(text.contains("default/web") && text.contains(&netns) && text.contains("CNI"), "{text}");
+    let text = crate::telemetry::error_chain::chain(&error);
+    assert!(text.contains("default/web") && text.contains(netns) && text.contains("CNI"), "{text}");
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+    assert!(pod.is_removed());
     pod.stop().await.unwrap();
-    pod.shutdown().await.unwrap();
+    pod.remove().await.unwrap();
 }
 
 #[tokio::test]
-async fn a_pod_to_which_nothing_can_be_forwarded_says_why_in_its_status() {
+async fn a_pod_to_which_nothing_can_be_forwarded_says_why() {
     let directory = tempfile::tempdir().unwrap();
     let pod = pod(directory.path());
-    assert_eq!(pod.verbose_info().await["pericarp"]["portForward"], json!(null));
+    assert!(start::take_forward(&pod, &mut PodNetwork::default()).is_none());
     let source = std::io::Error::from_raw_os_error(38);
     let error = SteerError::Bpf { what: "load a BPF program", source };
     let mut network = PodNetwork { forward: Some(Err(error)), ..PodNetwork::default() };
-    assert!(pod.take_forward(&mut network).is_none());
-    std::fs::create_dir(directory.path().join("abc")).unwrap();
-    pod.write_record(std::process::id(), record::Stage::Running).unwrap();
-    let record = std::fs::read_to_string(directory.path().join("abc").join(file::STATE)).unwrap();
-    assert!(record.contains("refuses to load a BPF program"), "{record}");
-    let info = pod.verbose_info().await;
-    let text = info["pericarp"]["portForward"].as_str().unwrap();
-    assert!(text.contains("refuses to load a BPF program") && text.contains("not implemented"), "{text}");
+    let reason = start::take_forward(&pod, &mut network).unwrap().err().unwrap();
+    assert!(
+        reason.contains("refuses to load a BPF program") && reason.contains("not implemented"),
+        "{reason}"
+    );
 }
 
 #[tokio::test]
-async fn a_guest_cannot_prepare_another_pods_container() {
+async fn a_guest_cannot_prepare_what_is_no_container_of_its_pod() {
     let directory = tempfile::tempdir().unwrap();
     let pod = pod(directory.path());
-    for id in ["known", "unknown", "../abc", ""] {
-        let prepared = async { pod.prepare_container(&Pod::container_id(id)?).await };
-        let (code, message) = prepared.await.unwrap_err().into_status(&pod);
-        assert_eq!(code, ttrpc::Code::NOT_FOUND, "{id}");
+    for id in ["unknown", "../abc", ""] {
+        let prepared = async { pod.prepare_container(&containers::container_id(id)?).await };
+        let error = pod.error_for_guest(&prepared.await.unwrap_err());
+        assert_eq!(error.code, ttrpc::Code::NOT_FOUND, "{id}");
+        let message = &error.message;
         assert!(message.contains("default/web") && message.contains("in this pod"), "{message}");
     }
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
@@ -176,62 +170,74 @@ async fn a_guest_cannot_prepare_another_pods_container() {
 async fn a_container_for_which_something_unknown_was_asked_is_refused_with_its_name() {
     let directory = tempfile::tempdir().unwrap();
     let pod = pod(directory.path());
-    let (code, message) = pod.prepare_container(&"odd".parse().unwrap()).await.unwrap_err().into_status(&pod);
-    assert_eq!(code, ttrpc::Code::INVALID_ARGUMENT, "{message}");
-    assert!(message.contains("default/web") && message.contains("hologram"), "{message}");
+    let error = pod.prepare_container(&"odd".parse().unwrap()).await.unwrap_err();
+    let error = pod.error_for_guest(&error);
+    assert_eq!(error.code, ttrpc::Code::INVALID_ARGUMENT, "{}", error.message);
+    assert!(error.message.contains("default/web") && error.message.contains("hologram"), "{}", error.message);
 }
 
 #[tokio::test]
-async fn a_pod_for_which_something_unknown_was_asked_is_refused_with_its_name() {
-    let directory = tempfile::tempdir().unwrap();
-    let made = |message: &[u8]| {
-        Pod::from_message(
-            "abc".parse().unwrap(),
-            "k8s.io".into(),
-            message,
-            String::new(),
-            node(directory.path()),
-        )
-    };
-    let known = config(cri::NamespaceMode::Pod).encode_to_vec();
-    assert!(made(&known).is_ok());
-    // Field 1000, a number.
-    let error = made(&[&known[..], &[0xc0, 0x3e, 1]].concat()).err().unwrap();
-    let text = error.to_string();
-    assert!(text.contains("default/web") && text.contains("number 1000"), "{text}");
-    assert!(matches!(made(&[0xff]), Err(PodError::Unreadable { .. })));
-}
-
-#[tokio::test]
-async fn releasing_what_was_never_prepared_is_no_error_but_a_path_is() {
+async fn what_was_never_prepared_can_be_released() {
     let directory = tempfile::tempdir().unwrap();
     let pod = pod(directory.path());
-    assert!(pod.release_container(&"gone".parse().unwrap()).await.is_ok());
-    assert!(Pod::container_id("../../etc").is_err());
+    pod.release_container(&"gone".parse().unwrap()).await.unwrap();
+    assert!(containers::container_id("../../etc").is_err());
 }
 
 #[tokio::test]
 async fn a_pod_that_was_never_started_can_be_stopped_and_removed_twice() {
     let directory = tempfile::tempdir().unwrap();
     let pod = pod(directory.path());
-    for _ in 0..2 {
-        pod.stop().await.unwrap();
-        pod.shutdown().await.unwrap();
-    }
+    pod.stop().await.unwrap();
+    pod.stop().await.unwrap();
     assert_eq!(pod.wait().await.exit, Exit::Code(0));
-    assert!(matches!(pod.start().await, Err(PodError::Phase { .. })));
+    assert!(matches!(pod.start().await, Err(PodError::Phase { phase: Phase::Ended, .. })));
+    pod.remove().await.unwrap();
+    pod.remove().await.unwrap();
+    pod.stop().await.unwrap();
+    assert!(matches!(pod.start().await, Err(PodError::Removed { .. })));
+}
+
+/// A request is carried through to the same state whether or not its caller waits for it to the end.
+#[tokio::test]
+async fn a_caller_that_goes_away_changes_nothing() {
+    for patience in 0..20 {
+        let directory = tempfile::tempdir().unwrap();
+        let pod = pod(directory.path());
+        let removed = Arc::new(AtomicBool::new(false));
+        let seen = Arc::clone(&removed);
+        own(&pod, move || {
+            seen.store(true, Ordering::SeqCst);
+            Ok(())
+        })
+        .await;
+        let mut removing = Box::pin(pod.remove());
+        let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+        let mut is_done = false;
+        for _ in 0..patience {
+            is_done = is_done || removing.as_mut().poll(&mut context).is_ready();
+            tokio::task::yield_now().await;
+        }
+        drop(removing);
+        if patience > 0 {
+            pod.removed().await;
+            assert!(removed.load(Ordering::SeqCst));
+        } else {
+            assert!(!pod.is_stop_requested(), "who has not asked has not asked");
+        }
+    }
 }
 
 /// A guest with five events, of which it tells whoever asks those that are asked for. The answer counts the requests.
-fn guest_with_five_events(directory: &std::path::Path) -> tokio::sync::watch::Receiver<Vec<u64>> {
+fn guest_with_five_events(vsock: &Path) -> watch::Receiver<Vec<u64>> {
     use pericarp_protos::{
-        agent::{Event, EventsRequest, TaskEvent, event},
+        agent::{self, Event, EventsRequest, event},
         protobuf::{Message as _, well_known_types::any::Any},
         ttrpc::proto::{Codec as _, GenMessage, MessageHeader, Request},
     };
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-    let listener = tokio::net::UnixListener::bind(directory.join(file::VSOCK)).unwrap();
-    let (sender, asked) = tokio::sync::watch::channel(Vec::new());
+    let listener = tokio::net::UnixListener::bind(vsock).unwrap();
+    let (sender, asked) = watch::channel(Vec::new());
     tokio::spawn(async move {
         loop {
             let (mut stream, _) = listener.accept().await.unwrap();
@@ -244,13 +250,14 @@ fn guest_with_five_events(directory: &std::path::Path) -> tokio::sync::watch::Re
             sender.send_modify(|asked| asked.push(after));
             for sequence in after + 1..=5 {
                 let topic = if sequence == 5 { "delete" } else { "paused" };
-                // Field 1 of every task event: the container, which is `c1`, but for one that tries its luck.
+                // Field 1 of every task event: the container, which is `c1`, except for one that tries its luck.
                 let container = if sequence == 2 { "c2" } else { "c1" };
                 let value = [&[0x0a, 2], container.as_bytes()].concat();
                 let name = if sequence == 5 { "TaskDelete" } else { "TaskPaused" };
                 let payload = Any { type_url: format!("containerd.events.{name}"), value, ..Any::default() };
                 let topic = format!("/tasks/{topic}");
-                let task = TaskEvent { topic, payload: Some(payload).into(), ..TaskEvent::default() };
+                let task =
+                    agent::TaskEvent { topic, payload: Some(payload).into(), ..agent::TaskEvent::default() };
                 let event = Event { sequence, event: Some(event::Event::Task(task)), ..Event::default() };
                 let payload = event.write_to_bytes().unwrap();
                 let header = MessageHeader::new_data(1, payload.len().try_into().unwrap());
@@ -261,83 +268,41 @@ fn guest_with_five_events(directory: &std::path::Path) -> tokio::sync::watch::Re
     asked
 }
 
-/// containerd's event service, as far as it takes events.
-struct FakeContainerd(tokio::sync::mpsc::UnboundedSender<String>);
-
-#[tonic::async_trait]
-impl pericarp_protos::containerd::events::events_server::Events for FakeContainerd {
-    type SubscribeStream =
-        tokio_stream::Empty<Result<pericarp_protos::containerd::types::Envelope, tonic::Status>>;
-
-    async fn publish(
-        &self,
-        _: tonic::Request<pericarp_protos::containerd::events::PublishRequest>,
-    ) -> Result<tonic::Response<()>, tonic::Status> {
-        Err(tonic::Status::unimplemented("not here"))
-    }
-
-    async fn forward(
-        &self,
-        request: tonic::Request<pericarp_protos::containerd::events::ForwardRequest>,
-    ) -> Result<tonic::Response<()>, tonic::Status> {
-        self.0.send(request.into_inner().envelope.unwrap().topic).unwrap();
-        Ok(tonic::Response::new(()))
-    }
-
-    async fn subscribe(
-        &self,
-        _: tonic::Request<pericarp_protos::containerd::events::SubscribeRequest>,
-    ) -> Result<tonic::Response<Self::SubscribeStream>, tonic::Status> {
-        Err(tonic::Status::unimplemented("not here"))
-    }
-}
-
 #[tokio::test]
-async fn events_wait_for_containerd_and_go_on_where_they_stopped() {
-    use pericarp_protos::containerd::events::events_server::EventsServer;
+async fn events_wait_for_whoever_takes_them_and_go_on_where_they_stopped() {
     let directory = tempfile::tempdir().unwrap();
-    let socket = directory.path().join("containerd.sock");
     let of_pod = directory.path().join("abc");
     std::fs::create_dir(&of_pod).unwrap();
-    let mut asked = guest_with_five_events(&of_pod);
-    let node = node_with_containerd(directory.path(), socket.to_str().unwrap());
-    let new = || {
-        let config = config(cri::NamespaceMode::Pod);
-        Arc::new(
-            Pod::new("abc".parse().unwrap(), "k8s.io".into(), config, String::new(), node.clone()).unwrap(),
-        )
-    };
+    let events = Arc::new(MemoryEvents::default());
+    events.is_closed.store(true, Ordering::SeqCst);
+    let new = || Pod::create(spec(), environment_with(directory.path(), Arc::clone(&events))).unwrap();
     let pod = new();
-    pod.progress(|progress| progress.add("c1"));
+    let mut asked = guest_with_five_events(&pod.files.vsock());
+    pod.note_progress(|progress| progress.add("c1"));
     pod.follow_events();
-    // It asks again, and for the same, as long as containerd is not there.
+    // It asks again, and for the same, as long as nobody takes them.
     asked.wait_for(|asked| asked.len() >= 2).await.unwrap();
     assert!(asked.borrow().iter().all(|after| *after == 0), "{:?}", *asked.borrow());
 
-    let (sender, mut forwarded) = tokio::sync::mpsc::unbounded_channel();
-    let listener = tokio::net::UnixListener::bind(&socket).unwrap();
-    let server = tonic::transport::Server::builder()
-        .add_service(EventsServer::new(FakeContainerd(sender)))
-        .serve_with_incoming(tokio_stream::wrappers::UnixListenerStream::new(listener));
-    tokio::spawn(server);
-    for expected in ["/tasks/paused", "/tasks/paused", "/tasks/paused", "/tasks/delete"] {
-        assert_eq!(forwarded.recv().await.unwrap(), expected);
-    }
+    events.is_closed.store(false, Ordering::SeqCst);
+    let expected = ["/tasks/paused", "/tasks/paused", "/tasks/paused", "/tasks/delete"];
+    events.taken.subscribe().wait_for(|taken| taken.len() == expected.len()).await.unwrap();
+    assert_eq!(*events.taken.borrow(), expected);
 
-    // The next controller has nothing left to forward: not even after it has asked again.
-    while Progress::read(&of_pod).unwrap().last_event < 5 {
+    // The next controller has nothing left to hand on: not even after it has asked again.
+    while progress::Progress::read(&of_pod).unwrap().last_event < 5 {
         tokio::task::yield_now().await;
     }
     let next = new();
-    next.state().progress = Progress::read(&of_pod).unwrap();
-    assert!(!next.knows_container("c1"), "its end has been told");
+    next.progress.resume(progress::Progress::read(&of_pod).unwrap());
+    assert!(!next.progress.knows("c1"), "its end has been told");
     next.follow_events();
     asked.wait_for(|asked| asked.last() == Some(&5)).await.unwrap();
-    assert!(forwarded.try_recv().is_err());
+    assert_eq!(*events.taken.borrow(), expected);
 }
 
 /// A guest that takes the controller's connection for requests, as its agent would.
-async fn taken_over(listener: &tokio::net::UnixListener) -> pericarp_protos::host::HostClient {
+async fn accept_controller(listener: &tokio::net::UnixListener) -> HostClient {
     use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
     let (mut stream, _) = listener.accept().await.unwrap();
     let mut line = [0; 13];
@@ -345,7 +310,7 @@ async fn taken_over(listener: &tokio::net::UnixListener) -> pericarp_protos::hos
     assert_eq!(&line, b"CONNECT 1027\n");
     stream.write_all(b"OK 7\n").await.unwrap();
     let socket = ttrpc::asynchronous::transport::Socket::new(stream);
-    pericarp_protos::host::HostClient::new(ttrpc::asynchronous::Client::new(socket))
+    HostClient::new(ttrpc::asynchronous::Client::new(socket))
 }
 
 /// What a guest gets that has been taken over: its requests come on the agent's own connection.
@@ -354,12 +319,12 @@ async fn a_hostile_guest_cannot_have_a_container_of_another_pod_and_is_dialled_a
     use pericarp_protos::host::{FitResourcesRequest, PrepareContainerRequest, ReleaseContainerRequest};
     let directory = tempfile::tempdir().unwrap();
     std::fs::create_dir(directory.path().join("abc")).unwrap();
-    let listener = tokio::net::UnixListener::bind(directory.path().join("abc").join(file::VSOCK)).unwrap();
     let pod = pod(directory.path());
+    let listener = tokio::net::UnixListener::bind(pod.files.vsock()).unwrap();
     pod.serve_requests();
     let context = || ttrpc::context::with_timeout(0);
     for _ in 0..2 {
-        let host = taken_over(&listener).await;
+        let host = accept_controller(&listener).await;
         for id in ["known", "no-such-container", "../../etc", "", &"x".repeat(3000)] {
             let request = PrepareContainerRequest { container_id: id.to_owned(), ..Default::default() };
             match host.prepare_container(context(), &request).await {
@@ -384,34 +349,63 @@ async fn a_hostile_guest_cannot_have_a_container_of_another_pod_and_is_dialled_a
         let request = PrepareContainerRequest { container_id: "x".repeat(5000), ..Default::default() };
         host.prepare_container(context(), &request).await.unwrap_err();
     }
-    taken_over(&listener).await;
+    accept_controller(&listener).await;
 }
 
-/// A guest keeps the controller busy with what it asks for; that is no reason for it to live on.
+/// What its guest has asked for may take its time, also for ever; that is no reason for a machine to live on.
 #[tokio::test]
-async fn a_machine_is_ended_before_anything_that_its_guest_has_asked_for() {
+async fn a_machine_is_ended_before_anything_that_its_pod_is_busy_with() {
     let directory = tempfile::tempdir().unwrap();
-    let pod = pod(directory.path());
+    let (pod, mut task) = undriven(directory.path());
     let mut process = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
-    let pid = rustix::process::Pid::from_child(&process);
-    let pidfd = rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::NONBLOCK).unwrap();
-    pod.state().phase = Phase::Running { pid: process.id() };
-    pod.watch(machine::Machine::adopt(pid, pidfd).unwrap());
-    let request = pod.share.lock().await;
+    let (pid, pidfd) = Process::of(process.id()).unwrap().open().unwrap().unwrap();
+    task.is_machine_watched = true;
+    pod.watch_machine(Machine::adopt(pid, pidfd).unwrap());
+    let (go_on, hang) = std::sync::mpsc::channel::<()>();
+    task.owned.add(Fake::resource(move || hang.recv().map_err(std::io::Error::other)));
+    task.spawn(Life::running_with(life::Running::taken_over(process.id(), spec().resources)));
     let stopping = tokio::spawn({
-        let pod = pod.clone();
+        let pod = Arc::clone(&pod);
         async move { pod.stop().await }
     });
-    let ended = tokio::time::timeout(std::time::Duration::from_secs(60), pod.wait()).await;
-    ended.expect("its machine is ended although a request is under way");
+    let ended = tokio::time::timeout(Duration::from_secs(60), pod.wait()).await;
+    ended.expect("its machine is ended although something else hangs");
     assert!(!stopping.is_finished());
-    drop(request);
+    go_on.send(()).unwrap();
     stopping.await.unwrap().unwrap();
     // Its exit status was taken by whoever watched it.
     let _ = process.wait();
 }
 
-/// containerd handles the events of the whole node one after the other.
+/// A pod's machine ends by itself: what else there is of the pod is removed, its directory is kept, and its end is known.
+#[tokio::test]
+async fn what_runs_of_a_pod_is_removed_when_its_machine_ends() {
+    let directory = tempfile::tempdir().unwrap();
+    let (pod, mut task) = undriven(directory.path());
+    std::fs::create_dir(pod.directory()).unwrap();
+    let mut process = std::process::Command::new("sleep").arg("1000").spawn().unwrap();
+    let (pid, pidfd) = Process::of(process.id()).unwrap().open().unwrap().unwrap();
+    let (removed, mut removing) = tokio::sync::mpsc::unbounded_channel();
+    task.owned.add(Resource::Directory { path: pod.directory().to_owned() });
+    task.owned.add(Fake::resource(move || {
+        removed.send(()).unwrap();
+        Ok(())
+    }));
+    task.is_machine_watched = true;
+    pod.watch_machine(Machine::adopt(pid, pidfd).unwrap());
+    task.spawn(Life::running_with(life::Running::taken_over(process.id(), spec().resources)));
+    process.kill().unwrap();
+    assert_eq!(pod.wait().await.exit, Exit::Signal(9));
+    removing.recv().await.unwrap();
+    assert!(pod.status().reason.unwrap().contains("ended unexpectedly"));
+    assert_eq!(record::end_on_record(pod.directory()).unwrap().exit, Exit::Signal(9));
+    pod.remove().await.unwrap();
+    assert!(!pod.directory().exists());
+    // Its exit status was taken by whoever watched it.
+    let _ = process.wait();
+}
+
+/// Whoever takes events may handle those of the whole node one after the other.
 #[tokio::test(start_paused = true)]
 async fn a_guest_that_tells_of_very_much_is_heard_slowly() {
     use pericarp_protos::{
@@ -423,8 +417,8 @@ async fn a_guest_that_tells_of_very_much_is_heard_slowly() {
     const EVENTS: u64 = 1500;
     let directory = tempfile::tempdir().unwrap();
     std::fs::create_dir(directory.path().join("abc")).unwrap();
-    let listener = tokio::net::UnixListener::bind(directory.path().join("abc").join(file::VSOCK)).unwrap();
     let pod = pod(directory.path());
+    let listener = tokio::net::UnixListener::bind(pod.files.vsock()).unwrap();
     pod.follow_events();
     let (mut stream, _) = listener.accept().await.unwrap();
     stream.read_exact(&mut [0; 13]).await.unwrap();
@@ -436,10 +430,10 @@ async fn a_guest_that_tells_of_very_much_is_heard_slowly() {
         let header = MessageHeader::new_data(1, u32::try_from(payload.len()).unwrap());
         GenMessage { header, payload }.write_to(&mut stream).await.unwrap();
     }
-    while pod.last_event() < EVENTS {
-        tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+    while pod.progress.last_event() < EVENTS {
+        tokio::time::sleep(Duration::from_millis(1)).await;
     }
-    assert!(start.elapsed() >= std::time::Duration::from_secs(4), "{:?}", start.elapsed());
+    assert!(start.elapsed() >= Duration::from_secs(4), "{:?}", start.elapsed());
 }
 
 #[tokio::test(start_paused = true)]

@@ -8,7 +8,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use pericarp_controller::errors::chain;
+use pericarp_controller::chain;
 use serde::Deserialize;
 use thiserror::Error;
 use toml::{Table, Value};

@@ -6,7 +6,7 @@ use std::{
     path::Path,
 };
 
-use pericarp_controller::errors::chain;
+use pericarp_controller::chain;
 use pericarp_vmm::{ExitReason, ProbeError, Progress};
 use rustix::fs::statfs;
 

@@ -13,7 +13,7 @@ use std::{
 };
 
 use clap::{Args, ValueEnum};
-use pericarp_controller::{config::Config, errors::chain};
+use pericarp_controller::{chain, config::Config};
 use serde::Serialize;
 
 #[derive(Args)]

@@ -2,7 +2,7 @@
 
 use std::{path::Path, time::Duration};
 
-use pericarp_controller::errors::chain;
+use pericarp_controller::chain;
 use pericarp_protos::{
     containerd::version::version_client::VersionClient,
     sandbox::{ControllerPlatformRequest, controller_client::ControllerClient},

@@ -1,0 +1,285 @@
+//! These mount for real, so they need root, as everything does that the share is for.
+
+use std::{
+    fs,
+    os::unix::fs::{MetadataExt as _, chown, symlink},
+};
+
+use super::*;
+use crate::host::{
+    rootfs::{Bind, HostMount, HostMountKind, Overlay},
+    user_namespace,
+};
+
+struct Place {
+    directory: tempfile::TempDir,
+    share: Share,
+}
+
+impl Place {
+    fn new() -> Place {
+        let directory = tempfile::tempdir().unwrap();
+        let share = Share::at(directory.path().join("share"));
+        share.create().unwrap();
+        Place { directory, share }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    fn shared(&self, name: &str) -> PathBuf {
+        self.path("share").join(name)
+    }
+
+    /// A directory with one file, mounted as the native snapshotter's would be.
+    fn root(&self) -> SharedRoot {
+        fs::create_dir_all(self.path("root")).unwrap();
+        fs::write(self.path("root/init"), "root").unwrap();
+        let bind = Bind { source: self.path("root"), recursive: true, read_only: false };
+        SharedRoot::Mounted(HostMount { kind: HostMountKind::Bind(bind), has_mapped_ids: false })
+    }
+
+    fn volume(&self, name: &str, read_only: ReadOnly) -> Volume {
+        Volume {
+            name: name.into(),
+            source: self.path(name),
+            destination: format!("/{name}"),
+            recursive: true,
+            read_only,
+            propagation: Propagation::Private,
+            ids: IdMapping::Host,
+        }
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        let _ = self.share.remove();
+    }
+}
+
+fn id(text: &str) -> ContainerId {
+    text.parse().unwrap()
+}
+
+fn mounts_below(path: &Path) -> usize {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    mounts
+        .lines()
+        .filter(|line| line.split(' ').nth(4).is_some_and(|at| Path::new(at).starts_with(path)))
+        .count()
+}
+
+#[test]
+fn a_containers_root_and_volumes_appear_and_disappear() {
+    let place = Place::new();
+    fs::create_dir(place.path("data")).unwrap();
+    fs::write(place.path("file"), "content").unwrap();
+    let volumes = [place.volume("data", ReadOnly::No), place.volume("file", ReadOnly::Top)];
+    place.share.add(&id("c1"), &place.root(), &volumes, None).unwrap();
+
+    assert_eq!(fs::read_to_string(place.shared("c1/rootfs/init")).unwrap(), "root");
+    fs::write(place.shared(".volumes/data/new"), "written").unwrap();
+    assert_eq!(fs::read_to_string(place.path("data/new")).unwrap(), "written");
+    assert_eq!(fs::read_to_string(place.shared(".volumes/file")).unwrap(), "content");
+    let error = fs::write(place.shared(".volumes/file"), "x").unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::ReadOnlyFilesystem);
+    assert_eq!(place.share.containers(), [id("c1")]);
+
+    place.share.remove_container(&id("c1")).unwrap();
+    assert!(!place.shared("c1").exists());
+    assert_eq!(mounts_below(&place.path("share")), 1);
+    assert_eq!(fs::read_to_string(place.path("data/new")).unwrap(), "written");
+    place.share.remove_container(&id("c1")).unwrap();
+}
+
+#[test]
+fn containers_with_the_same_volume_have_one_mount_of_it_which_is_writable_if_one_may_write() {
+    let place = Place::new();
+    fs::create_dir(place.path("data")).unwrap();
+    let add = |container: &str, read_only| {
+        place.share.add(&id(container), &place.root(), &[place.volume("data", read_only)], None).unwrap();
+        fs::write(place.shared(".volumes/data/file"), container)
+    };
+    assert_eq!(add("c1", ReadOnly::Top).unwrap_err().kind(), io::ErrorKind::ReadOnlyFilesystem);
+    add("c2", ReadOnly::No).unwrap();
+    add("c3", ReadOnly::Top).unwrap();
+    // The share, three root file systems and one volume.
+    assert_eq!(mounts_below(&place.path("share")), 5);
+    let mut containers = place.share.containers();
+    containers.sort();
+    assert_eq!(containers, ["c1", "c2", "c3"].map(id));
+
+    place.share.remove_container(&id("c2")).unwrap();
+    place.share.remove_container(&id("c1")).unwrap();
+    assert!(place.shared(".volumes/data/file").exists(), "c3 has it still");
+    place.share.remove_container(&id("c3")).unwrap();
+    assert!(!place.shared(".volumes/data").exists());
+    assert_eq!(mounts_below(&place.path("share")), 1);
+    assert_eq!(fs::read_to_string(place.path("data/file")).unwrap(), "c3");
+}
+
+#[test]
+fn removing_the_share_takes_its_mounts_and_nothing_of_the_host() {
+    let place = Place::new();
+    fs::create_dir(place.path("data")).unwrap();
+    fs::write(place.path("data/precious"), "kept").unwrap();
+    place.share.add(&id("c1"), &place.root(), &[place.volume("data", ReadOnly::No)], None).unwrap();
+    place.share.remove().unwrap();
+    assert!(!place.path("share").exists());
+    assert_eq!(mounts_below(&place.path("share")), 0);
+    assert_eq!(fs::read_to_string(place.path("data/precious")).unwrap(), "kept");
+    assert_eq!(fs::read_to_string(place.path("root/init")).unwrap(), "root");
+    place.share.remove().unwrap();
+}
+
+#[test]
+fn a_mounted_tree_is_never_emptied_by_removing_its_directory() {
+    let place = Place::new();
+    fs::create_dir(place.path("data")).unwrap();
+    fs::write(place.path("data/precious"), "kept").unwrap();
+    place.share.add(&id("c1"), &place.root(), &[place.volume("data", ReadOnly::No)], None).unwrap();
+    assert!(mounts::remove_tree(&place.path("share")).is_err());
+    assert_eq!(fs::read_to_string(place.path("data/precious")).unwrap(), "kept");
+    assert_eq!(fs::read_to_string(place.path("root/init")).unwrap(), "root");
+}
+
+#[test]
+fn a_guest_can_make_nothing_in_the_share_itself() {
+    let place = Place::new();
+    place.share.add(&id("c1"), &place.root(), &[], None).unwrap();
+    for name in ["x", "c1/x"] {
+        let error = fs::create_dir(place.shared(name)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ReadOnlyFilesystem, "{name}");
+    }
+    assert!(symlink("/etc", place.shared("c2")).is_err());
+    assert!(fs::rename(place.shared("c1"), place.shared("c3")).is_err());
+    // Its own root file system it may write.
+    fs::write(place.shared("c1/rootfs/x"), "").unwrap();
+}
+
+#[test]
+fn a_failed_preparation_leaves_nothing() {
+    let place = Place::new();
+    let volumes = [place.volume("missing", ReadOnly::No)];
+    let error = place.share.add(&id("c1"), &place.root(), &volumes, None).unwrap_err();
+    assert!(matches!(error, ShareError::VolumeMissing { .. }), "{error:?}");
+    let text = error.to_string();
+    assert!(
+        text.contains("/missing") && text.contains(&place.path("missing").display().to_string()),
+        "{text}"
+    );
+    assert!(!place.shared("c1").exists());
+    assert_eq!(mounts_below(&place.path("share")), 1);
+}
+
+#[test]
+fn a_socket_is_refused_as_a_volume_by_its_kind() {
+    let place = Place::new();
+    let _listener = std::os::unix::net::UnixListener::bind(place.path("socket")).unwrap();
+    let volumes = [place.volume("socket", ReadOnly::No)];
+    let error = place.share.add(&id("c1"), &place.root(), &volumes, None).unwrap_err();
+    assert!(matches!(error, ShareError::VolumeKind { kind: "socket", .. }), "{error:?}");
+}
+
+#[test]
+fn a_source_that_became_a_symbolic_link_is_not_followed() {
+    let place = Place::new();
+    symlink("/etc", place.path("link")).unwrap();
+    let volumes = [place.volume("link", ReadOnly::No)];
+    assert!(place.share.add(&id("c1"), &place.root(), &volumes, None).is_err());
+    assert!(!place.shared("c1").exists());
+}
+
+#[test]
+fn nothing_mounted_in_the_share_spreads() {
+    let place = Place::new();
+    place.share.add(&id("c1"), &place.root(), &[], None).unwrap();
+    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+    let below = place.path("share");
+    for line in mounts.lines().filter(|line| line.contains(&below.display().to_string())) {
+        assert!(!line.contains("shared:"), "{line}");
+    }
+}
+
+#[test]
+fn an_overlay_with_more_layers_than_fit_a_page_is_mounted() {
+    let place = Place::new();
+    // On a tmpfs, because an overlay cannot lie on another one, which the test's own root may be.
+    let disk = place.path("disk");
+    fs::create_dir(&disk).unwrap();
+    let flags = rustix::mount::MountFlags::empty();
+    rustix::mount::mount("tmpfs", &disk, "tmpfs", flags, None::<&std::ffi::CStr>).unwrap();
+    let long = "d".repeat(120);
+    let layers: Vec<PathBuf> = (0..60)
+        .map(|number| {
+            let layer = disk.join(&long).join(number.to_string());
+            fs::create_dir_all(&layer).unwrap();
+            fs::write(layer.join(format!("from-{number}")), "").unwrap();
+            layer
+        })
+        .collect();
+    for name in ["upper", "work"] {
+        fs::create_dir(disk.join(name)).unwrap();
+    }
+    assert!(layers.iter().map(|layer| layer.as_os_str().len()).sum::<usize>() > 4096);
+    let overlay = Overlay {
+        lower: layers,
+        upper: Some(disk.join("upper")),
+        work: Some(disk.join("work")),
+        values: vec![("index".into(), "off".into())],
+        ..Overlay::default()
+    };
+    let root =
+        SharedRoot::Mounted(HostMount { kind: HostMountKind::Overlay(overlay), has_mapped_ids: false });
+    let added = place.share.add(&id("c1"), &root, &[], None);
+    let seen = (0..60).all(|number| place.shared(&format!("c1/rootfs/from-{number}")).exists());
+    let written = fs::write(place.shared("c1/rootfs/new"), "");
+    let kept = disk.join("upper/new").exists();
+    place.share.remove().unwrap();
+    mounts::detach(&disk).unwrap();
+    added.unwrap();
+    written.unwrap();
+    assert!(seen && kept);
+}
+
+#[test]
+fn volumes_and_layers_show_the_ids_of_the_pods_user_namespace() {
+    let place = Place::new();
+    let namespace = user_namespace::for_tests();
+    for directory in ["data", "lower", "upper", "work"] {
+        fs::create_dir(place.path(directory)).unwrap();
+    }
+    fs::write(place.path("data/roots"), "").unwrap();
+    fs::write(place.path("lower/tool"), "").unwrap();
+    chown(place.path("lower/tool"), Some(1000), Some(2000)).unwrap();
+    chown(place.path("upper"), Some(65536), Some(65536)).unwrap();
+    let overlay = Overlay {
+        lower: vec![place.path("lower")],
+        upper: Some(place.path("upper")),
+        work: Some(place.path("work")),
+        ..Overlay::default()
+    };
+    let root = SharedRoot::Mounted(HostMount { kind: HostMountKind::Overlay(overlay), has_mapped_ids: true });
+    let volume = |name: &str, ids| Volume { name: name.into(), ids, ..place.volume("data", ReadOnly::No) };
+    let volumes = [volume("plain", IdMapping::Host), volume("mapped", IdMapping::Pod)];
+    place.share.add(&id("c1"), &root, &volumes, Some(&namespace)).unwrap();
+
+    let owner = |name: &str| {
+        let metadata = fs::metadata(place.shared(name)).unwrap();
+        (metadata.uid(), metadata.gid())
+    };
+    assert_eq!(owner("c1/rootfs/tool"), (66536, 67536));
+    assert_eq!(owner("c1/rootfs"), (65536, 65536));
+    assert_eq!(owner(".volumes/plain/roots"), (0, 0));
+    assert_eq!(owner(".volumes/mapped/roots"), (65536, 65536));
+    chown(place.shared(".volumes/mapped/roots"), Some(65543), None).unwrap();
+    assert_eq!(fs::metadata(place.path("data/roots")).unwrap().uid(), 7);
+    assert_eq!(fs::metadata(place.path("lower/tool")).unwrap().uid(), 1000, "nothing of it is seen here");
+    place.share.remove_container(&id("c1")).unwrap();
+    assert_eq!(mounts_below(place.directory.path()), 1);
+
+    let error = chain(&place.share.add(&id("c1"), &root, &[], None).unwrap_err());
+    assert!(error.contains("no user namespace"), "{error}");
+}

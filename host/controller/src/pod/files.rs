@@ -1,0 +1,67 @@
+//! The files of a pod, all in its directory.
+
+use std::path::{Path, PathBuf};
+
+use pericarp_protos::{guest, id::SandboxId};
+
+use crate::host::{machine::file, share::Share};
+
+/// A pod's directory, `<run_dir>/<id>`.
+#[derive(Clone, Debug)]
+pub struct PodFiles {
+    directory: PathBuf,
+}
+
+impl PodFiles {
+    pub fn new(run_dir: &Path, id: &SandboxId) -> Self {
+        Self { directory: run_dir.join(id) }
+    }
+
+    pub fn directory(&self) -> &Path {
+        &self.directory
+    }
+
+    /// What the guest sees of the host.
+    pub fn share(&self) -> Share {
+        Share::at(self.share_directory())
+    }
+
+    pub fn share_directory(&self) -> PathBuf {
+        self.directory.join(file::SHARE)
+    }
+
+    /// The machine's control socket.
+    pub fn control(&self) -> PathBuf {
+        self.directory.join(file::CONTROL)
+    }
+
+    /// The machine's vsock socket.
+    pub fn vsock(&self) -> PathBuf {
+        self.directory.join(file::VSOCK)
+    }
+
+    /// Where the agent's first word arrives.
+    pub fn host_service(&self) -> PathBuf {
+        self.directory.join(format!("{}_{}", file::VSOCK, guest::HOST_PORT))
+    }
+
+    /// What the guest has printed.
+    pub fn console(&self) -> PathBuf {
+        self.directory.join(file::CONSOLE)
+    }
+
+    /// What the machine has to say.
+    pub fn log(&self) -> PathBuf {
+        self.directory.join(file::LOG)
+    }
+
+    /// Which disks are whose; one file for each container.
+    pub fn disk_records(&self) -> PathBuf {
+        self.directory.join("disks")
+    }
+
+    /// The address on which containerd reaches the tasks.
+    pub fn task_address(&self) -> String {
+        format!("ttrpc+hvsock://{}:{}", self.vsock().display(), guest::AGENT_PORT)
+    }
+}

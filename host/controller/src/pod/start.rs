@@ -1,0 +1,358 @@
+//! Starting a pod: what its machine needs on the host, the machine, and its guest.
+
+use std::{
+    fs::DirBuilder,
+    io,
+    os::unix::{fs::DirBuilderExt as _, net::UnixListener},
+    sync::Arc,
+    time::Duration,
+};
+
+use pericarp_protos::{guest, ttrpc};
+use pericarp_vmm::{
+    ConsoleConfig, PortForward, MachineConfig, NetConfig, ShareConfig, VsockConfig, monotonic_ns,
+};
+use thiserror::Error;
+use tokio::time::{Instant, sleep};
+
+use super::{
+    Pod,
+    life::Running,
+    owned::Resource,
+    record::Stage,
+    start_budget::{Exceeded, MachineTimes, StartBudget},
+    task::PodTask,
+};
+use crate::{
+    fault::FaultPoint,
+    guest::{
+        Agent,
+        ready::{self, Ready},
+    },
+    host::{
+        cgroup::{self, Cgroup},
+        machine::{self, Machine},
+        network::{self, NetworkError, PodNetwork},
+        process::Process,
+        size::Size,
+        user_namespace::{UserNamespace, UserNamespaceError},
+    },
+    telemetry::error_chain::chain,
+};
+
+/// vCPUs that a machine can grow to unless it starts with more: each that it might have costs its guest memory.
+const VCPUS_MAX: u8 = 8;
+
+/// A pod's machine cannot be started.
+#[derive(Debug, Error)]
+pub enum StartError {
+    #[error("it was stopped before it was its turn")]
+    Stopped,
+    #[error("cannot make its {what}")]
+    Make {
+        what: &'static str,
+        #[source]
+        source: io::Error,
+    },
+    #[error("its containers cannot have the pod's user namespace")]
+    UserNamespace(#[from] UserNamespaceError),
+    #[error("its machine cannot be given the pod's network")]
+    Network(#[source] NetworkError),
+    #[error("the machine ended before its guest was ready: {message}")]
+    MachineEnded { message: String },
+    #[error(
+        "the guest was not ready after {seconds} s in which it could have worked; the last it printed: {console:?}"
+    )]
+    NotReady { seconds: u64, console: String },
+    #[error(
+        "the guest was not ready after {seconds} s; its machine had a CPU for {worked_ms} ms of them: the node has too much to \
+         do; the last it printed: {console:?}"
+    )]
+    Starved { seconds: u64, worked_ms: u128, console: String },
+    #[error("the guest's agent cannot be reached")]
+    Connect(#[source] io::Error),
+    #[error("the guest's agent does not make the guest into the pod")]
+    Configure(#[source] ttrpc::Error),
+}
+
+fn make(what: &'static str) -> impl FnOnce(io::Error) -> StartError {
+    move |source| StartError::Make { what, source }
+}
+
+/// What a machine inherits and a guest connects to.
+struct Sockets {
+    control: UnixListener,
+    host_service: UnixListener,
+}
+
+impl PodTask {
+    /// Makes everything that the pod needs. What is made is on the list of what it owns before it is made, also if this fails.
+    pub(super) async fn boot(&mut self) -> Result<Running, StartError> {
+        // Rather than when the first container needs it.
+        self.pod.user_namespace().await?;
+        let pod = Arc::clone(&self.pod);
+        let place = tokio::select! {
+            place = pod.environment.boots.enter() => place,
+            () = pod.stop_requested() => return Err(StartError::Stopped),
+        };
+        self.publish(|status| status.marks.queued = monotonic_ns());
+        self.make_directory().await?;
+        let (mut network, sockets, cgroup) = self.make_surroundings().await?;
+        let forward = take_forward(&pod, &mut network);
+        self.publish(|status| {
+            status.interfaces = network.status();
+            status.port_forward = forward.as_ref().map(|forward| match forward {
+                Ok(_) => "works".to_owned(),
+                Err(reason) => format!("does not work: {reason}"),
+            });
+            status.marks.network = monotonic_ns();
+        });
+        let nets = std::mem::take(&mut network.nets);
+        let (pid, host_service) =
+            self.make_machine(nets, sockets, forward.and_then(Result::ok), cgroup).await?;
+        let (ready, ready_at) = pod.wait_until_ready(pid, host_service).await?;
+        // What follows is little work.
+        drop(place);
+        FaultPoint::GuestReady.reached();
+        let agent = Agent::connect(&pod.files.vsock()).await.map_err(StartError::Connect)?;
+        let limit = pod.environment.config.ready_timeout();
+        agent.configure(&pod.configuration(network), limit).await.map_err(StartError::Configure)?;
+        self.publish(|status| {
+            status.marks.ready = ready_at;
+            status.guest_kernel = ready.kernel;
+            // A guest that runs for longer than can be counted does not tell the truth.
+            status.marks.since_init = u64::try_from(ready.since_init.as_nanos()).unwrap_or(0);
+            status.marks.configured = monotonic_ns();
+        });
+        self.record(Stage::Running).await?;
+        FaultPoint::PodRecorded.reached();
+        pod.serve_requests();
+        pod.follow_events();
+        pod.watch_network();
+        Ok(Running::new(pid, pod.spec.resources, pod.size))
+    }
+
+    /// Makes the directory, and in it the first record: a controller that is started after a crash finds what there may be.
+    async fn make_directory(&mut self) -> Result<(), StartError> {
+        let path = self.pod.files.directory().to_owned();
+        self.owned.add(Resource::Directory { path: path.clone() });
+        let made = self.pod.blocking.run(move || DirBuilder::new().mode(0o700).create(path)).await;
+        made.map_err(make("directory"))?;
+        FaultPoint::DirectoryMade.reached();
+        if let Some(netns) = self.pod.spec.netns.clone() {
+            self.owned.add(Resource::Network { netns });
+        }
+        self.owned.add(Resource::Share { path: self.pod.files.share_directory() });
+        if let Some(path) = cgroup::path_of(&self.pod.spec.cgroup_parent, &self.pod.spec.id) {
+            self.owned.add(Resource::Cgroup { path });
+        }
+        self.record(Stage::Starting).await?;
+        FaultPoint::PodRecordedFirst.reached();
+        Ok(())
+    }
+
+    /// Makes the network, and meanwhile share, sockets and cgroup.
+    async fn make_surroundings(&mut self) -> Result<(PodNetwork, Sockets, Option<Cgroup>), StartError> {
+        let pod = &self.pod;
+        let (files, id, parent) = (pod.files.clone(), pod.spec.id.clone(), pod.spec.cgroup_parent.clone());
+        let others = pod.blocking.run(move || {
+            files.share().create().map_err(|error| StartError::Make {
+                what: "share",
+                source: io::Error::other(chain(&error)),
+            })?;
+            let control = machine::bind(&files.control()).map_err(make("control socket"))?;
+            let host_service = machine::bind(&files.host_service()).map_err(make("host service socket"))?;
+            let cgroup = Cgroup::make(&parent, &id).map_err(make("cgroup"))?;
+            Ok::<_, StartError>((Sockets { control, host_service }, cgroup))
+        });
+        let netns = pod.spec.netns.clone().unwrap_or_default();
+        let network = network::set_up(&netns, pod.size.vcpus);
+        // Both to their ends: what has been made has to be known when it is removed.
+        let (others, network) = tokio::join!(others, network);
+        let network = network.map_err(StartError::Network)?;
+        FaultPoint::NetworkMade.reached();
+        let (sockets, cgroup) = others?;
+        Ok((network, sockets, cgroup))
+    }
+
+    /// Makes the machine, and has it watched. Returns its process id and where its guest's first word arrives.
+    async fn make_machine(
+        &mut self,
+        nets: Vec<NetConfig>,
+        sockets: Sockets,
+        forward: Option<PortForward>,
+        cgroup: Option<Cgroup>,
+    ) -> Result<(u32, UnixListener), StartError> {
+        let config = self.pod.machine_config(nets);
+        let directory = self.pod.files.directory().to_owned();
+        let Sockets { control, host_service } = sockets;
+        let spawned = self.pod.blocking.run(move || {
+            let entrance = cgroup.map(|cgroup| cgroup.entrance()).transpose()?;
+            // What is for port-forward is the machine's alone, and ends with it.
+            Machine::spawn(&directory, &config, &control, forward.as_ref(), entrance)
+        });
+        let machine = spawned.await.map_err(make("machine process"))?;
+        let pid = machine.pid();
+        let process = Process::of(pid);
+        self.is_machine_watched = true;
+        self.pod.watch_machine(machine);
+        let process = process.map_err(make("machine process"))?;
+        self.owned.add(Resource::Machine { process });
+        FaultPoint::MachineSpawned.reached();
+        // From here a controller that starts after a crash finds the machine's process on record.
+        self.record(Stage::Starting).await?;
+        FaultPoint::MachineRecorded.reached();
+        Ok((pid, host_service))
+    }
+
+    /// Puts the pod on record as it is now.
+    async fn record(&self, stage: Stage) -> Result<(), StartError> {
+        self.publish(|_| ());
+        let (pod, owned) = (Arc::clone(&self.pod), self.owned.clone());
+        let written = self.pod.blocking.run(move || {
+            let status = pod.status.borrow().clone();
+            pod.record.change(|record| {
+                record.stage = stage;
+                record.owned = owned;
+                record.interfaces = status.interfaces;
+                record.port_forward = status.port_forward;
+            })
+        });
+        written.await.map_err(make("record"))
+    }
+}
+
+/// What port-forward needs, or why there is none. A pod without it is a pod nonetheless.
+pub(super) fn take_forward(pod: &Pod, network: &mut PodNetwork) -> Option<Result<PortForward, String>> {
+    let forward = network.forward.take()?;
+    Some(forward.map_err(|error| {
+        let reason = chain(&error);
+        tracing::warn!(pod = pod.id(), error = reason, "port-forward to this pod will not work");
+        reason
+    }))
+}
+
+impl Pod {
+    /// The pod's user namespace on the host, if it has one.
+    pub(super) async fn user_namespace(&self) -> Result<Option<UserNamespace>, UserNamespaceError> {
+        if self.spec.id_map.is_none() {
+            return Ok(None);
+        }
+        let netns = self.spec.netns.clone().unwrap_or_default();
+        self.blocking.run(move || UserNamespace::of_netns(&netns)).await.map(Some)
+    }
+
+    fn machine_config(&self, nets: Vec<NetConfig>) -> MachineConfig {
+        let config = &self.environment.config;
+        let most = Size::most(config, self.environment.capacity);
+        MachineConfig {
+            id: self.id().to_owned(),
+            kernel: config.kernel.clone(),
+            initramfs: config.initramfs.clone(),
+            cmdline: config.kernel_cmdline.clone(),
+            vcpus: self.size.vcpus,
+            vcpus_max: most.vcpus.min(VCPUS_MAX),
+            memory_mib: self.size.memory_mib,
+            memory_max_mib: most.memory_mib,
+            disk_slots: MachineConfig::DISK_SLOTS,
+            nested_virtualization: self.spec.nested_virtualization,
+            console: ConsoleConfig {
+                path: self.files.console(),
+                limit_bytes: config.console_limit_kib << 10,
+            },
+            vsock: VsockConfig {
+                path: self.files.vsock(),
+                host_ports: vec![guest::HOST_PORT],
+                forward_port: Some(guest::FORWARD_PORT),
+            },
+            share: Some(ShareConfig {
+                tag: guest::SHARE_TAG.into(),
+                directory: self.files.share_directory(),
+            }),
+            nets,
+        }
+    }
+
+    /// Waits for the agent's first word; returns the time of it, too. From then on nobody in the guest reaches the host.
+    async fn wait_until_ready(
+        &self,
+        machine: u32,
+        listener: UnixListener,
+    ) -> Result<(Ready, u64), StartError> {
+        let ready = tokio::select! {
+            ready = ready::receive(listener) => ready.map_err(make("host service"))?,
+            _ended = self.wait() => {
+                let message = self.last_words().await;
+                return Err(StartError::MachineEnded { message });
+            }
+            error = self.start_takes_too_long(machine) => return Err(error),
+        };
+        let at = monotonic_ns();
+        std::fs::remove_file(self.files.host_service()).map_err(make("host service"))?;
+        Ok((ready, at))
+    }
+
+    /// Resolves when the start has exceeded what it may take.
+    async fn start_takes_too_long(&self, machine: u32) -> StartError {
+        let config = &self.environment.config;
+        let budget = StartBudget { working: config.ready_timeout(), wall: config.start_timeout() };
+        let times = MachineTimes::of(machine, self.status.borrow().owned.cgroup());
+        let begun = Instant::now();
+        let mut left = budget.working.min(budget.wall);
+        loop {
+            sleep(left).await;
+            let times = times.clone();
+            let machine = self.blocking.run(move || times.read()).await;
+            let elapsed = begun.elapsed();
+            let exceeded = match budget.left(elapsed, machine) {
+                Ok(more) => {
+                    // Not too often, when there is little left and the node has much to do.
+                    left = more.max(Duration::from_millis(100));
+                    continue;
+                }
+                Err(exceeded) => exceeded,
+            };
+            let console = self.last_printed().await;
+            let seconds = elapsed.as_secs();
+            return match exceeded {
+                Exceeded::Working => StartError::NotReady { seconds: budget.working.as_secs(), console },
+                Exceeded::Wall => {
+                    StartError::Starved { seconds, worked_ms: machine.worked.as_millis(), console }
+                }
+            };
+        }
+    }
+
+    /// What the guest has printed last.
+    pub(super) async fn last_printed(&self) -> String {
+        let console = self.files.console();
+        self.blocking.run(move || machine::last_printed(&console)).await
+    }
+
+    /// Asks the machine for its part of the timeline, after the caller has its answer.
+    pub(super) fn log_timeline(self: &Arc<Self>) {
+        let pod = Arc::clone(self);
+        tokio::spawn(async move {
+            let _ = pod.machine_status().await;
+            match pod.timeline() {
+                Some(timeline) => tracing::info!(
+                    pod = pod.id(),
+                    name = pod.title(),
+                    queued_ms = timeline.queued,
+                    network_ms = timeline.network,
+                    vmm_spawn_ms = timeline.vmm_spawn,
+                    kvm_setup_ms = timeline.kvm_setup,
+                    kernel_load_ms = timeline.kernel_load,
+                    kernel_to_init_ms = timeline.kernel_to_init,
+                    agent_ready_ms = timeline.agent_ready,
+                    configure_ms = timeline.configure,
+                    total_ms = timeline.total,
+                    "pod started"
+                ),
+                // It was stopped right away.
+                None if pod.end().is_some() => {}
+                None => tracing::warn!(pod = pod.id(), "pod started; its machine tells no times"),
+            }
+        });
+    }
+}
