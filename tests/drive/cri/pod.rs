@@ -203,13 +203,19 @@ impl Pod {
         }
     }
 
-    /// The JSON that verbose `PodSandboxStatus` returns under "info".
+    /// The JSON that verbose `PodSandboxStatus` returns under "info", with what a pod of Pericarp's has under a key of its own
+    /// below "pericarp".
     pub async fn info(&self) -> Result<serde_json::Value> {
         let request = api::PodSandboxStatusRequest { pod_sandbox_id: self.id.clone(), verbose: true };
         let info: HashMap<String, String> =
             self.node.cri.runtime().pod_sandbox_status(request).await?.into_inner().info;
         let json = info.get("info").context("verbose status has no \"info\"")?;
-        serde_json::from_str(json).with_context(|| format!("verbose status is not JSON: {json}"))
+        let mut all: serde_json::Value =
+            serde_json::from_str(json).with_context(|| format!("verbose status is not JSON: {json}"))?;
+        if let Some(json) = info.get("pericarp") {
+            all["pericarp"] = serde_json::from_str(json).with_context(|| format!("not JSON: {json}"))?;
+        }
+        Ok(all)
     }
 
     /// The pod's addresses; its main one first.

@@ -5,8 +5,17 @@ use serde_json::Value;
 
 /// The phases of a pod's start with their durations in milliseconds, in the order in which they happen.
 pub fn boot_timeline(info: &Value) -> Result<Vec<(String, f64)>> {
-    const ORDER: [&str; 8] =
-        ["network", "vmmSpawn", "kvmSetup", "kernelLoad", "kernelToInit", "agentReady", "configure", "total"];
+    const ORDER: [&str; 9] = [
+        "queued",
+        "network",
+        "vmmSpawn",
+        "kvmSetup",
+        "kernelLoad",
+        "kernelToInit",
+        "agentReady",
+        "configure",
+        "total",
+    ];
     phases(&info["pericarp"]["bootTimeline"], &ORDER).with_context(|| format!("bootTimeline of {info}"))
 }
 
@@ -31,12 +40,12 @@ mod tests {
     #[test]
     fn phases_come_in_the_order_in_which_they_happen() {
         let timeline = serde_json::json!({"total": 8, "configure": 7, "agentReady": 6, "kernelToInit": 5,
-            "kernelLoad": 4, "kvmSetup": 3, "vmmSpawn": 2, "network": 1});
+            "kernelLoad": 4, "kvmSetup": 3, "vmmSpawn": 2, "network": 1, "queued": 0});
         let info = serde_json::json!({"pericarp": {"bootTimeline": timeline}});
         let timeline = boot_timeline(&info).unwrap();
         assert_eq!(
             timeline.iter().map(|(_, time)| *time).collect::<Vec<_>>(),
-            [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+            [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
         );
     }
 }

@@ -16,9 +16,10 @@ use pericarp_tests::{
 use super::{clean_up, directory, remains, wait_until_ready};
 
 /// Fault points of a pod's start before containerd has had a response.
-pub(super) const OF_START: [&str; 7] = [
-    "network-made",
+pub(super) const OF_START: [&str; 8] = [
     "directory-made",
+    "pod-recorded-first",
+    "network-made",
     "machine-spawned",
     "record-written",
     "machine-recorded",
@@ -27,15 +28,10 @@ pub(super) const OF_START: [&str; 7] = [
 ];
 
 /// Steps of `StopPodSandbox`, in their order.
-pub(super) const OF_STOP: [&str; 4] = [
-    "end the pod's machine",
-    "remove the pod's cgroup",
-    "remove the pod's share",
-    "take the pod's network from its machine",
-];
+pub(super) const OF_STOP: [&str; 4] = ["undo-machine", "undo-cgroup", "undo-share", "undo-network"];
 
 /// Steps of `RemovePodSandbox` after that.
-pub(super) const OF_REMOVAL: [&str; 2] = ["remove the pod's directory", "pod-removed"];
+pub(super) const OF_REMOVAL: [&str; 2] = ["undo-directory", "pod-removed"];
 
 /// The names of the pods' directories.
 fn directories() -> Result<Vec<String>> {

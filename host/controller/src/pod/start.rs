@@ -10,7 +10,7 @@ use std::{
 
 use pericarp_protos::{guest, ttrpc};
 use pericarp_vmm::{
-    ConsoleConfig, PortForward, MachineConfig, NetConfig, ShareConfig, VsockConfig, monotonic_ns,
+    ConsoleConfig, MachineConfig, NetConfig, PortForward, ShareConfig, VsockConfig, monotonic_ns,
 };
 use thiserror::Error;
 use tokio::time::{Instant, sleep};
