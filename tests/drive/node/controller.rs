@@ -116,3 +116,39 @@ impl Drop for KilledController {
         }
     }
 }
+
+/// The node's own controller while it is held up at a fault point, or about to be. Dropping it lets the controller go on.
+pub struct HeldController {
+    file: PathBuf,
+}
+
+impl HeldController {
+    /// Asks the node's controller to stop and wait when it reaches a fault point.
+    pub fn hold_at(point: &str) -> Result<Self> {
+        let file =
+            std::env::var_os(FAULT_FILE).context("the node's controller was started without fault points")?;
+        fs::write(&file, format!("hold {point}"))?;
+        Ok(Self { file: file.into() })
+    }
+
+    /// Waits until the controller has reached the point.
+    pub async fn wait_until_held(&self) -> Result<()> {
+        let held = self.held();
+        wait_until("the controller to be held up", async || Ok(held.exists())).await
+    }
+
+    /// While this file is there, the controller waits.
+    fn held(&self) -> PathBuf {
+        let mut name = self.file.as_os_str().to_owned();
+        name.push(".held");
+        name.into()
+    }
+}
+
+impl Drop for HeldController {
+    fn drop(&mut self) {
+        // The request first: else it could be met after the controller has been let go.
+        let _ = fs::remove_file(&self.file);
+        let _ = fs::remove_file(self.held());
+    }
+}

@@ -1,5 +1,6 @@
 //! Controllers, containerd, machines and guests die at any time, and nothing is lost or left behind.
 
+mod cancellation;
 mod containerd;
 mod controller;
 mod faults;

@@ -2,6 +2,8 @@
 //!
 //! `PERICARP_SOAK_SEED` replays a run, `PERICARP_SOAK_OPERATIONS` makes it longer: see `scripts/soak`.
 
+mod cancellation;
+
 use std::{
     collections::BTreeSet,
     env, fs,
@@ -23,6 +25,7 @@ use pericarp_tests::{
 use rustix::process::Signal;
 use tonic::{Code, Status};
 
+use self::cancellation::Call;
 use super::{
     clean_up, directory,
     faults::{OF_REMOVAL, OF_START, OF_STOP},
@@ -90,6 +93,7 @@ enum Operation {
     KillController,
     DamageRecord,
     RestartContainerd(Signal),
+    GiveUp(Call),
 }
 
 impl Operation {
@@ -123,7 +127,10 @@ impl Model<'_> {
         let operation = match self.random.below(if with_faults { 100 } else { 84 }) {
             0..14 if self.pods.len() < PODS_MAX => Operation::RunPod,
             0..8 | 75..80 => Operation::RemovePod,
-            8..36 => Operation::StartContainer,
+            8..12 => Operation::GiveUp(Call::RunPod),
+            12..15 => Operation::GiveUp(Call::StartContainer),
+            15..17 => Operation::GiveUp(Call::StopPod),
+            17..36 => Operation::StartContainer,
             36..52 => Operation::Exec,
             52..62 => Operation::StopContainer,
             62..70 => Operation::RemoveContainer,
@@ -136,7 +143,7 @@ impl Model<'_> {
         };
         let points = [&OF_START[..], &OF_STOP, &OF_REMOVAL, &OTHER_POINTS].concat();
         let fault = match self.random.below(6) {
-            _ if operation.is_a_fault() => Fault::None,
+            _ if operation.is_a_fault() || matches!(operation, Operation::GiveUp(_)) => Fault::None,
             0 | 1 if with_faults => Fault::At(points[self.random.below(points.len())]),
             2 if with_faults => Fault::After(self.random.next() % 1500),
             _ => Fault::None,
@@ -184,6 +191,7 @@ impl Model<'_> {
                 Ok(true)
             }
             Operation::DamageRecord => self.damage_record().await,
+            Operation::GiveUp(call) => self.give_up(call).await,
             Operation::RestartContainerd(signal) => {
                 StoppedContainerd::stop(signal).await?.restart(self.node).await?;
                 Ok(true)
