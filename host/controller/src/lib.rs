@@ -34,11 +34,11 @@ use tonic::transport::{Channel, Endpoint, Server};
 use crate::{
     config::Config,
     edge::containerd::{
-        containers::ContainerdContainers, events::ContainerdEvents, pod_spec::older_record,
-        sandboxes::Sandboxes,
+        announcements::Announcements, containers::ContainerdContainers, events::ContainerdEvents,
+        pod_spec::older_record, sandboxes::Sandboxes,
     },
     host::size::HostCapacity,
-    pod::{BootQueue, Environment},
+    pod::{BootQueue, Environment, ports::ContainerSource},
     pods::Pods,
     telemetry::systemd::Manager,
 };
@@ -89,9 +89,10 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     let _lock = lock(&config)?;
     let channel = containerd(&config)?;
     let capacity = HostCapacity::read();
+    let containers = Arc::new(ContainerdContainers::new(channel.clone()));
     let environment = Arc::new(Environment {
-        containers: Arc::new(ContainerdContainers::new(channel.clone())),
-        events: Arc::new(ContainerdEvents::new(channel)),
+        containers: Arc::clone(&containers) as Arc<dyn ContainerSource>,
+        events: Arc::new(ContainerdEvents::new(channel.clone())),
         boots: BootQueue::new(usize::try_from(capacity.cpus).unwrap_or(1)),
         read_older_record: older_record,
         capacity,
@@ -105,6 +106,7 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     let mut interrupt = signal(SignalKind::interrupt()).map_err(ServeError::Signals)?;
     tracing::info!(socket = %socket.display(), pods = adopted.len(), "serving containerd");
     let pods = Pods::of_adopted(adopted);
+    tokio::spawn(Announcements::new(channel, containers, pods.clone()).follow());
     let manager = Manager::from_environment();
     manager.ready();
     let server = Server::builder()

@@ -8,6 +8,7 @@ use thiserror::Error;
 use super::{
     Pod,
     disks::DiskError,
+    life::PreparedAhead,
     ports::{ContainerRequest, SourceError},
     resize::ResizeError,
     task::PodTask,
@@ -72,7 +73,62 @@ impl Pod {
     }
 }
 
+/// Containers of a pod that are prepared and that no guest has asked for yet.
+const AHEAD_MAX: usize = 32;
+
 impl PodTask {
+    /// Prepares a container, or returns what was prepared of it already.
+    pub(super) async fn prepare_for_guest(
+        &mut self,
+        id: &ContainerId,
+        request: ContainerRequest,
+    ) -> Result<Prepared, ContainerError> {
+        let ahead = self.life.running_mut().and_then(|running| running.prepared_ahead.remove(id));
+        match ahead {
+            Some(ahead) if ahead.request == request => {
+                // What the pod may use may have changed meanwhile.
+                self.fit(id, request.limits()).await?;
+                Ok(ahead.prepared)
+            }
+            _ => self.prepare(id, request).await,
+        }
+    }
+
+    /// Prepares a container that its guest will ask for.
+    pub(super) async fn prepare_ahead(&mut self, id: ContainerId, request: ContainerRequest) {
+        // The guest may have been quicker.
+        let is_known = self.pod.status.borrow().containers.contains_key(&id);
+        let has_room = self.life.running().is_some_and(|running| running.prepared_ahead.len() < AHEAD_MAX);
+        if is_known || !has_room {
+            return;
+        }
+        match self.prepare(&id, request.clone()).await {
+            Ok(prepared) => {
+                if let Some(running) = self.life.running_mut() {
+                    running.prepared_ahead.insert(id, PreparedAhead { request, prepared });
+                }
+            }
+            // The guest will be told, if it asks.
+            Err(error) => {
+                let error = chain(&error);
+                tracing::debug!(pod = self.pod.id(), container = %id, error, "a new container cannot be prepared");
+            }
+        }
+    }
+
+    /// Releases a container that was prepared and that no guest has asked for.
+    pub(super) async fn release_ahead(&mut self, id: &ContainerId) {
+        let ahead = self.life.running_mut().and_then(|running| running.prepared_ahead.remove(id));
+        if ahead.is_none() {
+            return;
+        }
+        self.pod.note_progress(|progress| progress.forget(id.as_str()));
+        if let Err(error) = self.release(id).await {
+            let error = chain(&error);
+            tracing::warn!(pod = self.pod.id(), container = %id, error, "cannot release a container that was never started");
+        }
+    }
+
     /// Makes a container's files and disks appear in the guest, and returns its spec.
     pub(super) async fn prepare(
         &mut self,
@@ -128,6 +184,9 @@ impl PodTask {
             status.containers.remove(id);
         });
         self.forget_limits(id);
+        if let Some(running) = self.life.running_mut() {
+            running.prepared_ahead.remove(id);
+        }
         if let Err(error) = self.set_oom_score(&self.all_limits()) {
             let error = chain(&error);
             self.pod.caused_by_guest(|| {
@@ -178,3 +237,7 @@ impl PodTask {
         Ok(unmounted?)
     }
 }
+
+#[cfg(test)]
+#[path = "containers_tests.rs"]
+mod tests;

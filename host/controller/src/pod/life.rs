@@ -13,9 +13,13 @@ use std::collections::HashMap;
 
 use pericarp_protos::id::ContainerId;
 
-use crate::host::{
-    cpuset::CpuSet,
-    size::{Limits, PodResources, Size},
+use super::ports::ContainerRequest;
+use crate::{
+    guest::service::Prepared,
+    host::{
+        cpuset::CpuSet,
+        size::{Limits, PodResources, Size},
+    },
 };
 
 /// Where a pod is, with what belongs to that time alone.
@@ -49,22 +53,46 @@ pub struct Running {
     pub resources: PodResources,
     /// What each prepared container may use. After a take-over they are looked up when they are needed.
     pub limits: HashMap<ContainerId, Limits>,
+    /// Containers that are prepared although no guest has asked for them yet.
+    pub prepared_ahead: HashMap<ContainerId, PreparedAhead>,
     /// The machine's size, as far as this controller has set it.
     pub size: Option<Size>,
     /// The host's CPUs and memory nodes that the machine is kept on, as far as this controller has set them.
     pub pinned: Option<(CpuSet, CpuSet)>,
 }
 
+/// A container that is ready for its guest.
+#[derive(Debug)]
+pub struct PreparedAhead {
+    /// What it was prepared from. If that has changed when the guest asks, it is prepared anew.
+    pub request: ContainerRequest,
+    pub prepared: Prepared,
+}
+
 impl Running {
     /// Of a pod whose machine has just been started with that size.
     pub fn new(pid: u32, resources: PodResources, size: Size) -> Self {
         let pinned = Some((CpuSet::default(), CpuSet::default()));
-        Self { pid, resources, limits: HashMap::new(), size: Some(size), pinned }
+        Self {
+            pid,
+            resources,
+            limits: HashMap::new(),
+            prepared_ahead: HashMap::new(),
+            size: Some(size),
+            pinned,
+        }
     }
 
     /// Of a pod that is taken over: it may have been resized, and moved.
     pub fn taken_over(pid: u32, resources: PodResources) -> Self {
-        Self { pid, resources, limits: HashMap::new(), size: None, pinned: None }
+        Self {
+            pid,
+            resources,
+            limits: HashMap::new(),
+            prepared_ahead: HashMap::new(),
+            size: None,
+            pinned: None,
+        }
     }
 }
 

@@ -277,6 +277,22 @@ impl Pod {
         self.ask_for_container(|reply| Command::Prepare { id, request, reply }).await
     }
 
+    /// Prepares a container that no guest has asked for yet. Nobody is told of an error: the guest is, if it asks.
+    pub async fn prepare_ahead(&self, id: &ContainerId) {
+        match self.look_up(id).await {
+            // A pod that has been removed has no use for it.
+            Ok(request) => drop(self.mailbox.send(Command::PrepareAhead { id: id.clone(), request }).await),
+            Err(error) => {
+                tracing::debug!(pod = self.id(), container = %id, %error, "a new container is not prepared yet");
+            }
+        }
+    }
+
+    /// Releases a container that was prepared and that no guest has asked for.
+    pub async fn release_ahead(&self, id: &ContainerId) {
+        drop(self.mailbox.send(Command::ReleaseAhead { id: id.clone() }).await);
+    }
+
     /// Makes the machine fit what a container may use now.
     async fn fit_container(&self, id: &ContainerId) -> Result<(), ContainerError> {
         // As for any other request: the id is looked up, and the limits are those on record, not the guest's.

@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// A container as it was asked for.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ContainerRequest {
     /// OCI runtime spec (JSON), for the host.
     pub spec: Vec<u8>,

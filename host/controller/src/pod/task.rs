@@ -57,6 +57,15 @@ pub enum Command {
         request: ContainerRequest,
         reply: Reply<Result<Prepared, ContainerError>>,
     },
+    /// To be prepared although no guest has asked for it yet.
+    PrepareAhead {
+        id: ContainerId,
+        request: ContainerRequest,
+    },
+    /// To be released if no guest has asked for it.
+    ReleaseAhead {
+        id: ContainerId,
+    },
     Fit {
         id: ContainerId,
         limits: Limits,
@@ -153,8 +162,10 @@ impl PodTask {
                 }
             }
             Command::Prepare { id, request, reply } => {
-                let _ = reply.send(self.prepare(&id, request).await);
+                let _ = reply.send(self.prepare_for_guest(&id, request).await);
             }
+            Command::PrepareAhead { id, request } => self.prepare_ahead(id, request).await,
+            Command::ReleaseAhead { id } => self.release_ahead(&id).await,
             Command::Fit { id, limits, reply } => {
                 let _ = reply.send(self.fit(&id, limits).await);
             }

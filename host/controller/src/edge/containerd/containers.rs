@@ -39,20 +39,18 @@ impl ContainerdContainers {
         Self { channel }
     }
 
-    async fn record(&self, pod: &PodSpec, id: &ContainerId) -> Result<Container, SourceError> {
+    async fn record(&self, namespace: &str, id: &ContainerId) -> Result<Container, SourceError> {
         let failed = failed("the record", id.as_str());
         let request = GetContainerRequest { id: id.to_string() };
-        let request = in_namespace(request, &pod.source_namespace).map_err(failed)?;
+        let request = in_namespace(request, namespace).map_err(failed)?;
         let mut containers = ContainersClient::new(self.channel.clone());
         let response = within_limit(containers.get(request)).await.map_err(failed)?.into_inner();
-        match response.container {
-            // A guest names what it likes. containerd does work for a snapshot that it is asked for.
-            Some(container) if container.sandbox != pod.id.as_str() => {
-                Err(SourceError::NotFound { id: id.to_string() })
-            }
-            Some(container) => Ok(container),
-            None => Err(SourceError::Incomplete { what: "record", id: id.to_string() }),
-        }
+        response.container.ok_or_else(|| SourceError::Incomplete { what: "record", id: id.to_string() })
+    }
+
+    /// The id of the sandbox that a container belongs to.
+    pub async fn sandbox_of(&self, namespace: &str, id: &ContainerId) -> Result<String, SourceError> {
+        Ok(self.record(namespace, id).await?.sandbox)
     }
 
     async fn root_fs(
@@ -105,7 +103,11 @@ fn failed<'a>(what: &'static str, id: &'a str) -> impl Fn(Status) -> SourceError
 #[async_trait]
 impl ContainerSource for ContainerdContainers {
     async fn container(&self, pod: &PodSpec, id: &ContainerId) -> Result<ContainerRequest, SourceError> {
-        let container = self.record(pod, id).await?;
+        let container = self.record(&pod.source_namespace, id).await?;
+        // A guest names what it likes. containerd does work for a snapshot that it is asked for.
+        if container.sandbox != pod.id.as_str() {
+            return Err(SourceError::NotFound { id: id.to_string() });
+        }
         let spec = container
             .spec
             .ok_or_else(|| SourceError::Incomplete { what: "OCI spec", id: id.to_string() })?

@@ -1,5 +1,6 @@
 //! containerd: it asks for pods through its sandbox API, in CRI's words, and knows their containers.
 
+pub mod announcements;
 pub mod container_record;
 pub mod containers;
 pub mod cri_fields;

@@ -1,0 +1,188 @@
+//! containerd tells of containers when they are created, some time before anybody starts them. What they need is prepared
+//! meanwhile, so that their start need not wait for it.
+//!
+//! Nothing depends on that: a container of which nobody has told is prepared when its guest asks for it.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Weak},
+    time::Duration,
+};
+
+use pericarp_protos::{
+    containerd::{
+        events::{SubscribeRequest, events_client::EventsClient},
+        types::Envelope,
+    },
+    id::ContainerId,
+};
+use prost::Message as _;
+use tokio::{sync::Semaphore, time::sleep};
+use tonic::transport::Channel;
+
+use super::containers::ContainerdContainers;
+use crate::{
+    pod::{Pod, ports::SourceError},
+    pods::Pods,
+};
+
+/// The runtime of our containers, as containerd's configuration names it.
+const RUNTIME: &str = "io.containerd.pericarp.v1";
+
+const CREATED: &str = "/containers/create";
+const DELETED: &str = "/containers/delete";
+
+/// Containers that are prepared at a time, of all pods. Others are prepared when their guests ask.
+const AT_A_TIME: usize = 8;
+/// Containers of which it is known which pod has them prepared and not started.
+const KNOWN_MAX: usize = 4096;
+
+/// How long after a failure containerd is asked to tell again.
+const PAUSE_MIN: Duration = Duration::from_millis(500);
+const PAUSE_MAX: Duration = Duration::from_secs(30);
+
+/// `containerd.events.ContainerCreate` and `ContainerDelete` (`api/events/container.proto`), as far as they matter here.
+#[derive(Clone, PartialEq, prost::Message)]
+struct ContainerEvent {
+    #[prost(string, tag = "1")]
+    id: String,
+    #[prost(message, optional, tag = "3")]
+    runtime: Option<Runtime>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct Runtime {
+    #[prost(string, tag = "1")]
+    name: String,
+}
+
+/// What an event tells.
+#[derive(Debug, PartialEq, Eq)]
+enum Announcement {
+    Created { namespace: String, id: ContainerId },
+    Deleted { id: ContainerId },
+}
+
+fn announcement(envelope: Envelope) -> Option<Announcement> {
+    let event = ContainerEvent::decode(envelope.event?.value.as_slice()).ok()?;
+    let id = event.id.parse().ok()?;
+    match envelope.topic.as_str() {
+        CREATED if event.runtime.is_some_and(|runtime| runtime.name == RUNTIME) => {
+            Some(Announcement::Created { namespace: envelope.namespace, id })
+        }
+        DELETED => Some(Announcement::Deleted { id }),
+        _ => None,
+    }
+}
+
+/// Listens to containerd and has pods prepare their containers, for as long as the controller runs.
+pub struct Announcements {
+    channel: Channel,
+    containers: Arc<ContainerdContainers>,
+    pods: Pods,
+    places: Arc<Semaphore>,
+    /// Who has prepared which container.
+    prepared: HashMap<ContainerId, Weak<Pod>>,
+}
+
+impl Announcements {
+    pub fn new(channel: Channel, containers: Arc<ContainerdContainers>, pods: Pods) -> Self {
+        let places = Arc::new(Semaphore::new(AT_A_TIME));
+        Self { channel, containers, pods, places, prepared: HashMap::new() }
+    }
+
+    /// Listens. Does not end.
+    pub async fn follow(mut self) {
+        let mut pause = PAUSE_MIN;
+        loop {
+            match self.listen().await {
+                Ok(()) => pause = PAUSE_MIN,
+                Err(status) => {
+                    tracing::debug!(%status, "containerd does not tell of new containers");
+                    pause = PAUSE_MAX.min(2 * pause);
+                }
+            }
+            sleep(pause).await;
+        }
+    }
+
+    /// Takes events until containerd ends, or refuses to tell any.
+    async fn listen(&mut self) -> Result<(), tonic::Status> {
+        let filters = [CREATED, DELETED].map(|topic| format!("topic==\"{topic}\"")).to_vec();
+        let request = SubscribeRequest { filters };
+        let mut events = EventsClient::new(self.channel.clone()).subscribe(request).await?.into_inner();
+        // What ends a stream that has been begun is the end of containerd.
+        while let Ok(Some(envelope)) = events.message().await {
+            match announcement(envelope) {
+                Some(Announcement::Created { namespace, id }) => self.prepare(&namespace, id).await,
+                Some(Announcement::Deleted { id }) => self.release(&id),
+                None => {}
+            }
+        }
+        Ok(())
+    }
+
+    async fn prepare(&mut self, namespace: &str, id: ContainerId) {
+        // If there is no place, the node has enough to do.
+        let Ok(place) = Arc::clone(&self.places).try_acquire_owned() else { return };
+        let pod = match self.containers.sandbox_of(namespace, &id).await {
+            Ok(sandbox) => self.pods.get(&sandbox),
+            Err(error) => {
+                if !matches!(error, SourceError::NotFound { .. }) {
+                    tracing::debug!(container = %id, %error, "a new container is not prepared yet");
+                }
+                None
+            }
+        };
+        let Some(pod) = pod else { return };
+        if self.prepared.len() >= KNOWN_MAX {
+            self.prepared.retain(|_, pod| pod.strong_count() > 0);
+            if self.prepared.len() >= KNOWN_MAX {
+                return;
+            }
+        }
+        self.prepared.insert(id.clone(), Arc::downgrade(&pod));
+        tokio::spawn(async move {
+            pod.prepare_ahead(&id).await;
+            drop(place);
+        });
+    }
+
+    /// Has a container released that nobody has started.
+    fn release(&mut self, id: &ContainerId) {
+        let Some(pod) = self.prepared.remove(id).and_then(|pod| pod.upgrade()) else { return };
+        let id = id.clone();
+        tokio::spawn(async move { pod.release_ahead(&id).await });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn envelope(topic: &str, runtime: Option<&str>) -> Envelope {
+        let runtime = runtime.map(|name| Runtime { name: name.to_owned() });
+        let event = ContainerEvent { id: "c1".into(), runtime };
+        Envelope {
+            topic: topic.to_owned(),
+            namespace: "k8s.io".into(),
+            event: Some(prost_types::Any { type_url: String::new(), value: event.encode_to_vec() }),
+            ..Envelope::default()
+        }
+    }
+
+    #[test]
+    fn containers_of_our_runtime_are_announced_and_others_are_not() {
+        let id = || "c1".parse().unwrap();
+        let created = Announcement::Created { namespace: "k8s.io".into(), id: id() };
+        assert_eq!(announcement(envelope(CREATED, Some(RUNTIME))), Some(created));
+        assert_eq!(announcement(envelope(CREATED, Some("io.containerd.runc.v2"))), None);
+        assert_eq!(announcement(envelope(CREATED, None)), None);
+        assert_eq!(announcement(envelope(DELETED, None)), Some(Announcement::Deleted { id: id() }));
+        assert_eq!(announcement(envelope("/images/create", Some(RUNTIME))), None);
+        let mut odd = envelope(DELETED, None);
+        odd.event.as_mut().unwrap().value = vec![0x0a, 0xff];
+        assert_eq!(announcement(odd), None);
+        assert_eq!(announcement(Envelope { event: None, ..envelope(DELETED, None) }), None);
+    }
+}
