@@ -76,6 +76,7 @@ fn encode(message: &impl Message, mut buffer: Vec<u8>) -> Vec<u8> {
         clippy::expect_used,
         reason = "only messages beyond 2 GiB fail, and those of the agent are far smaller"
     )]
+    // Cannot fail: those of the agent are far smaller.
     message.write_to_vec(&mut buffer).expect("a message of less than 2 GiB can be encoded");
     buffer
 }

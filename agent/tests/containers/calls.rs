@@ -333,7 +333,10 @@ async fn statistics_have_a_value_for_every_controller() {
     assert_eq!(metrics.io.is_some(), has("io.stat"));
     assert_eq!(metrics.hugetlb.is_empty(), !has("hugetlb.2MB.current"));
     // As runc's shim has it, without an entry where there is no controller.
-    assert!(metrics.rdma.is_some() && (has("rdma.current") || metrics.rdma.current.is_empty()), "{metrics:?}");
+    assert!(
+        metrics.rdma.is_some() && (has("rdma.current") || metrics.rdma.current.is_empty()),
+        "{metrics:?}"
+    );
     if has("memory.current") {
         assert!(metrics.memory.usage > 0 && metrics.memory.usage_limit == u64::MAX, "{metrics:?}");
     }

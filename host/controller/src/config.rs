@@ -6,7 +6,12 @@ use std::{
     time::Duration,
 };
 
+use pericarp_vmm::MachineConfig;
 use serde::Deserialize;
+
+/// Below this a guest does not start, so a pod with a smaller limit gets this much. Its containers'
+/// own limits are kept by the guest's cgroups.
+pub const MINIMUM_MEMORY_MIB: u32 = MachineConfig::MEMORY_MIB_MIN;
 
 /// What an operator can set. Every key is optional; an unknown key is an error.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -152,8 +157,11 @@ impl Config {
         if self.defaults.vcpus == 0 {
             return wrong("defaults.vcpus", "must be at least 1");
         }
-        if self.defaults.memory_mib < crate::host::size::MINIMUM_MEMORY_MIB {
-            return wrong("defaults.memory_mib", "is too small for a guest to start; use at least 64");
+        if self.defaults.memory_mib < MINIMUM_MEMORY_MIB {
+            return wrong(
+                "defaults.memory_mib",
+                &format!("is too small for a guest to start; use at least {MINIMUM_MEMORY_MIB}"),
+            );
         }
         if self.ready_timeout_seconds == 0 {
             return wrong("ready_timeout_seconds", "must be at least 1");

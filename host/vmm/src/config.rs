@@ -48,6 +48,8 @@ pub struct MachineConfig {
 }
 
 impl MachineConfig {
+    /// Memory in MiB of the smallest guest in which the kernel and the agent start.
+    pub const MEMORY_MIB_MIN: u32 = 64;
     /// Number of slots for disks unless the configuration says otherwise.
     pub const DISK_SLOTS: u8 = 8;
     /// Most slots for disks. More would leave no interrupts for networks.

@@ -22,8 +22,8 @@ use pericarp_protos::{
 };
 
 use crate::{
-    ExitReason,
     disks::{Disks, InsertError, NamedCounters, Removal},
+    error::ExitReason,
     lock::unpoisoned,
     memory::{self, GuestMemory},
     memory_hotplug::{MemoryHotplug, MemoryRequestError},

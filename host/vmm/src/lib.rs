@@ -13,6 +13,7 @@ mod config;
 mod console;
 mod control_service;
 mod disks;
+mod error;
 mod lock;
 mod log;
 mod machine;
@@ -23,11 +24,10 @@ mod slot_plan;
 mod vcpu;
 mod virtio;
 
-/// The log message of a machine that has ended by itself, for which the controller looks.
-pub const LAST_WORDS: &str = "the machine has ended";
-
+pub use arch::current::probe::Progress;
 pub use config::{ConsoleConfig, MachineConfig, NetConfig, ShareConfig, VsockConfig};
-pub use log::Log;
-pub use machine::{Error, ExitReason, InheritedSockets, monotonic_ns, run};
-pub use probe::{ProbeError, Progress, probe};
+pub use error::{Error, ExitReason};
+pub use log::{LAST_WORDS, Log};
+pub use machine::{InheritedSockets, monotonic_ns, run};
+pub use probe::{ProbeError, probe};
 pub use virtio::vsock::PortForward;

@@ -8,7 +8,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use crate::{LAST_WORDS, bounded_file::BoundedFile};
+use crate::bounded_file::BoundedFile;
+
+/// The log message of a machine that has ended by itself, for which the controller looks.
+pub const LAST_WORDS: &str = "the machine has ended";
 
 /// Most bytes of the file.
 const SIZE_MAX: u64 = 256 << 10;

@@ -2,114 +2,42 @@
 
 use std::{
     fmt::Write as _,
-    io,
     os::unix::net::UnixListener,
     sync::{Arc, Mutex, atomic::AtomicU8, mpsc},
 };
 
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VmFd};
-use pericarp_protos::{ttrpc, vmm_blocking::BootTimes};
-use thiserror::Error;
+use pericarp_protos::vmm_blocking::BootTimes;
 use vm_memory::{GuestMemory as _, GuestMemoryRegion as _};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
     arch::current::{
-        self as arch,
-        boot::{self, BootError},
-        layout::{self, DEVICE_SIZE, DEVICES, DEVICES_MAX, FIRST_IRQ, SERIAL_IRQ},
-        registers::{self, RegisterError},
+        self as arch, boot,
+        layout::{self, DEVICE_SIZE, DEVICES, FIRST_IRQ, SERIAL_IRQ},
+        registers,
     },
     bus::{Bus, VmExitCounters},
     config::MachineConfig,
     console::Console,
     control_service::ControlService,
     disks::{Disks, NamedCounters},
-    memory::{self, GuestMemory, MemoryError},
+    error::{Error, ExitReason, refused},
+    memory::{self, GuestMemory},
     memory_hotplug::{HotplugRegion, MemoryHotplug},
     slot_plan::SlotPlan,
     vcpu::{VcpuFactory, Vcpus},
     virtio::{
         Device,
-        device_slot::{DeviceEventRegistrar, DeviceSlot, SlotError},
-        fs::{Fs, FsError},
-        net::{Net, NetError},
+        device_slot::{DeviceEventRegistrar, DeviceSlot},
+        fs::Fs,
+        net::Net,
         register_page::{self, RegisterPage},
         rng::Rng,
-        vsock::{PortForward, Vsock, VsockError},
+        vsock::{PortForward, Vsock},
     },
 };
-
-/// Memory in MiB of the smallest guest in which the kernel and the agent start.
-const MEMORY_MIB_MIN: u32 = 64;
-
-/// Why a machine ended.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
-pub enum ExitReason {
-    /// The guest has reset itself: it was shut down from inside, or its kernel has panicked. The console log tells
-    /// which.
-    #[error("the guest shut itself down")]
-    GuestReset,
-    /// A vCPU could run none of the guest's exception handlers. Contains its registers.
-    #[error("the guest's processor has stopped on a triple fault ({0})")]
-    TripleFault(String),
-    /// `Machine.Shutdown` was called.
-    #[error("the machine was asked to end")]
-    Shutdown,
-    /// KVM could not run the guest any further. Contains the reason.
-    #[error("KVM cannot run the guest any further: {0}")]
-    Kvm(String),
-}
-
-/// A machine cannot be started.
-#[derive(Debug, Error)]
-pub enum Error {
-    #[error("cannot open /dev/kvm; `pericarp check kvm` says what is wrong")]
-    OpenKvm(#[source] kvm_ioctls::Error),
-    #[error("KVM refuses to {what}")]
-    Kvm {
-        what: &'static str,
-        #[source]
-        source: kvm_ioctls::Error,
-    },
-    #[error("{vcpus} vCPUs are asked for; this host's KVM allows 1 to {max}")]
-    Vcpus { vcpus: u8, max: usize },
-    #[error("{slots} slots for disks are asked for; a machine has {max} at most")]
-    DiskSlots { slots: u8, max: u8 },
-    #[error("{mib} MiB of memory are asked for; a guest needs {MEMORY_MIB_MIN}")]
-    TooLittleMemory { mib: u32 },
-    #[error(transparent)]
-    Memory(#[from] MemoryError),
-    #[error(transparent)]
-    Boot(#[from] BootError),
-    #[error("cannot set up a vCPU")]
-    Registers(#[from] RegisterError),
-    #[error("cannot write the console log {path}")]
-    Console {
-        path: std::path::PathBuf,
-        #[source]
-        source: io::Error,
-    },
-    #[error(transparent)]
-    Vsock(#[from] VsockError),
-    #[error(transparent)]
-    Fs(#[from] FsError),
-    #[error(transparent)]
-    Net(#[from] NetError),
-    #[error(transparent)]
-    Slot(#[from] SlotError),
-    #[error("{count} devices are asked for; there are interrupts for {DEVICES_MAX}, so use fewer networks")]
-    TooManyDevices { count: usize },
-    #[error("cannot make the machine's {what}")]
-    Io {
-        what: &'static str,
-        #[source]
-        source: io::Error,
-    },
-    #[error("cannot serve the control socket")]
-    Control(#[source] ttrpc::Error),
-}
 
 /// The sockets that whoever starts a machine has opened for it.
 #[derive(Debug)]
@@ -197,11 +125,6 @@ pub fn run(
     Ok(reason)
 }
 
-/// The error for KVM's refusal to do something, which completes "KVM refuses to".
-pub(crate) fn refused(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> Error {
-    move |source| Error::Kvm { what, source }
-}
-
 /// Makes a panic on any thread end the process: it must not leave half a machine running.
 fn abort_on_panic() {
     let report = std::panic::take_hook();
@@ -222,7 +145,7 @@ fn check_size(config: &MachineConfig, kvm: &Kvm) -> Result<(), Error> {
     if config.disk_slots > max {
         return Err(Error::DiskSlots { slots: config.disk_slots, max });
     }
-    if config.memory_mib < MEMORY_MIB_MIN {
+    if config.memory_mib < MachineConfig::MEMORY_MIB_MIN {
         return Err(Error::TooLittleMemory { mib: config.memory_mib });
     }
     Ok(())

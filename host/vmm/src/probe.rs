@@ -18,13 +18,13 @@ use thiserror::Error;
 use vm_memory::GuestAddress;
 
 use crate::{
-    ExitReason,
     arch::current::{
         self as arch,
-        probe::{MEMORY_BYTES, PORT},
+        probe::{MEMORY_BYTES, PORT, Progress},
         registers::{self, RegisterError},
     },
-    machine::{self, register_memory},
+    error::{self, ExitReason, refused},
+    machine::register_memory,
     memory::{self, GuestMemory},
     vcpu,
 };
@@ -34,40 +34,6 @@ const DEVICE: &str = "/dev/kvm";
 const API_VERSION: i32 = 12;
 /// How long the guest may take. It needs some milliseconds, most of which it waits for its timer.
 const LIMIT: Duration = Duration::from_secs(1);
-
-/// How far the test guest has come. It reports the numbers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-pub enum Progress {
-    /// It has reported nothing.
-    Nothing = 0,
-    /// It runs 64-bit code in the upper half of the address space.
-    Started = 1,
-    /// It runs at a processor's speed.
-    Computed = 2,
-    /// An interrupt has woken it from its halt. That was the last step.
-    Woken = 3,
-}
-
-impl Progress {
-    fn next(self) -> Self {
-        match self {
-            Self::Nothing => Self::Started,
-            Self::Started => Self::Computed,
-            Self::Computed | Self::Woken => Self::Woken,
-        }
-    }
-
-    /// When a guest that has come no further has stopped, as a part of a sentence.
-    fn when_stopped(self) -> &'static str {
-        match self {
-            Self::Nothing => "before its 64-bit code could run in the upper half of the address space",
-            Self::Started => "while it was computing",
-            Self::Computed => "while it was waiting for its timer's interrupt",
-            Self::Woken => "after its last step",
-        }
-    }
-}
 
 /// Why this host cannot run a guest.
 #[derive(Debug, Error)]
@@ -84,7 +50,7 @@ pub enum ProbeError {
     #[error("{DEVICE} speaks version {found} of KVM's interface; {API_VERSION} is needed")]
     Version { found: i32 },
     #[error("no virtual machine can be made")]
-    Make(#[from] machine::Error),
+    Make(#[from] error::Error),
     #[error("the test guest cannot be put into a virtual machine")]
     Load(#[from] RegisterError),
     #[error("no thread can be started for the test guest")]
@@ -153,9 +119,9 @@ struct Guest {
 
 impl Guest {
     fn new(kvm: &Kvm) -> Result<Self, ProbeError> {
-        let vm = Arc::new(kvm.create_vm().map_err(machine::refused("create a virtual machine"))?);
-        arch::set_up_vm(&vm).map_err(machine::refused("give the machine interrupt controllers"))?;
-        let memory = memory::allocate(&[(GuestAddress(0), MEMORY_BYTES)]).map_err(machine::Error::Memory)?;
+        let vm = Arc::new(kvm.create_vm().map_err(refused("create a virtual machine"))?);
+        arch::set_up_vm(&vm).map_err(refused("give the machine interrupt controllers"))?;
+        let memory = memory::allocate(&[(GuestAddress(0), MEMORY_BYTES)]).map_err(error::Error::Memory)?;
         register_memory(&vm, &memory)?;
         let vcpu = vcpu::VcpuFactory::new(kvm, vm.clone(), 1, false)?.create(0)?;
         registers::enter_kernel(&vcpu, arch::probe::load(&memory)?)?;

@@ -3,13 +3,13 @@
 //! A slot is a page of registers and an interrupt ([`device_slot`](crate::virtio::device_slot)); its number decides the
 //! addresses of both. In this order, the slots are for
 //!
-//! 1. the devices that the machine starts with (see `make_boot_devices` in [`machine`](crate::machine)),
+//! 1. the devices that the machine starts with (see `make_boot_devices` in `machine.rs`),
 //! 2. the device through which memory is plugged, if any can be,
 //! 3. disks, as many as are configured or as there are interrupts left.
 
 use std::ops::Range;
 
-use crate::{arch::current::layout::DEVICES_MAX, config::MachineConfig, machine::Error};
+use crate::{arch::current::layout::DEVICES_MAX, config::MachineConfig, error::Error};
 
 /// The devices that every machine has: vsock and rng.
 const DEVICES_OF_EVERY_MACHINE: usize = 2;

@@ -9,10 +9,9 @@ use std::{
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 
 use crate::{
-    ExitReason,
     arch::current::{cpuid, registers},
     bus::{Bus, PortWrite},
-    machine::{Error, refused},
+    error::{Error, ExitReason, refused},
 };
 
 /// Makes a machine's vCPUs, each in its state after a reset.

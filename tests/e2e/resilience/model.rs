@@ -3,6 +3,7 @@
 //! `PERICARP_SOAK_SEED` replays a run, `PERICARP_SOAK_OPERATIONS` makes it longer: see `scripts/soak`.
 
 mod cancellation;
+mod random;
 
 use std::{
     collections::BTreeSet,
@@ -25,7 +26,7 @@ use pericarp_tests::{
 use rustix::process::Signal;
 use tonic::{Code, Status};
 
-use self::cancellation::Call;
+use self::{cancellation::Call, random::Random};
 use super::{
     clean_up, directory,
     faults::{OF_REMOVAL, OF_START, OF_STOP},
@@ -52,23 +53,6 @@ const OTHER_POINTS: [&str; 6] = [
     "machine-ended",
     "end-recorded",
 ];
-
-/// `SplitMix64`: the same sequence for the same seed, everywhere.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut mixed = self.0;
-        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
-    fn below(&mut self, limit: usize) -> usize {
-        usize::try_from(self.next() % u64::try_from(limit.max(1)).unwrap_or(1)).unwrap_or(0)
-    }
-}
 
 /// What may happen to the controller during an operation.
 #[derive(Clone, Copy, Debug)]
@@ -439,7 +423,7 @@ fn with_model(test: impl AsyncFnOnce(&mut Model<'_>, u32) -> Result<()>) -> Resu
     let seed = number("PERICARP_SOAK_SEED")?.unwrap_or(SEED);
     println!("PERICARP_SOAK_SEED={seed} PERICARP_SOAK_OPERATIONS={operations}");
     on_pericarp_alone_for(operations * LIMIT_EACH, async |node| {
-        let mut model = Model { node, random: Random(seed), pods: Vec::new(), names: 0 };
+        let mut model = Model { node, random: Random::new(seed), pods: Vec::new(), names: 0 };
         test(&mut model, operations).await
     })
 }

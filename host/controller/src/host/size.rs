@@ -3,14 +3,10 @@
 use serde::{Deserialize, Serialize};
 
 use super::cpuset::CpuSet;
-use crate::config::Config;
+use crate::config::{Config, MINIMUM_MEMORY_MIB};
 
 /// The OCI runtime spec's name for the only size of huge pages that guests have.
 pub const HUGE_PAGE: &str = "2MB";
-
-/// Below this a guest does not start, so a pod with a smaller limit gets this much. Its containers'
-/// own limits are kept by the guest's cgroups.
-pub const MINIMUM_MEMORY_MIB: u32 = 64;
 
 const MIB: u64 = 1 << 20;
 

@@ -15,10 +15,11 @@ use super::{
     refusals::{self, Refusal},
 };
 use crate::{
+    config::MINIMUM_MEMORY_MIB,
     host::{
         network::InterfaceStatus,
         process::Process,
-        size::{CpuAndMemory, MINIMUM_MEMORY_MIB, PodResources, Size},
+        size::{CpuAndMemory, PodResources, Size},
         user_namespace::{IdMap, IdRange, NotOneRange},
     },
     pod::{

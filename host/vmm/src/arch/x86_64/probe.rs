@@ -1,4 +1,4 @@
-//! The test guest of [`probe`](crate::probe()): the smallest guest that needs of KVM what a stock kernel needs. It
+//! The test guest of `pericarp check kvm`: the smallest guest that needs of KVM what a stock kernel needs. It
 //! starts as a kernel does (see [`registers`]), jumps to the upper half of the address space, computes, halts, and is
 //! woken by its local APIC's timer.
 
@@ -8,12 +8,48 @@ use super::{
     layout::PML4,
     registers::{self, PAGE_LARGE, PAGE_PRESENT_WRITABLE, RegisterError},
 };
-use crate::{memory::GuestMemory, probe::Progress};
+use crate::memory::GuestMemory;
 
 /// Size of the guest's memory in bytes: the large page that the upper half maps.
 pub const MEMORY_BYTES: usize = 2 << 20;
 /// The port to which the guest reports its [`Progress`]. A PC's firmware uses it for that purpose too.
 pub const PORT: u16 = 0x80;
+
+/// How far the test guest has come. It reports the numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Progress {
+    /// It has reported nothing.
+    Nothing = 0,
+    /// It runs 64-bit code in the upper half of the address space.
+    Started = 1,
+    /// It runs at a processor's speed.
+    Computed = 2,
+    /// An interrupt has woken it from its halt. That was the last step.
+    Woken = 3,
+}
+
+impl Progress {
+    /// What comes next.
+    #[must_use]
+    pub fn next(self) -> Self {
+        match self {
+            Self::Nothing => Self::Started,
+            Self::Started => Self::Computed,
+            Self::Computed | Self::Woken => Self::Woken,
+        }
+    }
+
+    /// When a guest that has come no further has stopped, as a part of a sentence.
+    pub fn when_stopped(self) -> &'static str {
+        match self {
+            Self::Nothing => "before its 64-bit code could run in the upper half of the address space",
+            Self::Started => "while it was computing",
+            Self::Computed => "while it was waiting for its timer's interrupt",
+            Self::Woken => "after its last step",
+        }
+    }
+}
 
 const CODE: GuestAddress = GuestAddress(0x1_0000);
 const IDT: GuestAddress = GuestAddress(0x1_1000);
