@@ -49,10 +49,9 @@ pub async fn adopt_all(environment: &Arc<Environment>) -> io::Result<Vec<Arc<Pod
     let (directories, machines) = work
         .run(move || {
             let directories = pod_directories(&run_dir)?;
-            // Looked for once for all pods, and only if one has no usable record: the host may have many processes.
-            let has_all =
-                directories.iter().all(|(directory, _)| matches!(Record::read(directory), Ok(Some(_))));
-            let machines = if has_all { Vec::new() } else { process::machines()? };
+            // Looked for once for all pods, and only if one needs it: the host may have many processes.
+            let all_known = directories.iter().all(|(directory, _)| has_its_machine_on_record(directory));
+            let machines = if all_known { Vec::new() } else { process::machines()? };
             io::Result::Ok((directories, Arc::new(machines)))
         })
         .await?;
@@ -68,6 +67,15 @@ pub async fn adopt_all(environment: &Arc<Environment>) -> io::Result<Vec<Arc<Pod
         });
     }
     Ok(all.join_all().await.into_iter().flatten().collect())
+}
+
+/// Whether nothing has to be looked for to know a pod's machine. A controller may have been killed after it had spawned the
+/// machine, and before it had put that on record.
+fn has_its_machine_on_record(directory: &Path) -> bool {
+    match Record::read(directory) {
+        Ok(Some(record)) => record.stage == Stage::Running || record.owned.machine().is_some(),
+        Ok(None) | Err(_) => false,
+    }
 }
 
 fn pod_directories(run_dir: &Path) -> io::Result<Vec<(PathBuf, SandboxId)>> {
@@ -144,7 +152,14 @@ fn find_record(
     read_older: fn(&[u8], &Path) -> Option<Record>,
 ) -> io::Result<Record> {
     match Record::read(directory) {
-        Ok(Some(record)) => return Ok(record),
+        Ok(Some(mut record)) => {
+            if record.owned.machine().is_none()
+                && let Some(process) = machine
+            {
+                record.owned.add(Resource::Machine { process });
+            }
+            return Ok(record);
+        }
         // A controller was killed before it had written one. What it has made by then is undone.
         Ok(None) if !directory.join(file::PROGRESS).exists() => {
             return seen(directory, id, machine, Stage::Starting, default_size);
@@ -436,6 +451,22 @@ mod tests {
         pod.remove().await.unwrap();
         // Its exit status was taken by whoever watched it.
         let _ = child.wait();
+        assert!(!of_pod.exists());
+    }
+
+    #[tokio::test]
+    async fn a_machine_that_was_spawned_and_is_not_on_record_yet_is_ended() {
+        let directory = tempfile::tempdir().unwrap();
+        let environment = environment(directory.path());
+        let of_pod = directory.path().join("abc");
+        let (mut child, process) = sleeping();
+        let mut record = record(directory.path(), process, None, Stage::Starting);
+        record.owned = owned_in(&of_pod, None, None, None);
+        fs::write(of_pod.join(file::STATE), serde_json::to_vec(&record).unwrap()).unwrap();
+        assert!(!has_its_machine_on_record(&of_pod));
+        let machines = [(of_pod.join(file::CONFIG), process)];
+        assert!(take_over(&environment, &of_pod, &id(), &machines).await.unwrap().is_none());
+        assert_eq!(child.wait().unwrap().signal(), Some(9));
         assert!(!of_pod.exists());
     }
 
