@@ -184,7 +184,8 @@ async fn start_of_pod(id: &str, commands: &str) -> Result<(f64, f64)> {
     let status =
         ControllerStatusRequest { sandbox_id: sandbox_id.clone(), verbose: true, ..Default::default() };
     let info = client.status(status).await?.into_inner().info;
-    let info = serde_json::from_str(info.get("info").context("verbose status has no \"info\"")?)?;
+    let pericarp = info.get("pericarp").context("verbose status has no \"pericarp\"")?;
+    let info = serde_json::json!({ "pericarp": serde_json::from_str::<serde_json::Value>(pericarp)? });
     let timeline = timeline::boot_timeline(&info)?;
     let loading = timeline.iter().find(|(phase, _)| phase == "kernelLoad").map_or(0.0, |(_, time)| *time);
     client.shutdown(ControllerShutdownRequest { sandbox_id, ..Default::default() }).await?;

@@ -181,8 +181,8 @@ impl ScriptedGuests {
             ControllerStatusRequest { sandbox_id: pod.id.clone(), verbose: true, ..Default::default() };
         let status = client.status(status).await?.into_inner();
         ensure!(status.state == "SANDBOX_NOTREADY", "{status:?}");
-        let info: serde_json::Value = serde_json::from_str(&status.info["info"])?;
-        Ok((ended.exit_status, info["pericarp"]["reason"].as_str().unwrap_or_default().to_owned()))
+        let info: serde_json::Value = serde_json::from_str(&status.info["pericarp"])?;
+        Ok((ended.exit_status, info["reason"].as_str().unwrap_or_default().to_owned()))
     }
 
     /// Waits for the end of a guest that has not responded since `since`, and checks its reason.

@@ -27,6 +27,8 @@ use tokio::{
 
 /// Limit of a call to the agent.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
+/// Limit for the guest to take on another size: it starts processors and binds a device, on a node that may have no CPU for it.
+const RESIZE_TIMEOUT: Duration = Duration::from_secs(20);
 /// `OK 4294967295\n`
 const ANSWER_MAX: usize = 14;
 
@@ -70,7 +72,7 @@ impl Agent {
     /// Uses so many processors; binds the device through which memory comes, if one is named.
     pub async fn resize(&self, vcpus: u8, memory_device: Option<u32>) -> ttrpc::Result<u32> {
         let request = ResizeRequest { vcpus: u32::from(vcpus), memory_device, ..ResizeRequest::default() };
-        let answer = self.client.resize(context::with_duration(CALL_TIMEOUT), &request).await;
+        let answer = self.client.resize(context::with_duration(RESIZE_TIMEOUT), &request).await;
         Ok(answer.map_err(brief)?.vcpus)
     }
 }
