@@ -1,7 +1,7 @@
 //! BPF programs without a compiler: instructions to make them of, and the requests of bpf(2) that load and attach them.
 //!
-//! The controller leads a pod's connections to localhost with one, and the agent decides with others which devices a container
-//! may use.
+//! The controller leads a pod's connections to localhost with one, and the agent decides with others which devices a
+//! container may use.
 
 mod instruction;
 
@@ -22,7 +22,8 @@ const LINK_CREATE: libc::c_int = 28;
 
 const MAP_TYPE_SOCKMAP: u32 = 15;
 
-/// Others may attach programs below, and all of them have to agree. Without it a container could have none for its own cgroups.
+/// Others may attach programs below, and all of them have to agree. Without it a container could have none for its own
+/// cgroups.
 const F_ALLOW_MULTI: u32 = 1 << 1;
 
 /// What a program decides.
@@ -55,8 +56,8 @@ const LOG_QUOTE: usize = 300;
 ///
 /// # Safety
 ///
-/// Consists of numbers without gaps between them, is what `COMMAND` reads, and each number that stands for an address is that of
-/// memory which lives as long as the value and is as large as the request says.
+/// Consists of numbers without gaps between them, is what `COMMAND` reads, and each number that stands for an address
+/// is that of memory which lives as long as the value and is as large as the request says.
 unsafe trait Attributes {
     const COMMAND: libc::c_int;
 }
@@ -181,8 +182,8 @@ pub fn put_socket(map: impl AsFd, socket: impl AsFd) -> io::Result<()> {
     Ok(())
 }
 
-/// Loads a program, which the kernel lists under `name` (at most 15 bytes; the rest is left out). An error quotes what the
-/// verifier says.
+/// Loads a program, which the kernel lists under `name` (at most 15 bytes; the rest is left out). An error quotes what
+/// the verifier says.
 pub fn load(kind: Kind, name: &str, program: &[Instruction]) -> io::Result<OwnedFd> {
     let (program_type, expected_attach_type) = kind.numbers();
     let mut attributes = ProgramLoad {
@@ -222,8 +223,8 @@ pub fn load(kind: Kind, name: &str, program: &[Instruction]) -> io::Result<Owned
 /// Times that a program is given to the verifier.
 const ATTEMPTS: u32 = 16;
 
-/// The verifier gives up when its caller has a signal to handle (bpf(2), `EAGAIN`), as one has whose child has ended. The same
-/// request may succeed a moment later; libbpf does it five times.
+/// The verifier gives up when its caller has a signal to handle (bpf(2), `EAGAIN`), as one has whose child has ended.
+/// The same request may succeed a moment later; libbpf does it five times.
 fn verified(attributes: &mut ProgramLoad) -> io::Result<OwnedFd> {
     for _ in 1..ATTEMPTS {
         match bpf_fd(attributes) {
@@ -243,8 +244,8 @@ fn with_log(error: io::Error, log: &[u8]) -> io::Error {
     if end.is_empty() { error } else { io::Error::new(error.kind(), format!("{error}; its verifier: {end}")) }
 }
 
-/// Attaches a program of kind [`Kind::SocketLookup`] to a network namespace, for as long as the link that this answers with is
-/// open anywhere.
+/// Attaches a program of kind [`Kind::SocketLookup`] to a network namespace, for as long as the link that this answers
+/// with is open anywhere.
 pub fn attach_to_netns(program: impl AsFd, netns: impl AsFd) -> io::Result<OwnedFd> {
     let (_, attach_type) = Kind::SocketLookup.numbers();
     bpf_fd(&mut LinkCreate {

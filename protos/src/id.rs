@@ -1,8 +1,8 @@
-//! Ids, as containerd gives them. Each is parsed where it comes in; what makes a path, a name or a look-up of one takes the
-//! parsed value, so that nobody has to check again.
+//! Ids, as containerd gives them. Each is parsed where it comes in; what makes a path, a name or a look-up of one takes
+//! the parsed value, so that nobody has to check again.
 //!
-//! The form is that of containerd's `identifiers.Validate`: letters and digits, with single dots, dashes and underscores
-//! between them. So an id is one plain component of a path: never empty, hidden, `.` or `..`.
+//! The form is that of containerd's `identifiers.Validate`: letters and digits, with single dots, dashes and
+//! underscores between them. So an id is one plain component of a path: never empty, hidden, `.` or `..`.
 
 use std::{borrow::Borrow, fmt, path::Path, str::FromStr};
 
@@ -111,8 +111,8 @@ id!(
     76
 );
 id!(
-    /// A pod: containerd's sandbox. Shorter than containerd's longest, because sockets lie in a directory of that name and a
-    /// socket's path has 107 bytes; containerd's own have 64.
+    /// A pod: containerd's sandbox. Shorter than containerd's longest, because sockets lie in a directory of that name
+    /// and a socket's path has 107 bytes; containerd's own have 64.
     SandboxId,
     "a pod sandbox",
     64

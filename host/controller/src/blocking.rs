@@ -4,8 +4,8 @@ use std::{panic, sync::Arc};
 
 use tokio::sync::Semaphore;
 
-/// Pieces of blocking work that one pod has under way at most. A volume whose server does not answer strands one of them, and
-/// so harms its own pod only.
+/// Pieces of blocking work that one pod has under way at most. A volume whose server does not answer strands one of
+/// them, and so harms its own pod only.
 const PLACES: usize = 4;
 
 /// The blocking work of one pod.
@@ -19,8 +19,8 @@ impl BlockingWork {
         Self { places: Arc::new(Semaphore::new(PLACES)) }
     }
 
-    /// Does a piece of work on a thread where it may block, and waits for it. Once begun it is done whether or not this is
-    /// polled on.
+    /// Does a piece of work on a thread where it may block, and waits for it. Once begun it is done whether or not this
+    /// is polled on.
     pub async fn run<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
         // It is never closed, so that this does not fail; without a place it would only be done at once.
         let place = Arc::clone(&self.places).acquire_owned().await.ok();

@@ -27,8 +27,8 @@ pub struct Config {
     pub kernel_cmdline: String,
     /// containerd's gRPC socket.
     pub containerd_address: PathBuf,
-    /// How long a pod's machine may take from its start until the agent is ready, in seconds in which it could have worked: time
-    /// in which others had the CPU is not counted.
+    /// How long a pod's machine may take from its start until the agent is ready, in seconds in which it could have
+    /// worked: time in which others had the CPU is not counted.
     pub ready_timeout_seconds: u64,
     /// How long that may take altogether, in seconds. kubelet gives a pod's start up after 4 minutes.
     pub start_timeout_seconds: u64,

@@ -82,7 +82,8 @@ pub fn remove_unless_claimed(pod: &Arc<Pod>) {
                 return;
             }
             let known = pod.environment().containers.check_pod(pod.spec()).await;
-            // Otherwise it is perhaps about to be taken out of the store, or whoever has the record is about to be started.
+            // Otherwise it is perhaps about to be taken out of the store, or whoever has the record is about to be
+            // started.
             if let Err(SourceError::NotFound { .. }) = known {
                 let name = pod.title();
                 tracing::warn!(pod = pod.id(), name, "nobody knows this pod; it is removed");

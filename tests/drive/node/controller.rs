@@ -117,7 +117,8 @@ impl Drop for KilledController {
     }
 }
 
-/// The node's own controller while it is held up at a fault point, or about to be. Dropping it lets the controller go on.
+/// The node's own controller while it is held up at a fault point, or about to be. Dropping it lets the controller go
+/// on.
 pub struct HeldController {
     file: PathBuf,
 }

@@ -1,5 +1,5 @@
-//! What a guest may say of its own accord: ttrpc requests, each no longer than it has to be. (ttrpc's own server makes room
-//! for 4 MiB before it has seen one byte of them.)
+//! What a guest may say of its own accord: ttrpc requests, each no longer than it has to be. (ttrpc's own server makes
+//! room for 4 MiB before it has seen one byte of them.)
 
 use std::io;
 
@@ -15,7 +15,8 @@ use pericarp_protos::{
 };
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite};
 
-/// Most bytes of a message. A request's own part is one id or a kernel's release; an answer's is a status with a short text.
+/// Most bytes of a message. A request's own part is one id or a kernel's release; an answer's is a status with a short
+/// text.
 const MESSAGE_MAX: usize = 4 << 10;
 
 /// Reads a request. An error, which the end of the connection is as well, leaves nothing to be read after it.

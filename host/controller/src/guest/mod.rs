@@ -1,5 +1,5 @@
-//! The controller's conversations with a guest: the agent's own service, and what the agent asks ([`service`]) after its
-//! first word ([`ready`]).
+//! The controller's conversations with a guest: the agent's own service, and what the agent asks ([`service`]) after
+//! its first word ([`ready`]).
 //!
 //! The guest is not trusted: each call to it has a time limit, and what it sends has size limits.
 
@@ -27,7 +27,8 @@ use tokio::{
 
 /// Limit of a call to the agent.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
-/// Limit for the guest to take on another size: it starts processors and binds a device, on a node that may have no CPU for it.
+/// Limit for the guest to take on another size: it starts processors and binds a device, on a node that may have no CPU
+/// for it.
 const RESIZE_TIMEOUT: Duration = Duration::from_secs(20);
 /// `OK 4294967295\n`
 const ANSWER_MAX: usize = 14;
@@ -50,8 +51,8 @@ impl Agent {
         Ok(Agent { client: AgentClient::new(client) })
     }
 
-    /// Whether a guest answers within a time limit, on a connection like those that containerd makes. One frame is read of
-    /// what it says, and no more: it is asked again and again, and could say much.
+    /// Whether a guest answers within a time limit, on a connection like those that containerd makes. One frame is read
+    /// of what it says, and no more: it is asked again and again, and could say much.
     pub async fn check(socket: &Path, limit: Duration) -> io::Result<()> {
         let timed_out = |_| io::Error::new(io::ErrorKind::TimedOut, "the guest's agent does not answer");
         let check = async {

@@ -1,7 +1,7 @@
 //! The guest's first word, `Boot.Ready`: the only one for which it dials the host.
 //!
-//! Nobody but the agent is in the guest before its first container, which there cannot be before this. So whoever says it
-//! is the agent, and afterwards nobody is listened to any more.
+//! Nobody but the agent is in the guest before its first container, which there cannot be before this. So whoever says
+//! it is the agent, and afterwards nobody is listened to any more.
 
 use std::{io, os::unix::net::UnixListener, time::Duration};
 

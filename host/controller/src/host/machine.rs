@@ -139,8 +139,8 @@ impl Machine {
         Machine::attend(Unattended(Some(command.spawn()?)), |pid| Ok(pidfd_open(pid, PidfdFlags::NONBLOCK)?))
     }
 
-    /// Takes care of a child, `open` being how a descriptor of it is had: a child that is not waited for keeps its pid, so
-    /// it cannot be another process's.
+    /// Takes care of a child, `open` being how a descriptor of it is had: a child that is not waited for keeps its pid,
+    /// so it cannot be another process's.
     fn attend(mut child: Unattended, open: impl FnOnce(Pid) -> io::Result<OwnedFd>) -> io::Result<Machine> {
         let pid = child.pid();
         let machine = Machine::new(pid, open(pid)?)?;

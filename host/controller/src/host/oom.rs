@@ -1,9 +1,9 @@
 //! In which order the host's kernel kills machines when it has no memory left (`oom_score_adj`, proc(5)).
 //!
-//! kubelet gives each container a number by the pod's class of service: -997 to all of a Guaranteed pod, 1000 to all of a
-//! `BestEffort` one, and to those of a Burstable one 1000 less a thousandth for each thousandth of the node's memory that
-//! they have requested (`pkg/kubelet/qos`, `GetContainerOOMScoreAdjust`). A machine holds all of a pod's containers, and gets
-//! what kubelet would give one container with all of their requests.
+//! kubelet gives each container a number by the pod's class of service: -997 to all of a Guaranteed pod, 1000 to all of
+//! a `BestEffort` one, and to those of a Burstable one 1000 less a thousandth for each thousandth of the node's memory
+//! that they have requested (`pkg/kubelet/qos`, `GetContainerOOMScoreAdjust`). A machine holds all of a pod's
+//! containers, and gets what kubelet would give one container with all of their requests.
 
 use std::{fs, io, ops::RangeInclusive};
 

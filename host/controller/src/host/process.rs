@@ -22,8 +22,8 @@ const COMMAND_LINE_MAX: u64 = 8192;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Process {
     pub pid: u32,
-    /// When it started, in clock ticks since boot (`proc_pid_stat(5)`, field 22): together with the pid it names a process
-    /// for good.
+    /// When it started, in clock ticks since boot (`proc_pid_stat(5)`, field 22): together with the pid it names a
+    /// process for good.
     pub start_time: u64,
 }
 
@@ -72,8 +72,8 @@ impl Process {
         match open(self) {
             Ok(Some((_, pidfd))) => machine::kill(&pidfd),
             Ok(None) => Ok(()),
-            // By its number, then. In the moment between this look and the signal, the kernel would have to give the number
-            // of a process that has just ended to another.
+            // By its number, then. In the moment between this look and the signal, the kernel would have to give the
+            // number of a process that has just ended to another.
             Err(error) => {
                 if let Some(pid) = self.number().filter(|_| self.exists().unwrap_or(false)) {
                     kill_process(pid, Signal::KILL)?;

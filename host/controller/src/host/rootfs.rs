@@ -1,4 +1,5 @@
-//! A container's root file system: an overlay or a directory that is mounted on the host, or images that the guest mounts.
+//! A container's root file system: an overlay or a directory that is mounted on the host, or images that the guest
+//! mounts.
 
 use std::{
     io,
@@ -38,7 +39,8 @@ pub enum RootFs {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HostMount {
     pub kind: HostMountKind,
-    /// Whether the ids in it are those that the pod's user namespace has for the host's. Else they are taken as they are.
+    /// Whether the ids in it are those that the pod's user namespace has for the host's. Else they are taken as they
+    /// are.
     pub has_mapped_ids: bool,
 }
 

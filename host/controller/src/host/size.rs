@@ -120,9 +120,9 @@ impl Size {
         Self::within(vcpus, memory.unwrap_or(u64::from(config.defaults.memory_mib)), config, host)
     }
 
-    /// The size that a running machine should have: what its containers may use together plus the pod's overhead, except that it
-    /// has no less memory than at its start, which the guest cannot give back, and no fewer vCPUs while a container has no
-    /// limit. What an annotation fixes stays fixed. `pod` is what the pod asks for now.
+    /// The size that a running machine should have: what its containers may use together plus the pod's overhead,
+    /// except that it has no less memory than at its start, which the guest cannot give back, and no fewer vCPUs while
+    /// a container has no limit. What an annotation fixes stays fixed. `pod` is what the pod asks for now.
     pub fn fitting(
         start: Self,
         pod: &PodResources,

@@ -1,7 +1,7 @@
 //! Taking over the pods of an earlier controller, which may have been killed at any point.
 //!
-//! A pod whose machine runs goes on, whatever its files look like. One whose machine has ended meanwhile is kept as ended
-//! until it is removed. What nobody was told of is undone.
+//! A pod whose machine runs goes on, whatever its files look like. One whose machine has ended meanwhile is kept as
+//! ended until it is removed. What nobody was told of is undone.
 
 use std::{
     fs, io,
@@ -69,8 +69,8 @@ pub async fn adopt_all(environment: &Arc<Environment>) -> io::Result<Vec<Arc<Pod
     Ok(all.join_all().await.into_iter().flatten().collect())
 }
 
-/// Whether nothing has to be looked for to know a pod's machine. A controller may have been killed after it had spawned the
-/// machine, and before it had put that on record.
+/// Whether nothing has to be looked for to know a pod's machine. A controller may have been killed after it had spawned
+/// the machine, and before it had put that on record.
 fn has_its_machine_on_record(directory: &Path) -> bool {
     match Record::read(directory) {
         Ok(Some(record)) => record.stage == Stage::Running || record.owned.machine().is_some(),
@@ -268,7 +268,8 @@ fn resume(environment: &Arc<Environment>, record: Record, machine: Machine) -> i
     Ok(pod)
 }
 
-/// Keeps a pod whose machine has ended, or is ended here because it cannot be watched, for somebody to ask about and to remove.
+/// Keeps a pod whose machine has ended, or is ended here because it cannot be watched, for somebody to ask about and to
+/// remove.
 async fn restore(environment: &Arc<Environment>, record: Record, unwatched: Option<io::Error>) -> Arc<Pod> {
     let on_record = record.end.clone();
     let files = PodFiles::new(&environment.config.run_dir, &record.spec.id);

@@ -1,7 +1,7 @@
 //! Whose turn it is to boot.
 //!
-//! A guest's boot is work for one CPU. More of them at a time than the node has CPUs would all be slow instead of one after
-//! the other being quick, and a busy node would end each of them for its slowness.
+//! A guest's boot is work for one CPU. More of them at a time than the node has CPUs would all be slow instead of one
+//! after the other being quick, and a busy node would end each of them for its slowness.
 
 use std::sync::Arc;
 

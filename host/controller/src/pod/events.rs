@@ -35,8 +35,9 @@ const TOPIC_MAX: usize = 64;
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 
-/// Events of a pod at once, and then one in each interval. containerd handles those of the whole node one after the other,
-/// writes a line of its log and a file for many of them, and keeps what it has not handled in a queue without an end.
+/// Events of a pod at once, and then one in each interval. containerd handles those of the whole node one after the
+/// other, writes a line of its log and a file for many of them, and keeps what it has not handled in a queue without an
+/// end.
 const BURST: u32 = 1000;
 const EACH: Duration = Duration::from_millis(10);
 

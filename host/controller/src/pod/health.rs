@@ -11,8 +11,8 @@ use tokio::time::{Instant, sleep_until};
 use super::{Pod, life::Phase};
 use crate::guest::Agent;
 
-/// Unanswered questions, one after the other, after which a guest is taken for stuck. More than one, because the host may
-/// have been what was stuck.
+/// Unanswered questions, one after the other, after which a guest is taken for stuck. More than one, because the host
+/// may have been what was stuck.
 const UNANSWERED_MAX: u32 = 3;
 
 impl Pod {
@@ -47,8 +47,8 @@ impl Pod {
     }
 }
 
-/// When in an interval a pod is asked, from 0 to 1. All pods of a node that has just been started would else be asked in the
-/// same moment, and then again and again.
+/// When in an interval a pod is asked, from 0 to 1. All pods of a node that has just been started would else be asked
+/// in the same moment, and then again and again.
 fn offset(pod: &str) -> f64 {
     const PARTS: u16 = 4096;
     let mut hash = DefaultHasher::new();

@@ -6,8 +6,8 @@
 //!      └──────Stop────────┴───────────▶ Ended ◀─────┘
 //! ```
 //!
-//! A pod that the controller takes over begins as `Running` or as `Ended`. `Ended` is final: what is left to be removed then is
-//! what the pod [owns](super::owned).
+//! A pod that the controller takes over begins as `Running` or as `Ended`. `Ended` is final: what is left to be removed
+//! then is what the pod [owns](super::owned).
 
 use std::collections::HashMap;
 

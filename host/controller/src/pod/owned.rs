@@ -10,8 +10,8 @@ use crate::{
     telemetry::error_chain::chain,
 };
 
-/// Something that has to be removed. What is on the list may not have been made yet, or may have gone: each is listed before it
-/// is made, and removing what is not there is done at once.
+/// Something that has to be removed. What is on the list may not have been made yet, or may have gone: each is listed
+/// before it is made, and removing what is not there is done at once.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "lowercase")]
 pub enum Resource {
@@ -98,8 +98,8 @@ pub enum Extent {
     Everything,
 }
 
-/// All that a pod owns, in the order in which it is made. It is removed in the reverse order, and only when it is asked to:
-/// never because a value goes out of scope.
+/// All that a pod owns, in the order in which it is made. It is removed in the reverse order, and only when it is asked
+/// to: never because a value goes out of scope.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Owned {
@@ -137,8 +137,8 @@ impl Owned {
         })
     }
 
-    /// Removes all of that extent. What cannot be removed stays on the list, with all that was added before it, and so can
-    /// be tried again; what it was is in the error. Blocks.
+    /// Removes all of that extent. What cannot be removed stays on the list, with all that was added before it, and so
+    /// can be tried again; what it was is in the error. Blocks.
     pub fn remove(&mut self, extent: Extent) -> io::Result<()> {
         while let Some(resource) = self.resources.last() {
             if extent == Extent::Running && resource.outlives_stop() {

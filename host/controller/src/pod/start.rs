@@ -86,7 +86,8 @@ struct Sockets {
 }
 
 impl PodTask {
-    /// Makes everything that the pod needs. What is made is on the list of what it owns before it is made, also if this fails.
+    /// Makes everything that the pod needs. What is made is on the list of what it owns before it is made, also if this
+    /// fails.
     pub(super) async fn boot(&mut self) -> Result<Running, StartError> {
         // Rather than when the first container needs it.
         self.pod.user_namespace().await?;
@@ -132,7 +133,8 @@ impl PodTask {
         Ok(Running::new(pid, pod.spec.resources, pod.size))
     }
 
-    /// Makes the directory, and in it the first record: a controller that is started after a crash finds what there may be.
+    /// Makes the directory, and in it the first record: a controller that is started after a crash finds what there may
+    /// be.
     async fn make_directory(&mut self) -> Result<(), StartError> {
         let path = self.pod.files.directory().to_owned();
         self.owned.add(Resource::Directory { path: path.clone() });
@@ -273,7 +275,8 @@ impl Pod {
         }
     }
 
-    /// Waits for the agent's first word; returns the time of it, too. From then on nobody in the guest reaches the host.
+    /// Waits for the agent's first word; returns the time of it, too. From then on nobody in the guest reaches the
+    /// host.
     async fn wait_until_ready(
         &self,
         machine: u32,

@@ -1,5 +1,5 @@
-//! containerd tells of containers when they are created, some time before anybody starts them. What they need is prepared
-//! meanwhile, so that their start need not wait for it.
+//! containerd tells of containers when they are created, some time before anybody starts them. What they need is
+//! prepared meanwhile, so that their start need not wait for it.
 //!
 //! Nothing depends on that: a container of which nobody has told is prepared when its guest asks for it.
 
@@ -41,7 +41,8 @@ const KNOWN_MAX: usize = 4096;
 const PAUSE_MIN: Duration = Duration::from_millis(500);
 const PAUSE_MAX: Duration = Duration::from_secs(30);
 
-/// `containerd.events.ContainerCreate` and `ContainerDelete` (`api/events/container.proto`), as far as they matter here.
+/// `containerd.events.ContainerCreate` and `ContainerDelete` (`api/events/container.proto`), as far as they matter
+/// here.
 #[derive(Clone, PartialEq, prost::Message)]
 struct ContainerEvent {
     #[prost(string, tag = "1")]

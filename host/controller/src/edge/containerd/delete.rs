@@ -1,7 +1,7 @@
 //! What containerd has its one-shot `delete` do: end a container that it has given up.
 //!
-//! containerd asks for it when it was started again and finds no way to a container's task, and when the connection to one
-//! ends. Mostly the machine has ended. If it has not, the container must not run on unseen.
+//! containerd asks for it when it was started again and finds no way to a container's task, and when the connection to
+//! one ends. Mostly the machine has ended. If it has not, the container must not run on unseen.
 
 use std::{
     path::Path,

@@ -3,7 +3,8 @@
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-/// CRI's record of a container, as far as it is about huge pages (containerd: `internal/cri/store/container`, `Metadata`).
+/// CRI's record of a container, as far as it is about huge pages (containerd: `internal/cri/store/container`,
+/// `Metadata`).
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct Record {

@@ -6,8 +6,8 @@ use serde_json::{Map, Value, json};
 
 use crate::pod::{Pod, life::Phase};
 
-/// Two entries: one with the keys that containerd's own sandboxes have (`podsandbox`, `SandboxInfo`), which containerd 2.3
-/// writes anew with what it knows itself, and one with what belongs to Pericarp.
+/// Two entries: one with the keys that containerd's own sandboxes have (`podsandbox`, `SandboxInfo`), which containerd
+/// 2.3 writes anew with what it knows itself, and one with what belongs to Pericarp.
 pub async fn of_pod(pod: &Pod) -> HashMap<String, String> {
     let machine = pod.machine_status().await;
     let status = pod.status();

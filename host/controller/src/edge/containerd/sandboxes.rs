@@ -1,7 +1,7 @@
 //! `containerd.services.sandbox.v1.Controller`: what containerd asks of the controller, in its versions 2.1 to 2.4.
 //!
-//! Handlers send a request to the pod and wait. hyper drops a handler whose client has gone away: what it has asked for is
-//! carried through nonetheless.
+//! Handlers send a request to the pod and wait. hyper drops a handler whose client has gone away: what it has asked for
+//! is carried through nonetheless.
 
 use std::{collections::HashMap, sync::Arc};
 
@@ -146,7 +146,8 @@ fn updated_resources(request: &ControllerUpdateRequest) -> Result<Option<Updated
     }
 }
 
-/// A spec of the sandbox, for whom NRI tells of it (containerd: `internal/cri/nri`). There is no process that would have one.
+/// A spec of the sandbox, for whom NRI tells of it (containerd: `internal/cri/nri`). There is no process that would
+/// have one.
 fn spec(pod: &Pod) -> Any {
     let spec = json!({
         "ociVersion": "1.2.1",

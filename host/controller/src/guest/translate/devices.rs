@@ -18,8 +18,8 @@ const STANDARD_DEVICES: [&str; 8] = [
     "/dev/ptmx",
 ];
 
-/// Character devices that the guest's kernel has under the host's numbers (Linux: `Documentation/admin-guide/devices.txt`):
-/// /dev/fuse and /dev/net/tun.
+/// Character devices that the guest's kernel has under the host's numbers (Linux:
+/// `Documentation/admin-guide/devices.txt`): /dev/fuse and /dev/net/tun.
 const GUEST_DEVICES: [(u32, u32); 2] = [(10, 229), (10, 200)];
 
 /// A block device of the host that a container gets under a path of its own.
@@ -35,8 +35,8 @@ pub struct BlockVolume {
     pub read_only: bool,
 }
 
-/// The devices of the host that were asked for, which may be directories of devices. The spec of a privileged container lists
-/// all of the host's beside them.
+/// The devices of the host that were asked for, which may be directories of devices. The spec of a privileged container
+/// lists all of the host's beside them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct GivenDevices(Vec<GivenDevice>);
 
@@ -67,9 +67,9 @@ impl GivenDevices {
     }
 }
 
-/// Leaves those devices in the spec that the container gets, and says which of them are to come as disks. `given` is what CRI
-/// was asked for. What was not asked for is no volume: a privileged container's list is that of all the host's devices, some of
-/// which may have other numbers by now, those of somebody else's disk.
+/// Leaves those devices in the spec that the container gets, and says which of them are to come as disks. `given` is
+/// what CRI was asked for. What was not asked for is no volume: a privileged container's list is that of all the host's
+/// devices, some of which may have other numbers by now, those of somebody else's disk.
 pub(super) fn translate(
     linux: &mut Map<String, Value>,
     given: Option<&GivenDevices>,
@@ -233,7 +233,8 @@ mod tests {
         assert!(translated(&json!(["/dev/sda"]), &nothing_allowed()).is_err());
     }
 
-    /// A block device of this machine's, as a path in a directory and its numbers. The node's path is nobody's business.
+    /// A block device of this machine's, as a path in a directory and its numbers. The node's path is nobody's
+    /// business.
     fn block_device(directory: &Path) -> (std::path::PathBuf, (u32, u32)) {
         let node = directory.join("disk");
         let device = rustix::fs::makedev(7, 3);

@@ -1,7 +1,7 @@
 //! Everything that the OCI runtime spec has (version 1.3), and what a guest makes of it.
 //!
-//! A runtime passes over fields that it does not know, and the guest's knows some that mean nothing there. Whoever asked
-//! for one has to be told. [`SPEC`] is the whole table; a field that is not in it is refused by its name.
+//! A runtime passes over fields that it does not know, and the guest's knows some that mean nothing there. Whoever
+//! asked for one has to be told. [`SPEC`] is the whole table; a field that is not in it is refused by its name.
 
 use serde_json::Value;
 

@@ -1,9 +1,10 @@
 //! Port-forward: every TCP connection to localhost in the pod's network namespace, to whatever port, is led to one
 //! listener, which the machine accepts from.
 //!
-//! containerd enters that namespace and dials `localhost:<port>` there (`criService.portForward`), where nobody but this listener is: the
-//! pod's programs are in the guest. A BPF program at the namespace's socket lookup (kernel doc `bpf/prog_sk_lookup.rst`) chooses the
-//! listener; the socket that is accepted has the port that was dialled for its own.
+//! containerd enters that namespace and dials `localhost:<port>` there (`criService.portForward`), where nobody but
+//! this listener is: the pod's programs are in the guest. A BPF program at the namespace's socket lookup (kernel doc
+//! `bpf/prog_sk_lookup.rst`) chooses the listener; the socket that is accepted has the port that was dialled for its
+//! own.
 
 use std::{
     fs::File,

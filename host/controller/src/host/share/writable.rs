@@ -1,9 +1,9 @@
 //! Where a container writes whose image layers are disks: two directories for the overlay that the guest makes of them.
 //!
-//! Both are made inside the snapshot's own `fs`, and that is all of the snapshot that the guest sees. With the directory
-//! that holds `fs`, a guest could put a symbolic link in the place of `fs`, and containerd would follow it: it unmounts
-//! and mounts there when the snapshot is removed or used again (`plugins/snapshots/erofs`, `Remove` and `mounts`). The
-//! inside of `fs` containerd only counts and removes, and does not follow links for that.
+//! Both are made inside the snapshot's own `fs`, and that is all of the snapshot that the guest sees. With the
+//! directory that holds `fs`, a guest could put a symbolic link in the place of `fs`, and containerd would follow it:
+//! it unmounts and mounts there when the snapshot is removed or used again (`plugins/snapshots/erofs`, `Remove` and
+//! `mounts`). The inside of `fs` containerd only counts and removes, and does not follow links for that.
 
 use std::{
     io,
@@ -110,7 +110,8 @@ mod tests {
                 .map_err(|error| crate::telemetry::error_chain::chain(&error))
         }
 
-        /// What is there of the host, apart from the inside of `fs`: kind, owner, permissions and content of each entry.
+        /// What is there of the host, apart from the inside of `fs`: kind, owner, permissions and content of each
+        /// entry.
         fn manifest(&self) -> BTreeMap<PathBuf, (u32, u32, u64)> {
             ["snapshot", "snapshot/fs", "snapshot/work", "snapshot/.erofslayer", "host", "host/secret"]
                 .into_iter()
