@@ -147,7 +147,7 @@ fn bpf<T: Attributes>(attributes: &mut T) -> io::Result<libc::c_int> {
     libc::c_int::try_from(result).map_err(io::Error::other)
 }
 
-/// For requests that answer with a descriptor. The kernel sets its close-on-exec flag.
+/// For requests that return a descriptor. The kernel sets its close-on-exec flag.
 fn bpf_fd<T: Attributes>(attributes: &mut T) -> io::Result<OwnedFd> {
     let fd = bpf(attributes)?;
     // SAFETY: the kernel has just opened this descriptor for us.

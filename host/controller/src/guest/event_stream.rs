@@ -71,7 +71,7 @@ mod tests {
     use crate::guest::frames::STREAM;
 
     /// A machine whose agent answers a request for events with `answer`, and what it was asked.
-    async fn told(answer: Vec<u8>) -> (u64, Vec<io::Result<Option<u64>>>) {
+    async fn receive_from(answer: Vec<u8>) -> (u64, Vec<io::Result<Option<u64>>>) {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("vsock.sock");
         let listener = UnixListener::bind(&path).unwrap();
@@ -113,7 +113,7 @@ mod tests {
     async fn events_come_one_by_one_until_the_agent_ends_the_stream() {
         let mut end = MessageHeader::new_data(STREAM, 0);
         end.set_flags(FLAG_REMOTE_CLOSED);
-        let (after, events) = told([event(42), event(43), frame(end, b"")].concat()).await;
+        let (after, events) = receive_from([event(42), event(43), frame(end, b"")].concat()).await;
         assert_eq!(after, 41);
         let events: Vec<_> = events.into_iter().map(Result::unwrap).collect();
         assert_eq!(events, [Some(42), Some(43), None]);
@@ -121,20 +121,20 @@ mod tests {
 
     #[tokio::test]
     async fn an_error_of_the_agents_is_the_end_and_a_broken_connection_an_error() {
-        let (_, events) = told(frame(MessageHeader::new_response(STREAM, 0), b"")).await;
+        let (_, events) = receive_from(frame(MessageHeader::new_response(STREAM, 0), b"")).await;
         assert!(matches!(events[..], [Ok(None)]), "{events:?}");
-        let (_, events) = told(Vec::new()).await;
+        let (_, events) = receive_from(Vec::new()).await;
         assert!(matches!(events[..], [Err(_)]), "{events:?}");
     }
 
     #[tokio::test]
     async fn no_memory_is_taken_for_an_event_that_cannot_be_one() {
-        let (_, events) = told(frame(MessageHeader::new_data(STREAM, u32::MAX), b"")).await;
+        let (_, events) = receive_from(frame(MessageHeader::new_data(STREAM, u32::MAX), b"")).await;
         assert!(
             matches!(&events[..], [Err(error)] if error.kind() == io::ErrorKind::InvalidData),
             "{events:?}"
         );
-        let (_, events) = told(frame(MessageHeader::new_data(STREAM, 2), &[0xff, 0xff])).await;
+        let (_, events) = receive_from(frame(MessageHeader::new_data(STREAM, 2), &[0xff, 0xff])).await;
         assert!(
             matches!(&events[..], [Err(error)] if error.kind() == io::ErrorKind::InvalidData),
             "{events:?}"

@@ -82,7 +82,7 @@ pub async fn write_response(
     let response = response.unwrap_or_else(|error| {
         refusal(match error {
             ttrpc::Error::RpcStatus(status) => status,
-            // None of the handlers answers with another.
+            // None of the handlers returns another.
             other => ttrpc::get_status(ttrpc::Code::INTERNAL, other),
         })
     });

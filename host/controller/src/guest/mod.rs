@@ -51,7 +51,7 @@ impl Agent {
         Ok(Agent { client: AgentClient::new(client) })
     }
 
-    /// Whether a guest answers within a time limit, on a connection like those that containerd makes. One frame is read
+    /// Whether a guest returnsin a time limit, on a connection like those that containerd makes. One frame is read
     /// of what it says, and no more: it is asked again and again, and could say much.
     pub async fn check(socket: &Path, limit: Duration) -> io::Result<()> {
         let timed_out = |_| io::Error::new(io::ErrorKind::TimedOut, "the guest's agent does not answer");
@@ -149,7 +149,7 @@ mod tests {
         assert_eq!(error.kind(), io::ErrorKind::InvalidData);
     }
 
-    /// Asks a guest whether it lives; it answers with this status, or not at all.
+    /// Asks a guest whether it lives; it returns this status, or not at all.
     async fn checked(answer: Option<ttrpc::Code>) -> io::Result<()> {
         use pericarp_protos::ttrpc::proto::{Codec as _, GenMessage, MessageHeader};
         let directory = tempfile::tempdir().unwrap();

@@ -210,7 +210,7 @@ fn reap(pidfd: &OwnedFd) -> io::Result<Exit> {
     }
 }
 
-/// Sends it; a process that has ended already is no error.
+/// Sends SIGKILL, unless the process has ended already.
 fn signal_kill(pidfd: &OwnedFd) -> io::Result<()> {
     match pidfd_send_signal(pidfd, Signal::KILL) {
         Ok(()) | Err(rustix::io::Errno::SRCH) => Ok(()),
@@ -273,7 +273,7 @@ impl MachineControl {
         self.connect().await?.insert_disk(context::with_duration(CONTROL_TIMEOUT), &request).await
     }
 
-    /// Takes a disk out of it. One that is not there is no error.
+    /// Takes a disk out of it, if it is there.
     pub async fn remove_disk(&self, device: u32) -> ttrpc::Result<()> {
         let request = RemoveDiskRequest { device, ..RemoveDiskRequest::default() };
         let client = self.connect().await?;

@@ -1,4 +1,4 @@
-//! In which order the host's kernel kills machines when it has no memory left (`oom_score_adj`, proc(5)).
+//! The order in which the host's kernel kills machines when it has no memory left (`oom_score_adj`, proc(5)).
 //!
 //! kubelet gives each container a number by the pod's class of service: -997 to all of a Guaranteed pod, 1000 to all of
 //! a `BestEffort` one, and to those of a Burstable one 1000 less a thousandth for each thousandth of the node's memory
@@ -9,7 +9,7 @@ use std::{fs, io, ops::RangeInclusive};
 
 /// What the kernel takes.
 const RANGE: RangeInclusive<i64> = -1000..=1000;
-/// Of a container that has requested nothing.
+/// The number of a container that has requested nothing.
 const NOTHING_REQUESTED: i64 = 1000;
 /// The least that kubelet gives a container of a Burstable pod, however much it has requested.
 const LEAST_OF_BURSTABLE: i64 = 2;

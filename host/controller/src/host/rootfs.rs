@@ -30,7 +30,7 @@ pub enum RootFs {
     /// Its layers are images of file systems, which the guest can have as a disk.
     Images {
         layers: ImageLayers,
-        /// The same as a mount of the host's, where there is one: for a machine that has no room for another disk.
+        /// A mount of the host's with the same files, where there is one: for a machine that has no room for another disk.
         mounted: Option<HostMount>,
     },
 }

@@ -162,7 +162,7 @@ fn find_record(
         }
         // A controller was killed before it had written one. What it has made by then is undone.
         Ok(None) if !directory.join(file::PROGRESS).exists() => {
-            return seen(directory, id, machine, Stage::Starting, default_size);
+            return record_of_visible(directory, id, machine, Stage::Starting, default_size);
         }
         Err(RecordError::Version { .. }) => {
             let older = fs::read(directory.join(file::STATE))?;
@@ -179,11 +179,11 @@ fn find_record(
     }
     // One whose machine has ended has nothing left to go on with.
     let stage = if machine.is_some() { Stage::Running } else { Stage::Starting };
-    seen(directory, id, machine, stage, default_size)
+    record_of_visible(directory, id, machine, stage, default_size)
 }
 
 /// A record of what can be seen of a pod without one. Blocks.
-fn seen(
+fn record_of_visible(
     directory: &Path,
     id: &SandboxId,
     machine: Option<Process>,

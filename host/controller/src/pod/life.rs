@@ -35,7 +35,7 @@ pub enum Life {
     Ended,
 }
 
-/// The same without what belongs to it, for those who look from outside.
+/// Where a pod is, for those who look from outside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Phase {
     Created,
@@ -70,7 +70,7 @@ pub struct PreparedAhead {
 }
 
 impl Running {
-    /// Of a pod whose machine has just been started with that size.
+    /// For a pod whose machine has just been started with that size.
     pub fn new(pid: u32, resources: PodResources, size: Size) -> Self {
         let pinned = Some((CpuSet::default(), CpuSet::default()));
         Self {
@@ -83,7 +83,7 @@ impl Running {
         }
     }
 
-    /// Of a pod that is taken over: it may have been resized, and moved.
+    /// For a pod that is taken over: it may have been resized, and moved.
     pub fn taken_over(pid: u32, resources: PodResources) -> Self {
         Self {
             pid,

@@ -29,7 +29,7 @@ impl ContainerRequest {
     }
 }
 
-/// A container's request cannot be had.
+/// A container cannot be looked up.
 #[derive(Debug, Error)]
 pub enum SourceError {
     #[error("there is no {id}")]
@@ -45,7 +45,7 @@ pub enum SourceError {
     },
     #[error("the record of container {id} has no usable {what}")]
     Incomplete { what: &'static str, id: String },
-    /// What was asked for cannot be had in a pod of Pericarp's.
+    /// Something was asked for that a pod of Pericarp's cannot have.
     #[error(transparent)]
     Refused(#[from] translate::Error),
     /// The root file system is of a kind that cannot be served.

@@ -68,7 +68,7 @@ pub struct ProgressFile {
 }
 
 impl ProgressFile {
-    /// Of a pod of which nothing has been handed on.
+    /// For a pod of which nothing has been handed on.
     pub fn new(directory: &Path) -> Self {
         Self { path: directory.join(file::PROGRESS), progress: Mutex::default() }
     }

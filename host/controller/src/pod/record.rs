@@ -21,7 +21,7 @@ use crate::{
     },
 };
 
-/// Of the format. Fields that an older controller does not know may be added without another number, if it is safe for
+/// The format's version. Fields that an older controller does not know may be added without another number, if it is safe for
 /// it to pass over them.
 const VERSION: u32 = 2;
 

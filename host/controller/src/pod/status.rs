@@ -7,7 +7,7 @@ use pericarp_protos::{id::ContainerId, vmm::StatusResponse};
 use super::{Pod, life::Phase, owned::Owned};
 use crate::{
     host::{network::InterfaceStatus, size::Size},
-    telemetry::timeline::{ContainerTimeline, Marks, PodTimeline},
+    telemetry::timeline::{ContainerTimeline, PodTimeline, StartMarks},
 };
 
 /// A pod at one moment. Its task replaces it; everybody may read it.
@@ -22,7 +22,7 @@ pub struct PodStatus {
     /// Whether port-forward works or why it does not, once that is known.
     pub port_forward: Option<String>,
     pub guest_kernel: String,
-    pub marks: Marks,
+    pub marks: StartMarks,
     /// Those that are prepared.
     pub containers: BTreeMap<ContainerId, ContainerTimeline>,
     /// Why the machine ended, where it was not asked to.
@@ -39,7 +39,7 @@ impl PodStatus {
             interfaces: Vec::new(),
             port_forward: None,
             guest_kernel: String::new(),
-            marks: Marks::default(),
+            marks: StartMarks::default(),
             containers: BTreeMap::new(),
             reason: None,
         }

@@ -6,7 +6,7 @@ use serde::Serialize;
 /// When the steps of a pod's start that the controller sees happened: nanoseconds on the host's
 /// `CLOCK_MONOTONIC`, which the machine uses too.
 #[derive(Clone, Copy, Debug, Default)]
-pub struct Marks {
+pub struct StartMarks {
     /// `Start` was called.
     pub start: u64,
     /// It was the pod's turn to boot.
@@ -50,7 +50,7 @@ pub struct PodTimeline {
 
 impl PodTimeline {
     /// Puts what the controller and what the machine saw together.
-    pub fn new(marks: &Marks, boot: &BootTimes) -> PodTimeline {
+    pub fn new(marks: &StartMarks, boot: &BootTimes) -> PodTimeline {
         // The guest says how long it ran; it cannot have run longer than its vCPUs.
         let running = marks.ready.saturating_sub(boot.vcpus_started_ns);
         let since_init = marks.since_init.min(running);
@@ -108,8 +108,8 @@ mod tests {
         }
     }
 
-    fn marks() -> Marks {
-        Marks {
+    fn marks() -> StartMarks {
+        StartMarks {
             start: 3 * MS,
             queued: 5 * MS,
             network: 8 * MS,
@@ -143,7 +143,7 @@ mod tests {
 
     #[test]
     fn a_guest_that_lies_about_its_clock_changes_only_its_own_phases() {
-        let timeline = PodTimeline::new(&Marks { since_init: u64::MAX, ..marks() }, &boot());
+        let timeline = PodTimeline::new(&StartMarks { since_init: u64::MAX, ..marks() }, &boot());
         assert!(close(timeline.kernel_to_init, 0.0) && close(timeline.agent_ready, 100.0), "{timeline:?}");
         assert!(close(timeline.vmm_spawn, 4.0), "{timeline:?}");
     }

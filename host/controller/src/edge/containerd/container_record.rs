@@ -33,7 +33,7 @@ fn given_devices(config: &Value) -> GivenDevices {
     devices.filter_map(given).collect()
 }
 
-/// Refuses what cannot be had; returns the devices. The record is containerd's `internal/cri/store/container`,
+/// Refuses what a container cannot have; returns the devices. The record is containerd's `internal/cri/store/container`,
 /// `versionedMetadata`.
 pub fn check(record: &[u8]) -> Result<GivenDevices, Error> {
     let record: Value = serde_json::from_slice(record).map_err(Error::Record)?;

@@ -11,7 +11,7 @@ use super::{
 };
 use crate::guest::translate::{APPARMOR_REMEDY, SELINUX_DEFAULT_TYPES, SELINUX_REMEDY};
 
-/// What cannot be had, and what to do instead.
+/// Something that a pod cannot have, and what to do instead.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
     /// In the words of the pod's author.

@@ -38,7 +38,8 @@ use self::{inside::inside, redirect::End, steer::SteerError};
 #[derive(Debug, Error)]
 pub enum NetworkError {
     #[error(
-        "the pod's network namespace {netns} is not there: CNI has not made it, or it was removed; see containerd's log for what CNI said"
+        "the pod's network namespace {netns} is not there: CNI has not made it, or it was removed; see \
+         containerd's log for what CNI said"
     )]
     Missing {
         netns: PathBuf,
@@ -56,11 +57,14 @@ pub enum NetworkError {
         source: io::Error,
     },
     #[error(
-        "the pod's interface {interface} is of the link type {kind}, whose frames cannot be handed to a machine; use a CNI plugin that makes veth, macvlan or ipvlan interfaces (bridge, ptp, macvlan, ipvlan in mode l2), or the runc runtime for this pod"
+        "the pod's interface {interface} is of the link type {kind}, whose frames cannot be handed to a \
+         machine; use a CNI plugin that makes veth, macvlan or ipvlan interfaces (bridge, ptp, macvlan, ipvlan in mode l2), \
+         or the runc runtime for this pod"
     )]
     Kind { interface: String, kind: String },
     #[error(
-        "the pod's interface {interface} has an ingress or clsact qdisc already, which Pericarp needs for itself; leave out the CNI plugin that adds it"
+        "the pod's interface {interface} has an ingress or clsact qdisc already, which Pericarp needs for itself; \
+         leave out the CNI plugin that adds it"
     )]
     IngressTaken { interface: String },
     #[error("the pod's interface {interface} was removed while the pod's network was set up")]
@@ -80,7 +84,8 @@ pub enum NetworkError {
         source: io::Error,
     },
     #[error(
-        "the host's kernel cannot redirect the frames of {interface}: it refuses the {what}; load what is missing (modprobe -a sch_ingress cls_u32 act_mirred)"
+        "the host's kernel cannot redirect the frames of {interface}: it refuses the {what}; load what is \
+         missing (modprobe -a sch_ingress cls_u32 act_mirred)"
     )]
     TrafficControl {
         interface: String,
@@ -220,7 +225,7 @@ async fn connect_taps(handle: &Handle, netns: &Path, queue_pairs: u16) -> Result
             queue_pairs,
         });
     }
-    let interfaces = survey.interfaces.into_iter().map(survey::Surveyed::into_interface).collect();
+    let interfaces = survey.interfaces.into_iter().map(survey::SurveyedInterface::into_interface).collect();
     // CNI's loopback plugin has done this where containerd runs it.
     let loopback = LinkUnspec::new_with_index(LOOPBACK).up().build();
     handle.link().set(loopback).execute().await.map_err(netlink("bring the pod's loopback interface up"))?;

@@ -41,7 +41,8 @@ const SK_PASS: i32 = 1;
 #[derive(Debug, Error)]
 pub enum SteerError {
     #[error(
-        "the host's kernel refuses to {what}; it must be Linux 5.9 or newer with CONFIG_BPF_SYSCALL, and Pericarp needs CAP_BPF and CAP_NET_ADMIN"
+        "the host's kernel refuses to {what}; it must be Linux 5.9 or newer with CONFIG_BPF_SYSCALL, and \
+         Pericarp needs CAP_BPF and CAP_NET_ADMIN"
     )]
     Bpf {
         what: &'static str,
@@ -65,7 +66,7 @@ fn socket_error<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Ste
 }
 
 /// Begins to lead the connections to localhost in the calling thread's network namespace to a new listener. They are
-/// led there for as long as what this answers with is open anywhere, and nothing of it stays.
+/// led there for as long as what this returns is open anywhere, and nothing of it stays.
 pub fn steer() -> Result<PortForward, SteerError> {
     let listener = listener()?;
     let (map, program) = load()?;
@@ -122,7 +123,7 @@ fn program(sockets: impl AsFd) -> Vec<Instruction> {
     /// As it is in memory: `::1` is three words of zeros and this.
     const LAST_OF_LOOPBACK: i32 = 1i32.to_be();
 
-    // Of the two addresses, the one of the other family is all zeros.
+    // Whichever address is of the other family is all zeros.
     let is_ipv6_loopback = [
         Instruction::load_word(2, CONTEXT, LOCAL_IP6),
         Instruction::load_word(3, CONTEXT, LOCAL_IP6 + 4),
@@ -167,7 +168,7 @@ fn program(sockets: impl AsFd) -> Vec<Instruction> {
     program
 }
 
-/// Of a jump in a program that is far shorter than that.
+/// The offset of a jump over that many instructions. Our programs are far shorter than what it can count.
 fn offset(instructions: usize) -> i16 {
     i16::try_from(instructions).unwrap_or(i16::MAX)
 }

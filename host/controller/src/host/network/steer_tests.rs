@@ -136,6 +136,6 @@ fn a_listener_for_ipv4_alone_does_where_there_is_no_ipv6() {
     });
     let _dialled = dial(&netns, "127.0.0.1", 80).unwrap();
     listener.accept().unwrap();
-    // It cannot be had for IPv6: as if there were no program.
+    // Port-forward does not work for IPv6: as if there were no program.
     assert_eq!(dial(&netns, "::1", 80).unwrap_err().kind(), ErrorKind::ConnectionRefused);
 }

@@ -29,7 +29,7 @@ const MTU_MAX: u16 = 65521;
 /// What there is.
 #[derive(Debug)]
 pub struct Survey {
-    pub interfaces: Vec<Surveyed>,
+    pub interfaces: Vec<SurveyedInterface>,
     pub routes: Vec<Route>,
     pub neighbours: Vec<Neighbour>,
     /// The names of all links, whatever they are.
@@ -38,7 +38,7 @@ pub struct Survey {
 
 /// An interface whose frames the guest is to have.
 #[derive(Debug)]
-pub struct Surveyed {
+pub struct SurveyedInterface {
     pub index: u32,
     pub name: String,
     pub mac: [u8; 6],
@@ -46,7 +46,7 @@ pub struct Surveyed {
     pub addresses: Vec<Address>,
 }
 
-impl Surveyed {
+impl SurveyedInterface {
     pub fn into_interface(self) -> Interface {
         Interface {
             name: self.name,
@@ -140,18 +140,20 @@ fn link(message: LinkMessage) -> Link {
 
 /// Frames can be taken from an interface and given back to it if it takes and brings them as they are, for the
 /// guest's MAC address, which is the interface's own.
-fn interface(link: &Link, addresses: &[&AddressMessage]) -> Result<Surveyed, NetworkError> {
+fn interface(link: &Link, addresses: &[&AddressMessage]) -> Result<SurveyedInterface, NetworkError> {
     let mac = <[u8; 6]>::try_from(&link.mac[..]);
     // An ipvlan that does not resolve neighbours (modes l3 and l3s) carries packets, not frames.
     let resolves = !link.flags.contains(LinkFlags::Noarp);
     match (&link.kind, mac) {
-        (Some(InfoKind::Veth | InfoKind::MacVlan | InfoKind::IpVlan), Ok(mac)) if resolves => Ok(Surveyed {
-            index: link.index,
-            name: link.name.clone(),
-            mac,
-            mtu: u16::try_from(link.mtu).unwrap_or(MTU_MAX).min(MTU_MAX),
-            addresses: addresses.iter().filter_map(|address| self::address(address, mac)).collect(),
-        }),
+        (Some(InfoKind::Veth | InfoKind::MacVlan | InfoKind::IpVlan), Ok(mac)) if resolves => {
+            Ok(SurveyedInterface {
+                index: link.index,
+                name: link.name.clone(),
+                mac,
+                mtu: u16::try_from(link.mtu).unwrap_or(MTU_MAX).min(MTU_MAX),
+                addresses: addresses.iter().filter_map(|address| self::address(address, mac)).collect(),
+            })
+        }
         (kind, _) => Err(NetworkError::Kind {
             interface: link.name.clone(),
             kind: match kind {
@@ -215,7 +217,7 @@ fn octets(ip: IpAddr) -> Vec<u8> {
     }
 }
 
-async fn routes(handle: &Handle, interfaces: &[Surveyed]) -> Result<Vec<Route>, NetworkError> {
+async fn routes(handle: &Handle, interfaces: &[SurveyedInterface]) -> Result<Vec<Route>, NetworkError> {
     let messages: Vec<RouteMessage> = handle
         .route()
         .get(RouteMessage::default())
@@ -230,7 +232,7 @@ async fn routes(handle: &Handle, interfaces: &[Surveyed]) -> Result<Vec<Route>, 
 }
 
 /// A route of the main table over one of the interfaces; none of those that come by themselves with an address.
-fn route(message: &RouteMessage, interfaces: &[Surveyed]) -> Option<Route> {
+fn route(message: &RouteMessage, interfaces: &[SurveyedInterface]) -> Option<Route> {
     let header = &message.header;
     let mut table = u32::from(header.table);
     let mut out = None;
@@ -309,7 +311,7 @@ fn via_octets(via: &RouteVia) -> Option<Vec<u8>> {
 }
 
 /// Whether the guest's kernel makes this route by itself, with an address or with a link.
-fn comes_by_itself(route: &Route, interface: &Surveyed) -> bool {
+fn comes_by_itself(route: &Route, interface: &SurveyedInterface) -> bool {
     let with_link =
         matches!(route.destination[..], [0xfe, 0x80, ..] | [0xff, ..]) && route.destination.len() == 16;
     with_link
@@ -330,7 +332,10 @@ fn network(ip: &[u8], prefix_length: u32) -> Vec<u8> {
     ip.iter().map(first_bits).collect()
 }
 
-async fn neighbours(handle: &Handle, interfaces: &[Surveyed]) -> Result<Vec<Neighbour>, NetworkError> {
+async fn neighbours(
+    handle: &Handle,
+    interfaces: &[SurveyedInterface],
+) -> Result<Vec<Neighbour>, NetworkError> {
     let messages: Vec<NeighbourMessage> = handle
         .neighbours()
         .get()
@@ -342,7 +347,7 @@ async fn neighbours(handle: &Handle, interfaces: &[Surveyed]) -> Result<Vec<Neig
 }
 
 /// A neighbour that somebody has entered for good; the others the guest learns by itself.
-fn neighbour(message: &NeighbourMessage, interfaces: &[Surveyed]) -> Option<Neighbour> {
+fn neighbour(message: &NeighbourMessage, interfaces: &[SurveyedInterface]) -> Option<Neighbour> {
     if message.header.state != NeighbourState::Permanent {
         return None;
     }

@@ -22,13 +22,13 @@ fn made(message: &AddressMessage) -> Option<(Vec<u8>, u32)> {
     address(message, MAC).map(|address| (address.ip, address.prefix_length))
 }
 
-fn eth0(addresses: &[(&str, u32)]) -> Vec<Surveyed> {
+fn eth0(addresses: &[(&str, u32)]) -> Vec<SurveyedInterface> {
     let address = |(text, prefix_length): &(&str, u32)| Address {
         ip: octets(ip(text)),
         prefix_length: *prefix_length,
         ..Address::default()
     };
-    vec![Surveyed {
+    vec![SurveyedInterface {
         index: 2,
         name: "eth0".into(),
         mac: MAC,

@@ -148,7 +148,7 @@ impl Share {
         let name = if matches!(root, SharedRoot::Mounted(_)) { ROOT } else { WRITABLE };
         let target = directory.join(name);
         self.make_directory(&made, &target)?;
-        let at = self.place(&target).map_err(MountError::new("open", &self.directory.join(&target)))?;
+        let at = self.open_inside(&target).map_err(MountError::new("open", &self.directory.join(&target)))?;
         match root {
             SharedRoot::Mounted(mount) => rootfs::mount(&at, mount, user_namespace)?,
             SharedRoot::Disks(Some(snapshot)) => writable::mount(snapshot, &at)?,
@@ -161,7 +161,7 @@ impl Share {
         Ok(())
     }
 
-    /// Undoes [`Share::add`]. A container that is not there is no error.
+    /// Undoes [`Share::add`], whether or not it was called for this container.
     pub fn remove_container(&self, container: &ContainerId) -> Result<(), ShareError> {
         let directory = self.directory.join(container);
         mounts::detach(&directory.join(ROOT))?;
@@ -188,7 +188,7 @@ impl Share {
         names.filter_map(|name| name.try_into().ok()).collect()
     }
 
-    /// Takes a container for a user of its volumes; answers with what each of them needs.
+    /// Takes a container for a user of its volumes; returns what each of them needs.
     fn add_user<'a>(
         &self,
         container: &ContainerId,
@@ -222,7 +222,7 @@ impl Share {
         match needed {
             MountAction::Nothing => Ok(()),
             MountAction::Writable => {
-                let mounted = self.place(&target).map_err(failed(volume))?;
+                let mounted = self.open_inside(&target).map_err(failed(volume))?;
                 mounts::set_writable(mounted).map_err(failed(volume))
             }
             MountAction::Mount => {
@@ -236,7 +236,7 @@ impl Share {
                 } else {
                     self.make_file(made, &target)?;
                 }
-                let at = self.place(&target).map_err(failed(volume))?;
+                let at = self.open_inside(&target).map_err(failed(volume))?;
                 mount_volume(&source.place, &at, volume, user_namespace)
             }
         }
@@ -269,7 +269,7 @@ impl Share {
     }
 
     /// Opens a place in the share, which the name cannot leave.
-    fn place(&self, name: &Path) -> rustix::io::Result<OwnedFd> {
+    fn open_inside(&self, name: &Path) -> rustix::io::Result<OwnedFd> {
         mounts::open_place_below(mounts::open_place(&self.directory)?, name)
     }
 

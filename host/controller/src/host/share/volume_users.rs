@@ -37,7 +37,7 @@ pub enum MountAction {
     Nothing,
     /// It is there, and has to become writable.
     Writable,
-    /// It is not.
+    /// It is not there, and has to be mounted.
     Mount,
 }
 
@@ -83,7 +83,7 @@ impl VolumeUsers {
         self.volumes.values().any(|entry| entry.users.contains(container))
     }
 
-    /// Removes a user from every volume; answers with the names of those that nobody uses any more.
+    /// Removes a user from every volume; returns the names of those that nobody uses any more.
     pub fn remove(&mut self, container: &str) -> Vec<String> {
         for entry in self.volumes.values_mut() {
             entry.users.remove(container);
