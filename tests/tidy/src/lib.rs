@@ -10,6 +10,7 @@ pub mod code;
 pub mod commits;
 pub mod docs;
 pub mod exceptions;
+pub mod fault_points;
 pub mod layout;
 pub mod modules;
 pub mod names;

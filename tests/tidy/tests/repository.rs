@@ -9,6 +9,7 @@ use anyhow::{Result, anyhow};
 use pericarp_tidy::{
     RULES, Violation, check, commits, docs,
     exceptions::{self, FILE},
+    fault_points,
     modules::PAGE,
     picture,
     repository::Repository,
@@ -132,6 +133,12 @@ fn every_boundary_of_the_threat_model_names_tests_that_exist() -> Result<()> {
 #[test]
 fn every_path_on_a_page_leads_somewhere() -> Result<()> {
     assert_nothing(&docs::stale_paths(repository()?));
+    Ok(())
+}
+
+#[test]
+fn every_fault_point_is_one_at_which_a_test_stops_the_controller() -> Result<()> {
+    assert_nothing(&fault_points::complaints(repository()?)?);
     Ok(())
 }
 
