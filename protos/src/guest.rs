@@ -27,6 +27,9 @@ pub const SHARE_DIR: &str = "/run/pericarp/share";
 /// The share's directory of the pod's volumes.
 pub const VOLUMES: &str = ".volumes";
 
+/// Where the agent mounts the pod's volumes in memory, `<MEMORY_DIR>/<name>`.
+pub const MEMORY_DIR: &str = "/run/pericarp/memory";
+
 /// Where the agent writes the pod's `hosts`, `resolv.conf` and `hostname`.
 pub const ETC_DIR: &str = "/run/pericarp/etc";
 

@@ -3,17 +3,27 @@
 use std::sync::Arc;
 
 use oci_spec::runtime::{LinuxResources, Spec};
-use pericarp_protos::{host::Disk, id::ContainerId};
+use pericarp_protos::{host::PrepareContainerResponse, id::ContainerId};
 
 use super::ContainerError;
 use crate::pod::{
-    ContainerDisks, HugePageReservation, HugePages, HugePagesError, MountedVolumes, Volumes, huge_pages,
+    ContainerDisks, HugePageReservation, HugePages, HugePagesError, MemoryVolumes, MountedSubPaths,
+    MountedVolumes, Volumes, huge_pages,
 };
+
+/// What the pod has for its containers.
+#[derive(Default)]
+pub struct PodStorage {
+    volumes: Arc<Volumes>,
+    memory_volumes: MemoryVolumes,
+    huge_pages: Arc<HugePages>,
+}
 
 /// What a container uses of the pod until it is deleted.
 pub struct Attachments {
     disks: ContainerDisks,
     volumes: MountedVolumes,
+    sub_paths: MountedSubPaths,
     huge_pages: HugePageReservation,
 }
 
@@ -22,20 +32,24 @@ impl Attachments {
     /// to use them.
     pub async fn attach(
         id: &ContainerId,
-        volumes: &Arc<Volumes>,
-        huge_pages: &Arc<HugePages>,
+        storage: &PodStorage,
         mut spec: Spec,
-        disks: Vec<Disk>,
+        prepared: PrepareContainerResponse,
     ) -> Result<(Self, Spec), ContainerError> {
-        let reservation = huge_pages.reservation(id.as_str());
+        let PrepareContainerResponse { disks, memory_volumes, .. } = prepared;
+        let reservation = storage.huge_pages.reservation(id.as_str());
         reserve_huge_pages(&reservation, &mut spec)
             .await
             .map_err(|source| ContainerError::HugePages { id: id.to_string(), source })?;
+        let sub_paths = storage
+            .memory_volumes
+            .mount(&mut spec, &memory_volumes)
+            .map_err(|source| ContainerError::MemoryVolumes { id: id.to_string(), source })?;
         let (disks, spec) = ContainerDisks::attach(spec, disks)
             .await
             .map_err(|source| ContainerError::Disks { id: id.to_string(), source })?;
-        let volumes = volumes.mount(&spec).await;
-        Ok((Self { disks, volumes, huge_pages: reservation }, spec))
+        let volumes = storage.volumes.mount(&spec).await;
+        Ok((Self { disks, volumes, sub_paths, huge_pages: reservation }, spec))
     }
 
     /// Changes how many huge pages the container may use. Resources without limits of huge pages change nothing.
@@ -46,6 +60,7 @@ impl Attachments {
     /// Unmounts the volumes that no other container uses, frees the huge pages, and detaches the disks.
     pub async fn detach(self) {
         self.volumes.release().await;
+        drop(self.sub_paths);
         drop(self.huge_pages);
         self.disks.detach().await;
     }

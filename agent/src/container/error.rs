@@ -4,7 +4,7 @@ use std::io;
 
 use crate::{
     launch::LaunchError,
-    pod::{DeviceError, HugePagesError},
+    pod::{DeviceError, HugePagesError, MemoryVolumeError},
     resources::CgroupError,
     stdio::StdioError,
 };
@@ -54,6 +54,14 @@ pub enum ContainerError {
         id: String,
         /// What went wrong.
         source: HugePagesError,
+    },
+    /// The container cannot have its volumes in memory.
+    #[error("container {id}: {source}")]
+    MemoryVolumes {
+        /// The container.
+        id: String,
+        /// What went wrong.
+        source: MemoryVolumeError,
     },
     /// The container could not be created. The text begins like runc's.
     #[error(

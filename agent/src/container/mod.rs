@@ -10,7 +10,7 @@ mod pause;
 mod process;
 
 pub use self::{
-    attachments::Attachments,
+    attachments::{Attachments, PodStorage},
     container::{Container, ContainerConfig},
     error::ContainerError,
     process::{Process, ProcessState, send_signal},

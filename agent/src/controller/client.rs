@@ -118,10 +118,12 @@ impl ControllerClient {
 
     /// Has the controller put a container's files into the share.
     ///
-    /// Returns the OCI spec for the guest, as JSON, and the disks that have been inserted into the machine for it.
+    /// Returns the OCI spec for the guest, as JSON, the disks that have been inserted into the machine for it, and the
+    /// volumes in memory that it uses.
     pub async fn prepare_container(&self, id: &ContainerId) -> ttrpc::Result<PrepareContainerResponse> {
         let mut request = PrepareContainerRequest::new();
         request.container_id = id.to_string();
+        request.makes_memory_volumes = true;
         self.call(CONNECT_LIMIT, request, |client, context, request| async move {
             client.prepare_container(context, &request).await
         })

@@ -7,6 +7,7 @@ mod configuration;
 pub mod devices;
 mod files;
 pub mod huge_pages;
+mod memory_volumes;
 pub mod namespaces;
 mod network;
 pub mod port_forward;
@@ -30,6 +31,7 @@ pub use self::{
     configuration::PodError,
     devices::{ContainerDisks, DeviceError},
     huge_pages::{HugePageReservation, HugePages, HugePagesError},
+    memory_volumes::{MemoryVolumeError, MemoryVolumes, MountedSubPaths},
     volumes::{MountedVolumes, Volumes},
 };
 use crate::{

@@ -62,8 +62,7 @@ impl TaskService {
         reserve_for_agent().await;
         let spec = spec::container(&prepared.spec)
             .map_err(|error| invalid(format!("its OCI spec cannot be read: {error}")))?;
-        let (attachments, spec) =
-            Attachments::attach(id, &self.volumes, &self.huge_pages, spec, prepared.disks).await?;
+        let (attachments, spec) = Attachments::attach(id, &self.storage, spec, prepared).await?;
         let urls = Urls {
             stdin: request.stdin.clone(),
             stdout: request.stdout.clone(),

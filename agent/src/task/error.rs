@@ -94,6 +94,7 @@ fn container_code(error: &ContainerError) -> Code {
         | ContainerError::Cgroup { .. }
         | ContainerError::Disks { .. }
         | ContainerError::HugePages { .. }
+        | ContainerError::MemoryVolumes { .. }
         | ContainerError::System { .. } => Code::UNKNOWN,
     }
 }

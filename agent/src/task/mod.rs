@@ -16,10 +16,10 @@ use pericarp_protos::{guest::CGROUP_PARENT, id::ContainerId};
 
 use self::error::TaskError;
 use crate::{
-    container::Container,
+    container::{Container, PodStorage},
     controller::{ControllerClient, EventLog},
     launch::Reaper,
-    pod::{HugePages, Pod, Volumes},
+    pod::Pod,
     resources::{self, OomWatcher},
     stdio::Streams,
 };
@@ -33,8 +33,7 @@ pub struct TaskService {
     events: Arc<EventLog>,
     oom: Option<Arc<OomWatcher>>,
     containers: Mutex<HashMap<ContainerId, ContainerEntry>>,
-    volumes: Arc<Volumes>,
-    huge_pages: Arc<HugePages>,
+    storage: PodStorage,
 }
 
 /// A container that `Create` has been called for.
@@ -73,8 +72,7 @@ impl TaskService {
             events,
             oom,
             containers: Mutex::default(),
-            volumes: Arc::default(),
-            huge_pages: Arc::default(),
+            storage: PodStorage::default(),
         })
     }
 

@@ -16,7 +16,7 @@ use containerd_shim_protos::{api, shim_async::TaskClient};
 use pericarp_protos::{
     agent::{AgentClient, ConfigureRequest, Event, EventsRequest, TaskEvent, event},
     host::{
-        Boot, FitResourcesRequest, FitResourcesResponse, Host, PrepareContainerRequest,
+        Boot, FitResourcesRequest, FitResourcesResponse, Host, MemoryVolume, PrepareContainerRequest,
         PrepareContainerResponse, ReadyRequest, ReadyResponse, ReleaseContainerRequest,
         ReleaseContainerResponse, create_boot, create_host,
     },
@@ -58,6 +58,8 @@ pub struct Agent {
 #[derive(Default)]
 pub struct FakeHost {
     pub specs: Mutex<HashMap<String, Value>>,
+    /// What every container is told of the pod's volumes in memory.
+    pub memory_volumes: Mutex<Vec<MemoryVolume>>,
     pub released: Mutex<Vec<String>>,
     /// While a test holds it, no container is prepared.
     pub prepare: tokio::sync::Mutex<()>,
@@ -94,6 +96,8 @@ impl Host for FakeHost {
         };
         let mut response = PrepareContainerResponse::new();
         response.spec = serde_json::to_vec(spec).unwrap();
+        assert!(request.makes_memory_volumes);
+        response.memory_volumes.clone_from(&self.memory_volumes.lock().unwrap());
         Ok(response)
     }
 

@@ -11,4 +11,5 @@ mod client_stream;
 mod execs;
 mod harness;
 mod lifecycle;
+mod memory_volumes;
 mod streams;

@@ -8,7 +8,7 @@ use std::{collections::HashMap, io, sync::Arc, time::Duration};
 use async_trait::async_trait;
 use pericarp_protos::{
     host::{
-        Disk, FitResourcesRequest, FitResourcesResponse, Host, PrepareContainerRequest,
+        Disk, FitResourcesRequest, FitResourcesResponse, Host, MemoryVolume, PrepareContainerRequest,
         PrepareContainerResponse, ReleaseContainerRequest, ReleaseContainerResponse, create_host,
     },
     ttrpc::{
@@ -41,6 +41,21 @@ pub struct Prepared {
     pub spec: Vec<u8>,
     /// The disks that it uses.
     pub disks: Vec<Disk>,
+    /// The volumes in the guest's memory that it uses.
+    pub memory_volumes: Vec<MemoryVolume>,
+}
+
+/// What the agent of a guest can do, by its own word: an agent that was started by an earlier version says nothing.
+/// Either way a guest gets no more than what is on record.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct AgentFeatures {
+    /// It makes volumes in memory itself. If it does not, they are in the share.
+    pub memory_volumes: bool,
+}
+
+impl AgentFeatures {
+    /// What the agent of this version can do.
+    pub const CURRENT: Self = Self { memory_volumes: true };
 }
 
 /// Why a request is not answered, in words that a guest may know.
@@ -54,7 +69,7 @@ pub struct RequestError {
 #[async_trait]
 pub trait Requests: Send + Sync {
     /// Makes a container's file systems appear.
-    async fn prepare(&self, container: &str) -> Result<Prepared, RequestError>;
+    async fn prepare(&self, container: &str, agent: AgentFeatures) -> Result<Prepared, RequestError>;
     /// Makes the machine fit what its containers may use now.
     async fn fit(&self, container: &str) -> Result<(), RequestError>;
     /// Undoes it.
@@ -148,8 +163,10 @@ impl Host for HostService {
         _context: &TtrpcContext,
         request: PrepareContainerRequest,
     ) -> ttrpc::Result<PrepareContainerResponse> {
-        let Prepared { spec, disks } = self.requests.prepare(&request.container_id).await.map_err(status)?;
-        Ok(PrepareContainerResponse { spec, disks, ..PrepareContainerResponse::default() })
+        let agent = AgentFeatures { memory_volumes: request.makes_memory_volumes };
+        let prepared = self.requests.prepare(&request.container_id, agent).await.map_err(status)?;
+        let Prepared { spec, disks, memory_volumes } = prepared;
+        Ok(PrepareContainerResponse { spec, disks, memory_volumes, ..PrepareContainerResponse::default() })
     }
 
     async fn fit_resources(
@@ -195,7 +212,7 @@ mod tests {
 
     #[async_trait]
     impl Requests for Gate {
-        async fn prepare(&self, _container: &str) -> Result<Prepared, RequestError> {
+        async fn prepare(&self, _: &str, _: AgentFeatures) -> Result<Prepared, RequestError> {
             Err(RequestError { code: ttrpc::Code::NOT_FOUND, message: "none".into() })
         }
 

@@ -3,6 +3,7 @@
 pub mod cgroup;
 pub mod cgroup_stats;
 pub mod cpuset;
+pub mod empty_dir;
 pub mod machine;
 pub mod mounts;
 pub mod network;

@@ -167,6 +167,30 @@ pub fn any_below(path: &Path) -> io::Result<bool> {
     Ok(places.map(unescaped).any(|place| place != path && place.starts_with(path)))
 }
 
+/// A mount, as the mount table has it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MountEntry {
+    /// The numbers of its file system's device, "major:minor".
+    pub device: Vec<u8>,
+    /// The directory or file of the file system that is mounted; `/` is all of it. One that has been removed ends with
+    /// `//deleted`.
+    pub root: PathBuf,
+}
+
+/// The mount at a path, the topmost if there are several; `None` if the path is not where something is mounted.
+pub fn entry_at(path: &Path) -> io::Result<Option<MountEntry>> {
+    Ok(entry_in(&fs::read("/proc/self/mountinfo")?, path))
+}
+
+/// Finds a mount in a table. Its third to fifth field are the device, the root and the place (`proc_pid_mountinfo(5)`).
+fn entry_in(table: &[u8], path: &Path) -> Option<MountEntry> {
+    table.split(|byte| *byte == b'\n').rev().find_map(|line| {
+        let mut fields = line.split(|byte| *byte == b' ').skip(2);
+        let (device, root, place) = (fields.next()?, fields.next()?, fields.next()?);
+        (unescaped(place) == path).then(|| MountEntry { device: device.to_owned(), root: unescaped(root) })
+    })
+}
+
 /// A path of the mount table, where blanks, line ends and backslashes are written as `\ooo`.
 fn unescaped(place: &[u8]) -> PathBuf {
     let mut bytes = Vec::with_capacity(place.len());
@@ -257,6 +281,18 @@ mod tests {
         detach(&outer.join("inner")).unwrap();
         detach(&outer).unwrap();
         assert!(!found && found_inner);
+    }
+
+    #[test]
+    fn the_topmost_mount_at_a_path_is_found_with_its_device_and_root() {
+        let table = b"21 1 8:1 / / rw - ext4 /dev/sda1 rw\n\
+            30 21 0:40 / /pods/a\\040b rw - tmpfs tmpfs rw\n\
+            31 30 0:41 /sub/path /pods/a\\040b rw - tmpfs tmpfs rw\n";
+        let entry = |device: &str, root: &str| MountEntry { device: device.into(), root: root.into() };
+        assert_eq!(entry_in(table, Path::new("/pods/a b")), Some(entry("0:41", "/sub/path")));
+        assert_eq!(entry_in(table, Path::new("/")), Some(entry("8:1", "/")));
+        assert_eq!(entry_in(table, Path::new("/pods")), None);
+        assert_eq!(entry_at(Path::new("/proc")).unwrap().unwrap().root, Path::new("/"));
     }
 
     #[test]

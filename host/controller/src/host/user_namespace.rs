@@ -30,6 +30,14 @@ pub struct IdRange {
     pub length: u32,
 }
 
+impl IdRange {
+    /// What an id of the pod is on the host; `None` if it is none of the pod's.
+    pub fn on_host(&self, id: u32) -> Option<u32> {
+        let offset = id.checked_sub(self.inside).filter(|offset| *offset < self.length)?;
+        self.outside.checked_add(offset)
+    }
+}
+
 /// All of a pod's ids. containerd takes one range for each (`parseUsernsIDMap`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct IdMap {
@@ -175,6 +183,14 @@ mod tests {
         assert!(!MAP.is(&list(131_072), &list(131_072)));
         assert!(!MAP.is(&Value::Null, &list(196_608)));
         assert!(!MAP.is(&list(131_072), &json!([])));
+    }
+
+    #[test]
+    fn an_id_of_the_pod_is_another_on_the_host_and_other_ids_are_none() {
+        let range = IdRange { inside: 10, outside: 5000, length: 3 };
+        assert_eq!([9, 10, 12, 13].map(|id| range.on_host(id)), [None, Some(5000), Some(5002), None]);
+        let broken = IdRange { inside: 0, outside: u32::MAX, length: 2 };
+        assert_eq!([0, 1].map(|id| broken.on_host(id)), [Some(u32::MAX), None]);
     }
 
     #[test]

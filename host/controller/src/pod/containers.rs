@@ -16,10 +16,11 @@ use super::{
 use crate::{
     fault::FaultPoint,
     guest::{
-        service::Prepared,
+        service::{AgentFeatures, Prepared},
         translate::{self, HugeDirectory, Translated},
     },
     host::{
+        empty_dir::MemoryEmptyDir,
         rootfs::RootFs,
         share::{ShareError, SharedRoot},
         user_namespace::UserNamespaceError,
@@ -82,15 +83,17 @@ impl PodTask {
         &mut self,
         id: &ContainerId,
         request: ContainerRequest,
+        agent: AgentFeatures,
     ) -> Result<Prepared, ContainerError> {
-        let ahead = self.life.running_mut().and_then(|running| running.prepared_ahead.remove(id));
-        match ahead {
-            Some(ahead) if ahead.request == request => {
+        let running = self.life.running_mut().ok_or(ContainerError::Ended)?;
+        running.agent = agent;
+        match running.prepared_ahead.remove(id) {
+            Some(ahead) if ahead.request == request && ahead.agent == agent => {
                 // What the pod may use may have changed meanwhile.
                 self.fit(id, request.limits()).await?;
                 Ok(ahead.prepared)
             }
-            _ => self.prepare(id, request).await,
+            _ => self.prepare(id, request, agent).await,
         }
     }
 
@@ -98,14 +101,15 @@ impl PodTask {
     pub(super) async fn prepare_ahead(&mut self, id: ContainerId, request: ContainerRequest) {
         // The guest may have been quicker.
         let is_known = self.pod.status.borrow().containers.contains_key(&id);
-        let has_room = self.life.running().is_some_and(|running| running.prepared_ahead.len() < AHEAD_MAX);
-        if is_known || !has_room {
+        let Some(running) = self.life.running() else { return };
+        if is_known || running.prepared_ahead.len() >= AHEAD_MAX {
             return;
         }
-        match self.prepare(&id, request.clone()).await {
+        let agent = running.agent;
+        match self.prepare(&id, request.clone(), agent).await {
             Ok(prepared) => {
                 if let Some(running) = self.life.running_mut() {
-                    running.prepared_ahead.insert(id, PreparedAhead { request, prepared });
+                    running.prepared_ahead.insert(id, PreparedAhead { request, agent, prepared });
                 }
             }
             // The guest will be told, if it asks.
@@ -134,14 +138,20 @@ impl PodTask {
         &mut self,
         id: &ContainerId,
         request: ContainerRequest,
+        agent: AgentFeatures,
     ) -> Result<Prepared, ContainerError> {
         let begun = Instant::now();
         FaultPoint::ContainerLookedUp.reached();
         let machine_pid = self.life.running().ok_or(ContainerError::Ended)?.pid;
         let limits = request.limits();
         let ContainerRequest { spec, given_devices, rootfs } = request;
-        let of_pod =
-            translate::Pod { machine_pid, id_map: self.pod.spec.id_map, huge_directory: HugeDirectory::at };
+        let of_pod = translate::Pod {
+            machine_pid,
+            id_map: self.pod.spec.id_map,
+            huge_directory: HugeDirectory::at,
+            uid: self.pod.spec.uid.clone(),
+            memory_empty_dir: if agent.memory_volumes { MemoryEmptyDir::at } else { |_, _| Ok(None) },
+        };
         let container = id.clone();
         // It may have to ask a file system.
         let translated = self
@@ -175,7 +185,7 @@ impl PodTask {
         self.pod.caused_by_guest(|| {
             tracing::info!(pod = self.pod.id(), container = id.as_str(), elapsed_ms, "container prepared");
         });
-        Ok(Prepared { spec: translated.spec, disks })
+        Ok(Prepared { spec: translated.spec, disks, memory_volumes: translated.memory_volumes })
     }
 
     /// Undoes what was prepared, if it was.

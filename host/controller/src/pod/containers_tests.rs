@@ -78,11 +78,11 @@ async fn what_was_prepared_ahead_is_what_the_guest_gets() {
     running.task.prepare_ahead("c1".parse().unwrap(), request.clone()).await;
     let mount = running.mount();
     assert!(mount != 0 && running.pod.progress.knows("c1"));
-    let prepared = running.task.prepare_for_guest(&id, request.clone()).await.unwrap();
+    let prepared = running.task.prepare_for_guest(&id, request.clone(), AgentFeatures::CURRENT).await.unwrap();
     assert_eq!(argument(&prepared), "one");
     assert_eq!(running.mount(), mount, "it is not mounted again");
     // A guest that asks again has it made anew, as it has given up what it had.
-    running.task.prepare_for_guest(&id, request).await.unwrap();
+    running.task.prepare_for_guest(&id, request, AgentFeatures::CURRENT).await.unwrap();
     assert_ne!(running.mount(), mount);
 }
 
@@ -91,7 +91,7 @@ async fn what_was_changed_after_it_was_prepared_is_prepared_anew() {
     let mut running = RunningPod::new();
     running.task.prepare_ahead("c1".parse().unwrap(), running.request("one")).await;
     let changed = running.request("two");
-    let prepared = running.task.prepare_for_guest(&"c1".parse().unwrap(), changed).await.unwrap();
+    let prepared = running.task.prepare_for_guest(&"c1".parse().unwrap(), changed, AgentFeatures::CURRENT).await.unwrap();
     assert_eq!(argument(&prepared), "two");
 }
 
@@ -105,7 +105,7 @@ async fn what_was_prepared_ahead_is_released_unless_the_guest_has_it() {
     assert_eq!(running.task.all_limits(), []);
     let request = running.request("one");
     running.task.prepare_ahead("c1".parse().unwrap(), request.clone()).await;
-    running.task.prepare_for_guest(&id, request).await.unwrap();
+    running.task.prepare_for_guest(&id, request, AgentFeatures::CURRENT).await.unwrap();
     running.task.release_ahead(&id).await;
     assert!(running.rootfs().exists(), "it is the guest's");
     // Nor is it prepared again behind the guest's back.

@@ -139,6 +139,7 @@ fn code(error: &ContainerError) -> Code {
         ContainerError::Resize(ResizeError::Machine { source: ttrpc::Error::RpcStatus(status), .. }) => {
             status.code()
         }
+        ContainerError::Spec(translate::Error::MemoryVolume { .. }) => Code::INTERNAL,
         ContainerError::Spec(_)
         | ContainerError::Source(SourceError::Refused(_))
         | ContainerError::Disk(DiskError::Device { .. })
@@ -202,6 +203,11 @@ mod tests {
                 translate::Error::WorkingDirectory("relative".into()).into(),
                 Code::INVALID_ARGUMENT,
                 "\"relative\" is not an absolute path",
+            ),
+            (
+                translate::Error::MemoryVolume { destination: destination(), source: io_error() }.into(),
+                Code::INTERNAL,
+                "/in/container cannot be looked at",
             ),
             (
                 ShareError::VolumeMissing { path: path(), destination: destination() }.into(),

@@ -15,7 +15,7 @@ use pericarp_protos::id::ContainerId;
 
 use super::ports::ContainerRequest;
 use crate::{
-    guest::service::Prepared,
+    guest::service::{AgentFeatures, Prepared},
     host::{
         cpuset::CpuSet,
         size::{Limits, PodResources, Size},
@@ -53,6 +53,8 @@ pub struct Running {
     pub resources: PodResources,
     /// What each prepared container may use. After a take-over they are looked up when they are needed.
     pub limits: HashMap<ContainerId, Limits>,
+    /// What the guest's agent can do, as far as is known.
+    pub agent: AgentFeatures,
     /// Containers that are prepared although no guest has asked for them yet.
     pub prepared_ahead: HashMap<ContainerId, PreparedAhead>,
     /// The machine's size, as far as this controller has set it.
@@ -66,6 +68,8 @@ pub struct Running {
 pub struct PreparedAhead {
     /// What it was prepared from. If that has changed when the guest asks, it is prepared anew.
     pub request: ContainerRequest,
+    /// What its guest's agent was taken to be able to do.
+    pub agent: AgentFeatures,
     pub prepared: Prepared,
 }
 
@@ -77,6 +81,7 @@ impl Running {
             pid,
             resources,
             limits: HashMap::new(),
+            agent: AgentFeatures::CURRENT,
             prepared_ahead: HashMap::new(),
             size: Some(size),
             pinned,
@@ -89,6 +94,7 @@ impl Running {
             pid,
             resources,
             limits: HashMap::new(),
+            agent: AgentFeatures::default(),
             prepared_ahead: HashMap::new(),
             size: None,
             pinned: None,

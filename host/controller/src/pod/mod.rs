@@ -63,7 +63,7 @@ use self::{
 use crate::{
     blocking::BlockingWork,
     config::Config,
-    guest::service::Prepared,
+    guest::service::{AgentFeatures, Prepared},
     host::{
         machine::{Exit, MachineControl},
         size::{self, CpuAndMemory, HostCapacity, Size},
@@ -271,10 +271,14 @@ impl Pod {
     }
 
     /// Looks a container up, makes its files and disks appear in the guest, and returns its spec.
-    async fn prepare_container(&self, id: &ContainerId) -> Result<Prepared, ContainerError> {
+    async fn prepare_container(
+        &self,
+        id: &ContainerId,
+        agent: AgentFeatures,
+    ) -> Result<Prepared, ContainerError> {
         let request = self.look_up(id).await?;
         let id = id.clone();
-        self.ask_for_container(|reply| Command::Prepare { id, request, reply }).await
+        self.ask_for_container(|reply| Command::Prepare { id, request, agent, reply }).await
     }
 
     /// Prepares a container that no guest has asked for yet. Nobody is told of an error: the guest is, if it asks.

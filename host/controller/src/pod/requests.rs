@@ -12,7 +12,7 @@ use tokio::time::Instant;
 use super::{Pod, containers::container_id};
 use crate::guest::{
     dial,
-    service::{HostServer, Prepared, RequestError, Requests},
+    service::{AgentFeatures, HostServer, Prepared, RequestError, Requests},
 };
 
 /// How long after a failure it is tried again: nothing tells when it is worth it. A guest that takes connections only to
@@ -79,8 +79,8 @@ struct GuestRequests(Arc<Pod>);
 
 #[async_trait]
 impl Requests for GuestRequests {
-    async fn prepare(&self, container: &str) -> Result<Prepared, RequestError> {
-        let prepared = async { self.0.prepare_container(&container_id(container)?).await };
+    async fn prepare(&self, container: &str, agent: AgentFeatures) -> Result<Prepared, RequestError> {
+        let prepared = async { self.0.prepare_container(&container_id(container)?, agent).await };
         prepared.await.map_err(|error| self.0.error_for_guest(&error))
     }
 

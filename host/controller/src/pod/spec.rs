@@ -18,6 +18,9 @@ pub struct PodSpec {
     /// Its name for people, and the Kubernetes namespace that this name is in.
     pub name: String,
     pub namespace: String,
+    /// kubelet's id of the pod, which is in the paths of its volumes; empty if nobody knows it.
+    #[serde(default)]
+    pub uid: String,
     /// Where its containers are on record: containerd's namespace, usually `k8s.io`.
     pub source_namespace: String,
     /// The network namespace that has been made for it, if any.
@@ -54,6 +57,7 @@ impl PodSpec {
             id,
             name: String::new(),
             namespace: String::new(),
+            uid: String::new(),
             source_namespace: source_namespace.to_owned(),
             // Its taps are removed with it by whoever has made it.
             netns: None,

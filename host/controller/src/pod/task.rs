@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     fault::FaultPoint,
-    guest::service::Prepared,
+    guest::service::{AgentFeatures, Prepared},
     host::{
         machine::Exit,
         size::{CpuAndMemory, Limits},
@@ -55,6 +55,7 @@ pub enum Command {
     Prepare {
         id: ContainerId,
         request: ContainerRequest,
+        agent: AgentFeatures,
         reply: Reply<Result<Prepared, ContainerError>>,
     },
     /// To be prepared although no guest has asked for it yet.
@@ -161,8 +162,8 @@ impl PodTask {
                     tracing::error!(pod = self.pod.id(), %error, "cannot clean up after a machine");
                 }
             }
-            Command::Prepare { id, request, reply } => {
-                let _ = reply.send(self.prepare_for_guest(&id, request).await);
+            Command::Prepare { id, request, agent, reply } => {
+                let _ = reply.send(self.prepare_for_guest(&id, request, agent).await);
             }
             Command::PrepareAhead { id, request } => self.prepare_ahead(id, request).await,
             Command::ReleaseAhead { id } => self.release_ahead(&id).await,

@@ -157,7 +157,8 @@ async fn a_guest_cannot_prepare_what_is_no_container_of_its_pod() {
     let directory = tempfile::tempdir().unwrap();
     let pod = pod(directory.path());
     for id in ["unknown", "../abc", ""] {
-        let prepared = async { pod.prepare_container(&containers::container_id(id)?).await };
+        let prepared =
+            async { pod.prepare_container(&containers::container_id(id)?, AgentFeatures::default()).await };
         let error = pod.error_for_guest(&prepared.await.unwrap_err());
         assert_eq!(error.code, ttrpc::Code::NOT_FOUND, "{id}");
         let message = &error.message;
@@ -170,7 +171,7 @@ async fn a_guest_cannot_prepare_what_is_no_container_of_its_pod() {
 async fn a_container_for_which_something_unknown_was_asked_is_refused_with_its_name() {
     let directory = tempfile::tempdir().unwrap();
     let pod = pod(directory.path());
-    let error = pod.prepare_container(&"odd".parse().unwrap()).await.unwrap_err();
+    let error = pod.prepare_container(&"odd".parse().unwrap(), AgentFeatures::default()).await.unwrap_err();
     let error = pod.error_for_guest(&error);
     assert_eq!(error.code, ttrpc::Code::INVALID_ARGUMENT, "{}", error.message);
     assert!(error.message.contains("default/web") && error.message.contains("hologram"), "{}", error.message);

@@ -94,6 +94,7 @@ fn of_config(id: SandboxId, source_namespace: &str, netns: &str, config: &cri::P
     PodSpec {
         name: metadata.name,
         namespace: metadata.namespace,
+        uid: metadata.uid,
         netns: (!netns.is_empty()).then(|| PathBuf::from(netns)),
         hostname: config.hostname.clone(),
         dns: dns.map(|cri::DnsConfig { servers, searches, options }| Dns { servers, searches, options }),

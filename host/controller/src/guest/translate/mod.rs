@@ -6,21 +6,23 @@
 
 mod devices;
 mod huge_pages;
+mod memory_volumes;
 mod mounts;
 mod unsupported;
 
 pub use devices::{BlockVolume, GivenDevice, GivenDevices};
 pub use huge_pages::HugeDirectory;
 
-use std::path::Path;
+use std::{io, path::Path};
 
 use pericarp_protos::guest::{
     CGROUP_PARENT, IPC_NAMESPACE, NETWORK_NAMESPACE, PID_NAMESPACE, SHARE_DIR, USER_NAMESPACE, UTS_NAMESPACE,
 };
+use pericarp_protos::host::MemoryVolume;
 use pericarp_protos::id::ContainerId;
 use serde_json::{Map, Value};
 
-use crate::host::{share::volume::Volume, user_namespace::IdMap};
+use crate::host::{empty_dir::MemoryEmptyDir, share::volume::Volume, user_namespace::IdMap};
 
 /// Where a spec, or a mount of it, says how ids are mapped.
 const MAPPINGS: [&str; 2] = ["uidMappings", "gidMappings"];
@@ -62,6 +64,16 @@ pub enum Error {
         /// In the container.
         path: String,
     },
+    /// An emptyDir in memory that kubelet has changed meanwhile, or that the kernel says nothing about.
+    #[error(
+        "the emptyDir in memory at {destination} cannot be looked at; the controller's log on the node says why"
+    )]
+    MemoryVolume {
+        /// In the container.
+        destination: String,
+        #[source]
+        source: io::Error,
+    },
     /// The spec asks for something that a pod in a machine of its own cannot have.
     #[error("{what} cannot be used in a pericarp pod: {remedy}")]
     Unsupported {
@@ -83,12 +95,14 @@ pub struct Translated {
     pub spec: Vec<u8>,
     /// Directories and files of the host that the spec mounts.
     pub volumes: Vec<Volume>,
+    /// Volumes that the guest makes itself, one entry for each mount of one.
+    pub memory_volumes: Vec<MemoryVolume>,
     /// Block devices of the host that the guest gets as disks.
     pub disks: Vec<BlockVolume>,
 }
 
 /// What a container's spec depends on beside itself.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Pod {
     /// containerd made every namespace path of the spec from this process id (`internal/cri/opts`, `WithPodNamespaces`).
     pub machine_pid: u32,
@@ -96,6 +110,10 @@ pub struct Pod {
     pub id_map: Option<IdMap>,
     /// Is asked about the sources of a container's volumes if it may have huge pages.
     pub huge_directory: fn(&Path) -> Option<HugeDirectory>,
+    /// kubelet's id of the pod; empty if nobody knows it.
+    pub uid: String,
+    /// Is asked about the sources of a container's volumes, and gets that id.
+    pub memory_empty_dir: fn(&Path, &str) -> io::Result<Option<MemoryEmptyDir>>,
 }
 
 /// Translates the spec of `container`. `given`: the devices that were asked for, if that is on record.
@@ -116,9 +134,9 @@ pub fn translate(
     let read_only_root = set_root_path(root, container)?;
     security_labels(root)?;
     // First, because containerd shares the root file system for the sake of a volume, which is what the user knows.
-    let volumes = mounts::translate(root, read_only_root, pod)?;
+    let (volumes, memory_volumes) = mounts::translate(root, read_only_root, pod)?;
     let disks = linux(root, container, pod, given)?;
-    Ok(Translated { spec: serde_json::to_vec(&spec)?, volumes, disks })
+    Ok(Translated { spec: serde_json::to_vec(&spec)?, volumes, memory_volumes, disks })
 }
 
 /// Where the guest sees a container's part of the share.

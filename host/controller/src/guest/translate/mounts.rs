@@ -5,10 +5,13 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use pericarp_protos::guest::{ETC_DIR, SHARE_DIR, SHM_DIR, VOLUMES};
+use pericarp_protos::{
+    guest::{ETC_DIR, SHARE_DIR, SHM_DIR, VOLUMES},
+    host::MemoryVolume,
+};
 use serde_json::{Map, Value, json};
 
-use super::{Error, MAPPINGS, Pod, huge_pages, is_given, text, unsupported};
+use super::{Error, MAPPINGS, Pod, huge_pages, is_given, memory_volumes, text, unsupported};
 use crate::host::{
     mounts,
     share::volume::{IdMapping, Propagation, ReadOnly, Volume},
@@ -23,19 +26,19 @@ const SHM: &str = "/dev/shm";
 /// File systems that the guest's kernel makes itself.
 const GUEST_TYPES: [&str; 8] = ["proc", "sysfs", "tmpfs", "ramfs", "mqueue", "devpts", "cgroup", "cgroup2"];
 
-/// Rewrites `mounts` and says what has to be mounted on the host for it.
+/// Rewrites `mounts`; returns what has to be mounted on the host for it, and the volumes that the guest makes itself.
 pub(super) fn translate(
     root: &mut Map<String, Value>,
     read_only_root: bool,
     pod: &Pod,
-) -> Result<Vec<Volume>, Error> {
+) -> Result<(Vec<Volume>, Vec<MemoryVolume>), Error> {
     let list = match root.remove("mounts") {
         None | Some(Value::Null) => Vec::new(),
         Some(Value::Array(list)) => list,
         Some(_) => return Err(Error::Malformed("mounts is not a list")),
     };
     let huge_directory = Some(pod.huge_directory).filter(|_| huge_pages::are_allowed(root));
-    let mut volumes = Vec::new();
+    let (mut volumes, mut in_memory) = (Vec::new(), Vec::new());
     let mut kept = Vec::with_capacity(list.len() + 4);
     let mut destinations = Vec::with_capacity(list.len());
     for mut entry in list {
@@ -52,6 +55,8 @@ pub(super) fn translate(
             let volume = volume(mount, destination.clone(), &options, pod.id_map.as_ref())?;
             if let Some(directory) = huge_directory.and_then(|find| find(&volume.source)) {
                 directory.mount(mount, &volume.name, volume.read_only != ReadOnly::No);
+            } else if let Some(memory_volume) = memory_volumes::translate(mount, &volume, pod)? {
+                in_memory.push(memory_volume);
             } else {
                 let path = format!("{SHARE_DIR}/{VOLUMES}/{}", volume.name);
                 mount.insert("source".into(), path.into());
@@ -76,7 +81,7 @@ pub(super) fn translate(
     }
     add_pod_files(&mut kept, &destinations, read_only_root);
     root.insert("mounts".into(), Value::Array(kept));
-    Ok(volumes)
+    Ok((volumes, in_memory))
 }
 
 fn options(mount: &Map<String, Value>) -> Result<Vec<String>, Error> {

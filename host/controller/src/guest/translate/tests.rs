@@ -6,13 +6,20 @@ use crate::host::user_namespace::IdRange;
 
 const ID: &str = "c1";
 
-fn id() -> ContainerId {
+pub(super) fn id() -> ContainerId {
     ID.parse().unwrap()
 }
-const POD: Pod = Pod { machine_pid: 4711, id_map: None, huge_directory: |_| None };
+
+pub(super) const POD: Pod = Pod {
+    machine_pid: 4711,
+    id_map: None,
+    huge_directory: |_| None,
+    uid: String::new(),
+    memory_empty_dir: |_, _| Ok(None),
+};
 
 /// The shape of what CRI in containerd 2.1 makes.
-fn spec() -> Value {
+pub(super) fn spec() -> Value {
     json!({
         "ociVersion": "1.2.1",
         "process": {
@@ -68,7 +75,7 @@ fn mount<'a>(spec: &'a Value, destination: &str) -> Option<&'a Value> {
     spec["mounts"].as_array().unwrap().iter().find(|mount| mount["destination"] == destination)
 }
 
-fn add_mount(spec: &mut Value, mount: Value) {
+pub(super) fn add_mount(spec: &mut Value, mount: Value) {
     spec["mounts"].as_array_mut().unwrap().push(mount);
 }
 
@@ -402,9 +409,9 @@ fn the_roots_propagation_means_nothing_in_a_guest() {
 }
 
 const IDS: IdRange = IdRange { inside: 0, outside: 65536, length: 65536 };
-const ID_MAP: IdMap = IdMap { uids: IDS, gids: IDS };
+pub(super) const ID_MAP: IdMap = IdMap { uids: IDS, gids: IDS };
 
-fn mappings() -> Value {
+pub(super) fn mappings() -> Value {
     json!([{ "containerID": 0, "hostID": 65536, "size": 65536 }])
 }
 
