@@ -18,7 +18,7 @@ fn cache() -> MemoryVolume {
     let mut volume = MemoryVolume::new();
     volume.name = "cache".to_owned();
     (volume.size_bytes, volume.inodes) = (1 << 20, 100);
-    volume.directories = vec![directory("", 0o2777, 0, 4242), directory("part", 0o1770, 1000, 4242)];
+    volume.directories = vec![directory("", 0o2777, 0, 4242), directory("part", 0o1777, 1000, 4242)];
     volume
 }
 
@@ -62,7 +62,7 @@ async fn a_volume_in_memory_is_shared_and_stays() {
             .await;
     assert_eq!(output, "kept\nrefused\n");
     let output = run(&agent, "c3", "cache/part", "rw", &format!("{look}; echo inside > /tmp/x")).await;
-    assert_eq!(output, "tmpfs\n1770 1000:4242\n");
+    assert_eq!(output, "tmpfs\n1777 1000:4242\n");
     let script = "cat /tmp/part/x; dd if=/dev/zero of=/tmp/large bs=1024 count=1100 2>/dev/null || echo full";
     assert_eq!(run(&agent, "c4", "cache", "rw", script).await, "inside\nfull\n");
     // The mount for the subPath has gone with its container, and the volume stays.

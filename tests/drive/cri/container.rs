@@ -93,6 +93,11 @@ impl ContainerBuilder {
         Self { pod: pod.clone(), config }
     }
 
+    /// The UID of the container's pod in Kubernetes.
+    pub fn pod_uid(&self) -> String {
+        self.pod.uid()
+    }
+
     /// Leaves out everything except name, image and command, as critest, the validation suite of CRI, does.
     #[must_use]
     pub fn minimal(mut self) -> Self {

@@ -5,7 +5,10 @@ use std::{collections::HashMap, fs, iter, net::IpAddr, path::PathBuf};
 use anyhow::{Context, Result};
 use tonic::{Code, Status};
 
-use crate::{Container, ContainerBuilder, Node, api, node::cgroup};
+use crate::{
+    Container, ContainerBuilder, Node, api,
+    node::{cgroup, empty_dir::MemoryEmptyDir},
+};
 
 /// Describes a pod as kubelet would: own namespaces, a cgroup, a log directory.
 #[derive(Clone, Debug)]
@@ -186,6 +189,17 @@ impl Pod {
     /// Describes a new container of this pod, with the test image and a command that never ends.
     pub fn container(&self, name: &str) -> ContainerBuilder {
         ContainerBuilder::new(self, name)
+    }
+
+    /// The pod's UID in Kubernetes, which is in the paths of its volumes.
+    pub fn uid(&self) -> String {
+        self.config.metadata.as_ref().map(|metadata| metadata.uid.clone()).unwrap_or_default()
+    }
+
+    /// Mounts an emptyDir in memory for this pod, as kubelet does. `size` is a size such as `8m`.
+    pub fn empty_dir_in_memory(&self, name: &str, size: &str) -> Result<MemoryEmptyDir> {
+        let kubelet = self.node.directory().join("kubelet").display().to_string();
+        MemoryEmptyDir::new(&kubelet, &self.uid(), name, size)
     }
 
     /// A container of this pod that only waits.

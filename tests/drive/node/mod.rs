@@ -3,6 +3,7 @@
 pub(crate) mod cgroup;
 pub mod containerd;
 pub mod controller;
+pub mod empty_dir;
 pub mod frame;
 pub mod leaks;
 pub mod machine;

@@ -3,10 +3,11 @@
 use std::{
     ffi::{CStr, CString},
     fs,
+    path::Path,
 };
 
 use anyhow::Result;
-use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use rustix::mount::{MountFlags, UnmountFlags, mount, mount_bind, unmount};
 
 /// A file system that a test has mounted on the node. Dropping it unmounts the file system.
 pub struct TestMount(String);
@@ -28,6 +29,13 @@ impl TestMount {
     pub fn huge_pages(at: &str, owner: &str) -> Result<Self> {
         let options = CString::new(format!("pagesize=2M,{owner}"))?;
         Self::new(at, "hugetlbfs", &options)
+    }
+
+    /// Mounts a directory once more.
+    pub fn bind(source: &Path, at: &str) -> Result<Self> {
+        fs::create_dir_all(at)?;
+        mount_bind(source, at)?;
+        Ok(Self(at.to_owned()))
     }
 
     fn new(at: &str, kind: &str, options: &CStr) -> Result<Self> {

@@ -5,6 +5,7 @@ mod containers;
 mod errors;
 pub mod exec;
 mod logs;
+mod memory_volumes;
 mod pods;
 mod port_forward;
 mod stdin;

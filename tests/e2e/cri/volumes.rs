@@ -142,9 +142,9 @@ fn bidirectional_propagation_is_refused_with_the_reason() -> Result<()> {
 }
 
 #[test]
-fn an_empty_dir_in_memory_keeps_its_size_limit() -> Result<()> {
+fn a_volume_in_the_nodes_memory_keeps_its_size_limit() -> Result<()> {
     on_node(async |node| {
-        // kubelet mounts it on the node, with the limit as its size.
+        // It is not where kubelet mounts an emptyDir, so it is not the guest's own in a machine either.
         let path = node.directory_for("memory")?;
         let _memory = TestMount::tmpfs(&path, "2m")?;
         let pod = node.pod("memory").run().await?;

@@ -1,12 +1,14 @@
 //! Volumes, and what the file systems in them can do.
 
+use std::cell::RefCell;
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, chown};
+use std::rc::Rc;
 
 use anyhow::Result;
-use pericarp_tests::{ContainerBuilder, api};
+use pericarp_tests::{ContainerBuilder, api, node::empty_dir::MemoryEmptyDir};
 
-use super::{CaseDirectory, case, compare};
+use super::{Case, CaseDirectory, case, compare};
 
 /// A volume at a path of the container, with a file and a directory in it.
 fn volume(place: &CaseDirectory, path: &str) -> api::Mount {
@@ -136,14 +138,16 @@ const ABILITIES: &[(&str, &str)] = &[
     ("fifo", "mkfifo f && (echo through > f &) && cat f; mknod p p && [ -p p ] && echo made; mknod w c 0 0; echo $?"),
 ];
 
+/// A script that tries all of [`ABILITIES`] in a directory.
+fn in_each(place: &str) -> String {
+    let steps = ABILITIES
+        .iter()
+        .map(|(name, script)| format!("\necho [{name}]; mkdir {name}; (cd {name}; {script})"));
+    format!("cd {place}{}", steps.collect::<String>())
+}
+
 #[test]
 fn file_systems_can_do_what_they_can_under_runc() -> Result<()> {
-    let in_each = |place: &str| {
-        let steps = ABILITIES
-            .iter()
-            .map(|(name, script)| format!("\necho [{name}]; mkdir {name}; (cd {name}; {script})"));
-        format!("cd {place}{}", steps.collect::<String>())
-    };
     let (volume, root) = (in_each("/volume"), in_each("/root"));
     compare(
         |pod| pod,
@@ -167,6 +171,69 @@ fn file_systems_can_do_what_they_can_under_runc() -> Result<()> {
                  stat -c %s /dev/shm/x; df -P /dev/shm | tail -n 1 | awk '{ print $2 }'",
                 |container, _| container,
             ),
+        ],
+    )
+}
+
+/// The emptyDirs in memory of all cases of a comparison. They are mounted until this is dropped.
+#[derive(Clone, Default)]
+pub struct MemoryEmptyDirs(Rc<RefCell<Vec<MemoryEmptyDir>>>);
+
+impl MemoryEmptyDirs {
+    /// A case with an emptyDir in memory at `/volume`, or with the directory `sub_path` of it if that is not empty.
+    /// `mode` and `group` are the volume's, and `change` is made to the mount.
+    pub fn case(
+        &self,
+        name: &'static str,
+        script: impl Into<String>,
+        (mode, group, sub_path): (u32, u32, &'static str),
+        change: impl Fn(ContainerBuilder, api::Mount) -> ContainerBuilder + 'static,
+    ) -> Case {
+        let volumes = self.clone();
+        case(name, script, move |container, place| {
+            let mut volume =
+                MemoryEmptyDir::new(&place.on_disk(), &container.pod_uid(), "cache", "8m").unwrap();
+            chown(volume.path(), Some(0), Some(group)).unwrap();
+            fs::set_permissions(volume.path(), fs::Permissions::from_mode(mode)).unwrap();
+            let host_path =
+                if sub_path.is_empty() { volume.path() } else { volume.sub_path(name, 0, sub_path).unwrap() };
+            volumes.0.borrow_mut().push(volume);
+            let container_path = "/volume".to_owned();
+            change(container, api::Mount { host_path, container_path, ..api::Mount::default() })
+        })
+    }
+}
+
+#[test]
+fn volumes_in_memory_are_those_of_runc() -> Result<()> {
+    let tries = "cd /volume; stat -c '%a %u:%g' .; stat -f -c %T .
+        touch new && mkdir dir && touch dir/below && ln new hard && ln -s new soft && mkfifo fifo && mknod node c 1 3
+        chmod 600 hard; chown 7:7 dir; stat -c '%n %F %a %u:%g %s %h' * dir/* | sort
+        df -Pk . | tail -n 1 | awk '{ print $2 }'
+        dd if=/dev/zero of=large bs=1M count=9 2>&1 | tail -n 1 | cut -d ' ' -f 1
+        stat -c %s large; rm large";
+    let volumes = MemoryEmptyDirs::default();
+    let add = |container: ContainerBuilder, mount| container.with(|config| config.mounts.push(mount));
+    compare(
+        |pod| pod,
+        &[
+            volumes.case("root", tries, (0o1777, 0, ""), add),
+            volumes.case("group", tries, (0o2777, 4242, ""), move |container, mount| {
+                add(container, mount).with_security(|security| {
+                    security.run_as_user = Some(api::Int64Value { value: 1000 });
+                    security.supplemental_groups = vec![4242];
+                })
+            }),
+            volumes.case("private", tries, (0o700, 0, ""), move |container, mount| {
+                add(container, mount)
+                    .with_security(|security| security.run_as_user = Some(api::Int64Value { value: 1000 }))
+            }),
+            volumes.case("part", tries, (0o2777, 4242, "a/b c"), add),
+            volumes.case("read-only", tries, (0o1777, 0, ""), move |container, mount| {
+                add(container, api::Mount { readonly: true, ..mount })
+            }),
+            volumes.case("abilities", in_each("/volume"), (0o1777, 0, ""), add),
+            volumes.case("files", "peer files /volume", (0o1777, 0, "empty"), add),
         ],
     )
 }

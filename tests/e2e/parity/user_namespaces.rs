@@ -8,7 +8,7 @@ use std::{
 use anyhow::Result;
 use pericarp_tests::{ContainerBuilder, POD_ROOT, PodBuilder, api, with_mapped_ids};
 
-use super::{case, compare};
+use super::{case, compare, storage::MemoryEmptyDirs};
 
 /// Prints the owners of files of the image, of the kernel and of the container, and tries what root may do in its own
 /// namespaces.
@@ -199,6 +199,30 @@ fn volumes_in_a_user_namespace_are_those_of_runc() -> Result<()> {
                     container.with(|config| config.mounts = mounts)
                 },
             ),
+        ],
+    )
+}
+
+#[test]
+fn volumes_in_memory_in_a_user_namespace_are_those_of_runc() -> Result<()> {
+    let tries = "cd /volume; stat -c '%a %u:%g' .; touch new; mkdir dir; touch dir/below; chown 7:7 new; chown 70000 dir
+        stat -c '%n %F %a %u:%g' * dir/* | sort; mknod node c 1 3; echo $?; mkdir files; peer files /volume/files";
+    let volumes = MemoryEmptyDirs::default();
+    let volume = |name, prepared, user: i64| {
+        volumes.case(name, tries, prepared, move |container, mount| {
+            let container = container.with(|config| config.mounts.push(with_mapped_ids(mount)));
+            container.with_security(|security| {
+                security.run_as_user = Some(id(user));
+                security.supplemental_groups = vec![4242];
+            })
+        })
+    };
+    compare(
+        PodBuilder::in_user_namespace,
+        &[
+            volume("root", (0o1777, 0, ""), 0),
+            volume("group", (0o2777, 4242, ""), 1000),
+            volume("part", (0o2777, 4242, "a/b"), 1000),
         ],
     )
 }

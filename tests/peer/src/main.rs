@@ -13,11 +13,14 @@
 //! * `peer map FILE TEXT` maps a file of one huge page of 2 MiB, prints the text in it, and writes another.
 //! * `peer vsock try` prints which of the agent's and the controller's vsock ports it can take or reach; `peer vsock
 //!   hold` keeps every connection that it can get.
+//! * `peer listen FILE` listens at a unix socket and sends the first line back; `peer connect FILE LINE` sends one
+//!   there.
 //! * `peer hold-lock FILE` locks a file until its stdin ends; `peer try-lock FILE` says whether it could be locked.
 
 mod files;
 mod hoard;
 mod portrait;
+mod unix;
 mod vsock;
 
 use std::{
@@ -45,6 +48,8 @@ fn main() -> ExitCode {
         ["map", path, text] => files::map_huge(path, text),
         ["hold-lock", path] => files::hold_lock(path),
         ["try-lock", path] => files::try_lock(path),
+        ["listen", path] => unix::listen(path),
+        ["connect", path, line] => unix::connect(path, line),
         ["vsock", "try"] => vsock::try_all(),
         ["vsock", "hold"] => vsock::hold(),
         ["bomb"] => bomb(),
