@@ -78,7 +78,8 @@ async fn what_was_prepared_ahead_is_what_the_guest_gets() {
     running.task.prepare_ahead("c1".parse().unwrap(), request.clone()).await;
     let mount = running.mount();
     assert!(mount != 0 && running.pod.progress.knows("c1"));
-    let prepared = running.task.prepare_for_guest(&id, request.clone(), AgentFeatures::CURRENT).await.unwrap();
+    let prepared =
+        running.task.prepare_for_guest(&id, request.clone(), AgentFeatures::CURRENT).await.unwrap();
     assert_eq!(argument(&prepared), "one");
     assert_eq!(running.mount(), mount, "it is not mounted again");
     // A guest that asks again has it made anew, as it has given up what it had.
@@ -91,7 +92,11 @@ async fn what_was_changed_after_it_was_prepared_is_prepared_anew() {
     let mut running = RunningPod::new();
     running.task.prepare_ahead("c1".parse().unwrap(), running.request("one")).await;
     let changed = running.request("two");
-    let prepared = running.task.prepare_for_guest(&"c1".parse().unwrap(), changed, AgentFeatures::CURRENT).await.unwrap();
+    let prepared = running
+        .task
+        .prepare_for_guest(&"c1".parse().unwrap(), changed, AgentFeatures::CURRENT)
+        .await
+        .unwrap();
     assert_eq!(argument(&prepared), "two");
 }
 
