@@ -179,6 +179,7 @@ fn file_systems_can_do_what_they_can_under_runc() -> Result<()> {
 #[derive(Clone, Default)]
 pub struct MemoryEmptyDirs(Rc<RefCell<Vec<MemoryEmptyDir>>>);
 
+#[expect(clippy::unwrap_used, reason = "nothing else writes there: an error is a fault of the test")]
 impl MemoryEmptyDirs {
     /// A case with an emptyDir in memory at `/volume`, or with the directory `sub_path` of it if that is not empty.
     /// `mode` and `group` are the volume's, and `change` is made to the mount.
