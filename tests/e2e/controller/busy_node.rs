@@ -62,7 +62,8 @@ fn a_pod_that_hardly_gets_a_cpu_starts_at_the_first_try() -> Result<()> {
         let mut controller = Controller::serve(&format!("ready_timeout_seconds = {limit}")).await?;
         let netns = NetworkNamespace::new("busy-node").await?;
         let contention = Contention::new(12)?;
-        let linux = api::LinuxPodSandboxConfig { cgroup_parent: "/busy-node/poor".into(), ..Default::default() };
+        let linux =
+            api::LinuxPodSandboxConfig { cgroup_parent: "/busy-node/poor".into(), ..Default::default() };
         let config = api::PodSandboxConfig { linux: Some(linux), ..pod_config("poor") };
         let (id, start) = ("b".repeat(64), Instant::now());
         let started = controller.start_pod(&id, &config, &netns).await;
