@@ -11,7 +11,7 @@ use std::{
 
 use pericarp_protos::id::SandboxId;
 
-use crate::host::cgroup_stats;
+use crate::host::cgroup_stats::Counters;
 
 const ROOT: &str = "/sys/fs/cgroup";
 
@@ -84,8 +84,7 @@ const CONTROLLERS: [&str; 5] = ["cpu", "cpuset", "io", "memory", "pids"];
 
 /// Whether the kernel has killed a process of a cgroup because there was no memory for it (`memory.events`).
 pub fn was_out_of_memory(path: &Path) -> bool {
-    let events = fs::read_to_string(path.join("memory.events")).unwrap_or_default();
-    cgroup_stats::field(&events, "oom_kill") > 0
+    Counters::read(&path.join("memory.events")).get("oom_kill") > 0
 }
 
 /// Looks for a sandbox's cgroup in the whole hierarchy.

@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use crate::host::cgroup_stats;
+use crate::host::cgroup_stats::Counters;
 
 /// Where a machine's times are read.
 #[derive(Clone, Debug)]
@@ -69,13 +69,12 @@ fn is_runnable(thread: &Path) -> bool {
 /// How long a cgroup, or one above it, was throttled; the longest of them.
 fn throttled(cgroup: &Path) -> Duration {
     let of = |directory: &Path| {
-        let stat = fs::read_to_string(directory.join("cpu.stat")).ok()?;
-        Some(Duration::from_micros(cgroup_stats::field(&stat, "throttled_usec")))
+        Duration::from_micros(Counters::read(&directory.join("cpu.stat")).get("throttled_usec"))
     };
     cgroup
         .ancestors()
         .take_while(|directory| directory.starts_with("/sys/fs/cgroup"))
-        .filter_map(of)
+        .map(of)
         .max()
         .unwrap_or_default()
 }
