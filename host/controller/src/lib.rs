@@ -22,6 +22,7 @@ use std::{
 };
 
 pub use self::edge::containerd::delete::{Deleted, delete};
+pub use self::edge::containerd::rootfs::ALLOWED_MOUNT_TYPES;
 pub use self::host::network::steer::{SteerError, probe as probe_port_forward};
 pub use self::telemetry::error_chain::chain;
 

@@ -1,15 +1,17 @@
 //! What containerd asks of the program that it takes for a runtime's shim: `containerd-shim-pericarp-v1` is a link to
-//! this one. No shim runs: `-info` is a question with one answer, `delete` ends a container that containerd has given up.
+//! this one. No shim runs: `-info` is a question with one answer, `delete` ends a container that containerd has given
+//! up.
 
 use std::{
     ffi::{OsStr, OsString},
     fs,
     io::{self, Read as _, Write as _},
+    iter,
     path::{Path, PathBuf},
 };
 
 use anyhow::{Context as _, bail};
-use pericarp_controller::{Deleted, config::Config};
+use pericarp_controller::{ALLOWED_MOUNT_TYPES, Deleted, config::Config};
 use pericarp_protos::{
     containerd::types::{RuntimeInfo, RuntimeVersion},
     id::{ContainerId, SandboxId},
@@ -23,6 +25,11 @@ pub const PROGRAM: &str = "containerd-shim-pericarp-v1";
 
 /// containerd's name for the features that the OCI runtime spec describes (`client/client.go`); their value is JSON.
 const FEATURES: &str = "types.containerd.io/opencontainers/runtime-spec/1/features/Features";
+
+/// The annotation in which a runtime tells containerd 2.2 and later which mounts of a container's root file system it
+/// does itself, separated by commas and without spaces (`core/runtime/v2/task_manager.go`, `allowedMounts`). Without it
+/// containerd would mount every image layer of the erofs snapshotter on the host, for nobody.
+const ALLOWED_MOUNTS: &str = "containerd.io/runtime-allow-mounts";
 
 /// The most that is read of the options, which containerd sends along and gets back.
 const OPTIONS_MAX: u64 = 1 << 20;
@@ -137,7 +144,7 @@ fn info(options: &[u8]) -> Result<RuntimeInfo, prost::DecodeError> {
         }),
         options,
         features: Some(features),
-        ..RuntimeInfo::default()
+        annotations: iter::once((ALLOWED_MOUNTS.to_owned(), ALLOWED_MOUNT_TYPES.join(","))).collect(),
     })
 }
 
@@ -155,6 +162,7 @@ fn features() -> Value {
             "selinux": { "enabled": false },
             "intelRdt": { "enabled": false },
             "mountExtensions": { "idmap": { "enabled": true } },
+            "netDevices": { "enabled": false },
         },
     })
 }
@@ -176,6 +184,35 @@ mod tests {
         assert_eq!(features["linux"]["mountExtensions"]["idmap"]["enabled"], true);
         assert_eq!(info(b"").unwrap().options, None);
         assert!(info(b"\xff").is_err());
+    }
+
+    /// The reader of an answer in containerd 2.2 and later (`ShimManager.loadShimInfo`).
+    fn handled_mounts(answer: &RuntimeInfo) -> Vec<&str> {
+        answer
+            .annotations
+            .get("containerd.io/runtime-allow-mounts")
+            .map_or(vec![], |value| value.split(',').collect())
+    }
+
+    #[test]
+    fn containerd_learns_which_mounts_it_is_not_to_make() {
+        // It asks without options about root file systems, and with the configuration's about features.
+        let options = Any { type_url: "x".into(), value: vec![] };
+        for asked in [vec![], options.encode_to_vec()] {
+            let answer = info(&asked).unwrap();
+            assert_eq!(
+                handled_mounts(&answer),
+                ["erofs", "format/bind", "format/overlay", "format/mkdir/overlay"],
+            );
+            assert_eq!(answer.annotations.len(), 1, "{:?}", answer.annotations);
+        }
+    }
+
+    #[test]
+    fn containerd_learns_the_runtimes_name_and_version() {
+        let answer = RuntimeInfo::decode(&*info(b"").unwrap().encode_to_vec()).unwrap();
+        assert_eq!(answer.name, "io.containerd.pericarp.v1");
+        assert_eq!(answer.version.unwrap().version, env!("CARGO_PKG_VERSION"));
     }
 
     #[test]
