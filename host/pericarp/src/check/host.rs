@@ -67,7 +67,7 @@ pub(super) fn at_least(what: &str, version: &str, least: (u32, u32)) -> Finding 
 }
 
 /// The first two numbers of a version, which may begin with a `v`.
-fn numbers(version: &str) -> Option<(u32, u32)> {
+pub(super) fn numbers(version: &str) -> Option<(u32, u32)> {
     let mut parts =
         version.strip_prefix('v').unwrap_or(version).split(|character: char| !character.is_ascii_digit());
     Some((parts.next()?.parse().ok()?, parts.next()?.parse().ok()?))

@@ -117,12 +117,14 @@ fn everything(arguments: &Arguments, usual_config: &Path) -> io::Result<Vec<Item
     };
     let socket = config.controller_socket();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let (containerd, release) = runtime.block_on(services::containerd(&config.containerd_address));
+    let containerd_config = containerd_config::check(&arguments.containerd_config, &socket, release);
     items.extend([
         item("config", Finding::ok(where_from(path))),
         item("guest-kernel", guest::kernel(&config.kernel)),
         item("initramfs", guest::initramfs(&config.initramfs)),
-        item("containerd", runtime.block_on(services::containerd(&config.containerd_address))),
-        item("containerd-config", containerd_config::check(&arguments.containerd_config, &socket)),
+        item("containerd", containerd),
+        item("containerd-config", containerd_config),
         item("controller", runtime.block_on(services::controller(&socket))),
     ]);
     Ok(items)

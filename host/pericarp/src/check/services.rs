@@ -10,7 +10,11 @@ use pericarp_protos::{
 use thiserror::Error;
 use tonic::transport::{Channel, Endpoint};
 
-use super::{Finding, host::at_least};
+use super::{
+    Finding,
+    containerd_config::Release,
+    host::{at_least, numbers},
+};
 
 /// Limit of a call, with the connection that it needs.
 const CALL_TIMEOUT: Duration = Duration::from_secs(2);
@@ -40,15 +44,21 @@ async fn call<T>(
     tokio::time::timeout(CALL_TIMEOUT, answer).await.unwrap_or(Err(CallError::Timeout))
 }
 
-/// Whether containerd answers, and is new enough.
-pub async fn containerd(socket: &Path) -> Finding {
+/// Whether containerd responds, and is new enough; and which release it is, if that is known.
+pub async fn containerd(socket: &Path) -> (Finding, Option<Release>) {
     let version = call(socket, async |channel| VersionClient::new(channel).version(()).await).await;
     match version {
-        Ok(answer) => judge_version(&answer.into_inner().version),
-        Err(error) => Finding::failed(
-            format!("{}: {}", socket.display(), chain(&error)),
-            "start containerd, or correct containerd_address in the configuration",
-        ),
+        Ok(answer) => {
+            let version = answer.into_inner().version;
+            (judge_version(&version), numbers(&version).map(|(major, minor)| Release(major, minor)))
+        }
+        Err(error) => {
+            let finding = Finding::failed(
+                format!("{}: {}", socket.display(), chain(&error)),
+                "start containerd, or correct containerd_address in the configuration",
+            );
+            (finding, None)
+        }
     }
 }
 
@@ -90,7 +100,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_socket_that_is_not_there_is_named() {
-        let finding = containerd(Path::new("/nonexistent/containerd.sock")).await;
+        let (finding, release) = containerd(Path::new("/nonexistent/containerd.sock")).await;
+        assert_eq!(release, None);
         assert_eq!(finding.status, Status::Failed);
         assert!(finding.found.starts_with("/nonexistent/containerd.sock: cannot connect"), "{finding:?}");
     }
