@@ -43,6 +43,11 @@ pub fn path_of(parent: &str, id: &SandboxId) -> Option<PathBuf> {
     has_cgroups.then(|| Path::new(ROOT).join(relative(parent, id)))
 }
 
+/// A cgroup's path as it is from the root of the hierarchy on; `None` for a path that is not in the hierarchy.
+pub fn path_in_hierarchy(path: &Path) -> Option<PathBuf> {
+    Some(Path::new("/").join(path.strip_prefix(ROOT).ok()?))
+}
+
 /// Keeps the processes of a cgroup on these of the host's CPUs and memory nodes; an empty list is no constraint.
 pub fn pin(path: &Path, cpus: &str, mems: &str) -> io::Result<()> {
     for (file, list) in [("cpuset.cpus", cpus), ("cpuset.mems", mems)] {
@@ -197,6 +202,13 @@ mod tests {
         assert_eq!(pinned("", ""), ["", ""], "without cpusets there is nothing to lift");
         assert_eq!(pinned("2,3", ""), ["2,3", ""]);
         assert_eq!(pinned("", "1"), ["0-7\n", "1"]);
+    }
+
+    #[test]
+    fn a_path_in_the_hierarchy_begins_at_its_root() {
+        let path = path_in_hierarchy(Path::new("/sys/fs/cgroup/pericarp/pericarp-x"));
+        assert_eq!(path, Some("/pericarp/pericarp-x".into()));
+        assert_eq!(path_in_hierarchy(Path::new("/etc/x")), None);
     }
 
     #[test]

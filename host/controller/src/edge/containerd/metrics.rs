@@ -8,12 +8,12 @@ use prost_types::Any;
 
 use crate::{host::cgroup_stats, pod::Pod};
 
-/// containerd's name for what a cgroup of version 2 has used. Go's `typeurl` names a message by its full name, without a
-/// prefix, and containerd takes no other type (`decodeSandboxCgroupMetrics`).
+/// containerd's name for what a cgroup of version 2 has used. Go's `typeurl` names a message by its full name, without
+/// a prefix, and containerd takes no other type (`decodeSandboxCgroupMetrics`).
 const METRICS_TYPE: &str = "io.containerd.cgroups.v2.Metrics";
 
-/// A pod's numbers. One without numbers, as it is being made, has ended, or is on a host without cgroup v2, has an empty
-/// message: an error would fail the statistics of the whole node (containerd: `ListPodSandboxStats`).
+/// A pod's numbers. One without numbers, as it is being made, has ended, or is on a host without cgroup v2, has an
+/// empty message: an error would fail the statistics of the whole node (containerd: `ListPodSandboxStats`).
 pub async fn of_pod(pod: &Pod) -> Metric {
     let metrics = match pod.status().owned.cgroup() {
         Some(cgroup) => pod.read_blocking(move || cgroup_stats::read(&cgroup)).await,

@@ -27,6 +27,7 @@ use super::{
     pod_spec::{POD_CONFIG_TYPE, PodSpecError, cpu_and_memory, pod_spec},
 };
 use crate::{
+    host::cgroup,
     pod::{Environment, Pod, PodError, ResizeError, StartError, life::Phase},
     pods::{Pods, remove_unless_claimed},
     telemetry::error_chain::chain,
@@ -146,14 +147,14 @@ fn updated_resources(request: &ControllerUpdateRequest) -> Result<Option<Updated
     }
 }
 
-/// A spec of the sandbox, for whom NRI tells of it (containerd: `internal/cri/nri`). There is no process that would
-/// have one.
+/// A spec of the sandbox, which containerd 2.3 and later give to NRI's plugins (`internal/cri/nri`, `nriPodSandbox`).
+/// There is no process that would have it. A cgroup's path is in it as for runc: from the root of the hierarchy on.
 fn spec(pod: &Pod) -> Any {
-    let spec = json!({
-        "ociVersion": "1.2.1",
-        "hostname": pod.spec().hostname,
-        "linux": { "cgroupsPath": pod.status().owned.cgroup(), "sysctl": pod.spec().sysctls },
-    });
+    let mut linux = json!({ "sysctl": pod.spec().sysctls });
+    if let Some(path) = pod.status().owned.cgroup().as_deref().and_then(cgroup::path_in_hierarchy) {
+        linux["cgroupsPath"] = json!(path);
+    }
+    let spec = json!({ "ociVersion": "1.2.1", "hostname": pod.spec().hostname, "linux": linux });
     Any { type_url: SPEC_TYPE.to_owned(), value: spec.to_string().into_bytes() }
 }
 

@@ -183,6 +183,60 @@ fn an_update_that_is_not_understood_is_refused_with_what_it_is() {
     }
 }
 
+/// containerd's tracing adds these to every call from 2.3 on.
+#[tokio::test]
+async fn a_call_with_the_marks_of_a_trace_is_like_any_other() {
+    let directory = tempfile::tempdir().unwrap();
+    let sandboxes = Sandboxes::new(environment(directory.path()), Pods::default());
+    for (id, trace) in [
+        ("a", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"),
+        ("b", "00-00000000000000000000000000000000-0000000000000000-00"),
+        ("c", "no trace"),
+    ] {
+        let mut request = create_request();
+        request.get_mut().sandbox_id = id.into();
+        for (key, value) in [("traceparent", trace), ("tracestate", "x=1,y=2"), ("baggage", "node=one")] {
+            request.metadata_mut().insert(key, value.parse().unwrap());
+        }
+        sandboxes.create(request).await.unwrap();
+        assert!(sandboxes.pod(id).is_ok());
+    }
+}
+
+/// What containerd 2.3 and later read into a struct of Go's, which fails for a value of another type, and then write
+/// anew (`setUpdatedResources`; `podsandboxtypes.SandboxInfo`).
+#[tokio::test]
+async fn what_is_told_of_a_pod_has_the_types_of_containerds_own_struct() {
+    let directory = tempfile::tempdir().unwrap();
+    let sandboxes = sandboxes(directory.path()).await;
+    let request = ControllerStatusRequest {
+        sandbox_id: "abc".into(),
+        verbose: true,
+        ..ControllerStatusRequest::default()
+    };
+    let status = sandboxes.status(Request::new(request)).await.unwrap().into_inner();
+    let mut keys: Vec<_> = status.info.keys().map(String::as_str).collect();
+    keys.sort_unstable();
+    assert_eq!(keys, ["info", "pericarp"]);
+    let info: serde_json::Value = serde_json::from_str(&status.info["info"]).unwrap();
+    for (key, has_its_type) in [
+        ("pid", info["pid"].as_u64().is_some_and(|pid| u32::try_from(pid).is_ok())),
+        ("processStatus", info["processStatus"].is_string()),
+        ("netNamespaceClosed", info["netNamespaceClosed"].is_boolean()),
+        ("runtimeType", info["runtimeType"].is_string()),
+        ("runtimeSpec", info["runtimeSpec"].is_null() || info["runtimeSpec"].is_object()),
+    ] {
+        assert!(has_its_type, "{key}: {info}");
+    }
+    let config: cri::PodSandboxConfig = serde_json::from_value(info["config"].clone()).unwrap();
+    assert_eq!(config, cri::PodSandboxConfig::default());
+    for key in
+        ["image", "snapshotKey", "snapshotter", "cniResult", "sandboxMetadata", "overhead", "resources"]
+    {
+        assert!(info.get(key).is_none(), "{key} is containerd's: {info}");
+    }
+}
+
 #[tokio::test]
 async fn a_pod_that_does_not_run_has_empty_numbers_and_no_new_size() {
     let directory = tempfile::tempdir().unwrap();

@@ -1,7 +1,7 @@
 //! The formats of a cgroup's files (kernel: `Documentation/admin-guide/cgroup-v2.rst`, "Interface Files").
 //!
-//! Like containerd's reader (containerd/cgroups v3.1.3, `cgroup2/utils.go`), these functions read a number that cannot be
-//! parsed as 0, so that one file that a kernel writes differently does not hide all others.
+//! Like containerd's reader (containerd/cgroups v3.1.3, `cgroup2/utils.go`), these functions read a number that cannot
+//! be parsed as 0, so that one file that a kernel writes differently does not hide all others.
 
 use std::{collections::HashMap, fs, path::Path};
 
@@ -27,7 +27,8 @@ pub fn number(file: &Path) -> u64 {
 pub struct Counters(HashMap<String, u64>);
 
 impl Counters {
-    /// Reads a "flat keyed" file, which has one `key value` per line. There are no numbers in a file that cannot be read.
+    /// Reads a "flat keyed" file, which has one `key value` per line. There are no numbers in a file that cannot be
+    /// read.
     pub fn read(file: &Path) -> Self {
         let content = fs::read_to_string(file).unwrap_or_default();
         Self::parse(content.lines().filter_map(|line| line.split_once(' ')))

@@ -3,8 +3,8 @@
 //! `cgroup2.Manager.Stat`).
 //!
 //! A cgroup has only those controllers that the cgroups above it hand on. What a missing controller would count is left
-//! out, where runc's shim would report zeros: containerd 2.4 makes CRI's pod statistics of these numbers, and a pod that
-//! has used nothing is something else than one of which nothing is known. `Metrics.network` stays empty, because
+//! out, where runc's shim would report zeros: containerd 2.4 makes CRI's pod statistics of these numbers, and a pod
+//! that has used nothing is something else than one of which nothing is known. `Metrics.network` stays empty, because
 //! containerd counts network interfaces in the pod's netns.
 
 mod files;

@@ -18,12 +18,11 @@ fn metrics(files: Files) -> Metrics {
 const PRESSURE: &str =
     "some avg10=1.50 avg60=0.75 avg300=0.25 total=42\nfull avg10=0.50 avg60=0.00 avg300=0.00 total=7\n";
 
-fn psi() -> Option<PsiStats> {
-    Some(PsiStats {
-        some: Some(PsiData { avg10: 1.5, avg60: 0.75, avg300: 0.25, total: 42 }),
-        full: Some(PsiData { avg10: 0.5, total: 7, ..PsiData::default() }),
-    })
-}
+/// What [`PRESSURE`] says.
+const PSI: Option<PsiStats> = Some(PsiStats {
+    some: Some(PsiData { avg10: 1.5, avg60: 0.75, avg300: 0.25, total: 42 }),
+    full: Some(PsiData { avg10: 0.5, avg60: 0.0, avg300: 0.0, total: 7 }),
+});
 
 #[test]
 fn a_cgroup_that_does_not_exist_or_has_no_files_has_no_counters() {
@@ -74,8 +73,8 @@ fn cpu_time_is_read_with_throttling_and_pressure() {
         burst_usec: 9,
     };
     let table: [(Files, Option<CpuStat>); 5] = [
-        (&[("cpu.stat", stat)], Some(all.clone())),
-        (&[("cpu.stat", stat), ("cpu.pressure", PRESSURE)], Some(CpuStat { psi: psi(), ..all })),
+        (&[("cpu.stat", stat)], Some(all)),
+        (&[("cpu.stat", stat), ("cpu.pressure", PRESSURE)], Some(CpuStat { psi: PSI, ..all })),
         (
             &[("cpu.stat", "usage_usec 300\nuser_usec x\nsystem_usec\n\n")],
             Some(CpuStat { usage_usec: 300, ..CpuStat::default() }),
@@ -126,7 +125,7 @@ fn memory_is_read_with_its_limits_and_pressure() {
             &[("memory.swap.current", "1\n"), ("memory.swap.max", "max\n"), ("memory.swap.peak", "3\n")],
             MemoryStat { swap_usage: 1, swap_limit: u64::MAX, swap_max_usage: 3, ..one_byte() },
         ),
-        (&[("memory.pressure", PRESSURE)], MemoryStat { psi: psi(), ..one_byte() }),
+        (&[("memory.pressure", PRESSURE)], MemoryStat { psi: PSI, ..one_byte() }),
         (&[("memory.stat", "anon 1000\nfile many\n")], MemoryStat { anon: 1000, ..one_byte() }),
         (
             &[("memory.stat", "workingset_refault_anon 3\nworkingset_refault_file 2\n")],
@@ -184,10 +183,10 @@ fn io_is_read_for_each_device() {
     ];
     let table: [(Files, IoStat); 5] = [
         (&[("io.stat", stat)], IoStat { usage: usage.clone(), psi: None }),
-        (&[("io.stat", stat), ("io.pressure", PRESSURE)], IoStat { usage, psi: psi() }),
+        (&[("io.stat", stat), ("io.pressure", PRESSURE)], IoStat { usage, psi: PSI }),
         (&[("io.stat", "sda rbytes=1\nx:1 rbytes=1\n8:0\n")], IoStat::default()),
         (&[("io.stat", "")], IoStat::default()),
-        (&[("io.pressure", PRESSURE)], IoStat { usage: Vec::new(), psi: psi() }),
+        (&[("io.pressure", PRESSURE)], IoStat { usage: Vec::new(), psi: PSI }),
     ];
     for (files, expected) in table {
         assert_eq!(metrics(files), Metrics { io: Some(expected), ..Metrics::default() }, "{files:?}");
