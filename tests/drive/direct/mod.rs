@@ -4,3 +4,4 @@ pub mod controller;
 pub mod events;
 pub mod machine;
 pub mod netns;
+pub mod sandbox;

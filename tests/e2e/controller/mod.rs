@@ -4,3 +4,4 @@ pub mod bad_input;
 mod busy_node;
 mod events;
 mod host_service;
+mod versions;
