@@ -15,7 +15,7 @@ pub struct Instruction {
     code: u8,
     /// The destination in the lower half, the source in the upper.
     registers: u8,
-    /// Of an address, or of a jump, counted from the next instruction.
+    /// The offset of an address, or of a jump, counted from the next instruction.
     pub offset: i16,
     immediate: i32,
 }

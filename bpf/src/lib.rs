@@ -84,7 +84,7 @@ struct MapUpdateElement {
     flags: u64,
 }
 
-// SAFETY: `BPF_MAP_UPDATE_ELEM` reads these; who makes one answers for the addresses.
+// SAFETY: `BPF_MAP_UPDATE_ELEM` reads these; who makes one guarantees the addresses.
 unsafe impl Attributes for MapUpdateElement {
     const COMMAND: libc::c_int = MAP_UPDATE_ELEM;
 }
@@ -105,7 +105,7 @@ struct ProgramLoad {
     expected_attach_type: u32,
 }
 
-// SAFETY: `BPF_PROG_LOAD` reads these; who makes one answers for the addresses.
+// SAFETY: `BPF_PROG_LOAD` reads these; who makes one guarantees the addresses.
 unsafe impl Attributes for ProgramLoad {
     const COMMAND: libc::c_int = PROG_LOAD;
 }
@@ -229,7 +229,7 @@ fn verified(attributes: &mut ProgramLoad) -> io::Result<OwnedFd> {
     for _ in 1..ATTEMPTS {
         match bpf_fd(attributes) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            answer => return answer,
+            result => return result,
         }
     }
     bpf_fd(attributes)
@@ -244,7 +244,7 @@ fn with_log(error: io::Error, log: &[u8]) -> io::Error {
     if end.is_empty() { error } else { io::Error::new(error.kind(), format!("{error}; its verifier: {end}")) }
 }
 
-/// Attaches a program of kind [`Kind::SocketLookup`] to a network namespace, for as long as the link that this answers
+/// Attaches a program of kind [`Kind::SocketLookup`] to a network namespace, for as long as the link that this returns
 /// with is open anywhere.
 pub fn attach_to_netns(program: impl AsFd, netns: impl AsFd) -> io::Result<OwnedFd> {
     let (_, attach_type) = Kind::SocketLookup.numbers();

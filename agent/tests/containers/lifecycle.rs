@@ -77,7 +77,7 @@ async fn a_container_that_cannot_be_made_leaves_nothing_behind() {
 
     let released = agent.host.released.lock().unwrap().clone();
     assert_eq!(released, ["nope", "data", "mount", "broken"]);
-    // The same id can be used again once what was wrong is right.
+    // An id can be used again once what was wrong is right.
     agent.add_container("nope", &["true"]);
     agent.create("nope", &["stdout"]).await;
 }

@@ -217,8 +217,8 @@ impl Pod {
         }
     }
 
-    /// The JSON that verbose `PodSandboxStatus` returns under "info", with what a pod of Pericarp's has under a key of its own
-    /// below "pericarp".
+    /// The JSON that verbose `PodSandboxStatus` returns under "info", with what a pod of Pericarp's has under a key of
+    /// its own below "pericarp".
     pub async fn info(&self) -> Result<serde_json::Value> {
         let request = api::PodSandboxStatusRequest { pod_sandbox_id: self.id.clone(), verbose: true };
         let info: HashMap<String, String> =

@@ -57,11 +57,11 @@ impl Drop for Contention {
 #[test]
 fn a_pod_that_hardly_gets_a_cpu_starts_at_the_first_try() -> Result<()> {
     on_pericarp_alone(async |_| {
-        // In seconds. The guest works for a fraction of it, and waits for several times that.
-        let limit = 4;
+        // In seconds, as by default. The guest works for a part of it, and waits for several times that.
+        let limit = 10;
         let mut controller = Controller::serve(&format!("ready_timeout_seconds = {limit}")).await?;
         let netns = NetworkNamespace::new("busy-node").await?;
-        let contention = Contention::new(12)?;
+        let contention = Contention::new(4)?;
         let linux =
             api::LinuxPodSandboxConfig { cgroup_parent: "/busy-node/poor".into(), ..Default::default() };
         let config = api::PodSandboxConfig { linux: Some(linux), ..pod_config("poor") };

@@ -1,7 +1,7 @@
 //! What the agent asks of the controller, on a connection that the controller has made.
 //!
-//! The guest is not trusted. A request has a size limit, a pod may have so many of them at a time, and each has a task of
-//! its own, which goes on whatever becomes of the connection: half a container helps nobody.
+//! The guest is not trusted. A request has a size limit, a pod may have so many of them at a time, and each has a task
+//! of its own, which goes on whatever becomes of the connection: half a container helps nobody.
 
 use std::{collections::HashMap, io, sync::Arc, time::Duration};
 
@@ -27,8 +27,8 @@ use crate::telemetry::rate::Rate;
 
 /// Requests of a pod at a time, over all of its connections. What comes beyond them waits in the guest.
 pub const REQUESTS_MAX: usize = 8;
-/// Requests of a pod at once, and then one in each interval: a container takes two or three in its life, and each may have
-/// the host mount, unmount and ask containerd.
+/// Requests of a pod at once, and then one in each interval: a container takes two or three in its life, and each may
+/// have the host mount, unmount and ask containerd.
 const BURST: u32 = 64;
 const EACH: Duration = Duration::from_millis(50);
 /// For an answer to be taken by the guest.
@@ -71,8 +71,8 @@ pub trait Requests: Send + Sync {
     /// Makes a container's file systems appear.
     async fn prepare(&self, container: &str, agent: AgentFeatures) -> Result<Prepared, RequestError>;
     /// Makes the machine fit what its containers may use now.
-    async fn fit(&self, container: &str) -> Result<(), RequestError>;
-    /// Undoes it.
+    async fn resize_machine(&self, container: &str) -> Result<(), RequestError>;
+    /// Removes what was made to appear for a container.
     async fn release(&self, container: &str) -> Result<(), RequestError>;
 }
 
@@ -174,7 +174,7 @@ impl Host for HostService {
         _context: &TtrpcContext,
         request: FitResourcesRequest,
     ) -> ttrpc::Result<FitResourcesResponse> {
-        self.requests.fit(&request.container_id).await.map_err(status)?;
+        self.requests.resize_machine(&request.container_id).await.map_err(status)?;
         Ok(FitResourcesResponse::default())
     }
 
@@ -216,7 +216,7 @@ mod tests {
             Err(RequestError { code: ttrpc::Code::NOT_FOUND, message: "none".into() })
         }
 
-        async fn fit(&self, _container: &str) -> Result<(), RequestError> {
+        async fn resize_machine(&self, _container: &str) -> Result<(), RequestError> {
             Ok(())
         }
 

@@ -60,7 +60,7 @@ pub fn open_place(path: &Path) -> rustix::io::Result<OwnedFd> {
     openat2(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)
 }
 
-/// The same below a directory, which the path cannot leave.
+/// Opens a place below a directory, which the path cannot leave.
 pub fn open_place_below(directory: impl AsFd, path: &Path) -> rustix::io::Result<OwnedFd> {
     let resolve = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS;
     openat2(directory, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)
@@ -113,9 +113,11 @@ pub fn map_ids(mount: impl AsFd, user_namespace: impl AsFd, recursive: bool) -> 
     set_attributes(mount.as_fd().as_raw_fd(), recursive, &attributes)
 }
 
-/// Does `work` on a thread with a mount namespace of its own, in which nothing propagates. What is mounted there is seen
-/// by nobody else, and is gone with the thread; only a detached mount can be brought out.
-pub fn aside<T: Send, E: From<io::Error> + Send>(work: impl FnOnce() -> Result<T, E> + Send) -> Result<T, E> {
+/// Does `work` on a thread with a mount namespace of its own, in which nothing propagates. What is mounted there is
+/// seen by nobody else, and is gone with the thread; only a detached mount can be brought out.
+pub fn in_own_mount_namespace<T: Send, E: From<io::Error> + Send>(
+    work: impl FnOnce() -> Result<T, E> + Send,
+) -> Result<T, E> {
     thread::scope(|scope| {
         thread::Builder::new()
             .name("mounts".into())
@@ -210,7 +212,7 @@ fn unescaped(place: &[u8]) -> PathBuf {
 }
 
 /// Takes away whatever is mounted at a path with all that is mounted below it, also while it is in
-/// use. Nothing mounted there is no error.
+/// use. Nothing need be mounted there.
 pub fn detach(path: &Path) -> Result<(), MountError> {
     loop {
         match unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
@@ -230,7 +232,7 @@ pub fn below_mounts(path: &Path) -> Result<OwnedFd, MountError> {
 }
 
 /// Removes a directory and everything in it, but never what is mounted below it: while something is,
-/// this fails, and nothing of the mounted tree is touched. Gone already is no error.
+/// this fails, and nothing of the mounted tree is touched. It may have gone already.
 pub fn remove_tree(path: &Path) -> Result<(), MountError> {
     let (parent, name) = split(path)?;
     let place = match open_place(parent) {

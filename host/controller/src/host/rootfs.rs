@@ -30,7 +30,8 @@ pub enum RootFs {
     /// Its layers are images of file systems, which the guest can have as a disk.
     Images {
         layers: ImageLayers,
-        /// A mount of the host's with the same files, where there is one: for a machine that has no room for another disk.
+        /// A mount of the host's with the same files, where there is one: for a machine that has no room for another
+        /// disk.
         mounted: Option<HostMount>,
     },
 }
@@ -178,7 +179,7 @@ fn overlay_of_mapped_layers(
 ) -> Result<(), RootfsError> {
     let Some(top) = layers.lower.first() else { return overlay(at, layers) };
     let open = |path: &Path| mounts::open_trusted_place(path).map_err(MountError::new("open", path));
-    let mount = mounts::aside(|| -> Result<OwnedFd, RootfsError> {
+    let mount = mounts::in_own_mount_namespace(|| -> Result<OwnedFd, RootfsError> {
         for path in &layers.lower {
             let place = open(path)?;
             let layer = mounts::clone_tree(&place, false).map_err(MountError::new("bind", path))?;

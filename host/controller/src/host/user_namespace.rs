@@ -24,7 +24,7 @@ use thiserror::Error;
 pub struct IdRange {
     /// The first of them in the pod.
     pub inside: u32,
-    /// The same on the host.
+    /// The first of them on the host.
     pub outside: u32,
     /// How many there are.
     pub length: u32,
@@ -93,7 +93,7 @@ impl FromStr for IdRange {
     }
 }
 
-/// The user namespace cannot be had.
+/// The user namespace cannot be found.
 #[derive(Debug, Error)]
 pub enum UserNamespaceError {
     #[error("its network namespace {netns} cannot be asked for its owner", netns = netns.display())]
@@ -112,7 +112,8 @@ pub enum UserNamespaceError {
 /// A pod's user namespace on the host.
 #[derive(Debug)]
 pub struct UserNamespace {
-    /// Told to the kernel as the map. containerd has made it from the same configuration that the pod's [`IdMap`] comes from.
+    /// Told to the kernel as the map. containerd has made it from the same configuration that the pod's [`IdMap`] comes
+    /// from.
     pub descriptor: OwnedFd,
 }
 

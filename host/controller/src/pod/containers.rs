@@ -17,7 +17,7 @@ use crate::{
     fault::FaultPoint,
     guest::{
         service::{AgentFeatures, Prepared},
-        translate::{self, HugeDirectory, Translated},
+        translate::{self, HugeDirectory, TranslatedSpec},
     },
     host::{
         empty_dir::MemoryEmptyDir,
@@ -90,7 +90,7 @@ impl PodTask {
         match running.prepared_ahead.remove(id) {
             Some(ahead) if ahead.request == request && ahead.agent == agent => {
                 // What the pod may use may have changed meanwhile.
-                self.fit(id, request.limits()).await?;
+                self.fit_limits(id, request.limits()).await?;
                 Ok(ahead.prepared)
             }
             _ => self.prepare(id, request, agent).await,
@@ -129,7 +129,8 @@ impl PodTask {
         self.pod.note_progress(|progress| progress.forget(id.as_str()));
         if let Err(error) = self.release(id).await {
             let error = chain(&error);
-            tracing::warn!(pod = self.pod.id(), container = %id, error, "cannot release a container that was never started");
+            let pod = self.pod.id();
+            tracing::warn!(pod, container = %id, error, "cannot release a container that was never started");
         }
     }
 
@@ -161,7 +162,7 @@ impl PodTask {
             .await?;
         // An earlier attempt of the same container: containerd tries again only after it has given up.
         self.remove_files(id).await?;
-        self.fit(id, limits).await?;
+        self.fit_limits(id, limits).await?;
         let disks = match self.add_files(id, rootfs, &translated).await {
             Ok(disks) => disks,
             Err(error) => {
@@ -213,7 +214,7 @@ impl PodTask {
         &mut self,
         id: &ContainerId,
         rootfs: RootFs,
-        translated: &Translated,
+        translated: &TranslatedSpec,
     ) -> Result<Vec<Disk>, ContainerError> {
         let pod = &self.pod;
         let mut disks = Vec::new();

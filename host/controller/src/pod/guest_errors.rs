@@ -1,5 +1,5 @@
-//! What a guest learns of a failure: enough for whoever reads kubelet's events, and nothing of the host. Paths, devices and
-//! the words of other programs on the host stay in the controller's log.
+//! What a guest learns of a failure: enough for whoever reads kubelet's events, and nothing of the host. Paths, devices
+//! and the words of other programs on the host stay in the controller's log.
 
 use pericarp_protos::ttrpc::{self, Code};
 use thiserror::Error;
@@ -55,7 +55,8 @@ pub enum GuestError<'a> {
     #[error("the block device of the volume at {0} cannot be found on the host")]
     Device(&'a str),
     #[error(
-        "the machine cannot be made to fit: {vcpus} vCPUs and {memory_mib} MiB; the controller's log on the node says why"
+        "the machine cannot be made to fit: {vcpus} vCPUs and {memory_mib} MiB; the controller's log on the node \
+         says why"
     )]
     Fit { vcpus: u8, memory_mib: u32 },
     #[error("the machine cannot be kept on CPUs {cpus:?} and memory nodes {mems:?} of the host")]

@@ -84,7 +84,8 @@ pub(super) fn last_words(log: &Path, console: &Path, cgroup: Option<&Path>) -> S
         return words;
     }
     if cgroup.is_some_and(cgroup::was_out_of_memory) {
-        return "the host has killed it because the pod's cgroup was out of memory: give the pod more, or its containers less"
+        return "the host has killed it because the pod's cgroup was out of memory: give the pod more, or its \
+                containers less"
             .to_owned();
     }
     format!("the last its guest printed: {:?}", machine::last_printed(console))

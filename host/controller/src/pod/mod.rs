@@ -1,12 +1,12 @@
 //! A pod: its machine, its directory, its containers' file systems.
 //!
-//! Each pod has a task ([`task`]) that owns its state ([`life`]) and works off a mailbox. A [`Pod`] is what everybody else
-//! holds: it sends requests to the task and waits for the answer, so that a caller that goes away changes nothing. Three
-//! more tasks belong to a pod that runs: one watches its machine ([`machine_exit`]), one takes its guest's requests
-//! ([`requests`]), one its guest's events ([`events`]).
+//! Each pod has a task ([`task`]) that owns its state ([`life`]) and works off a mailbox. A [`Pod`] is what everybody
+//! else holds: it sends requests to the task and waits for the answer, so that a caller that goes away changes nothing.
+//! Three more tasks belong to a pod that runs: one watches its machine ([`machine_exit`]), one takes its guest's
+//! requests ([`requests`]), one its guest's events ([`events`]).
 //!
-//! What a pod is made from is its [`spec`], whom it needs outside are its [`ports`], and what it has on the host is on one list
-//! ([`owned`]), which is kept on disk ([`record`]) for the next controller ([`adopt`]).
+//! What a pod is made from is its [`spec`], whom it needs outside are its [`ports`], and what it has on the host is on
+//! one list ([`owned`]), which is kept on disk ([`record`]) for the next controller ([`adopt`]).
 
 mod adopt;
 mod boot_queue;
@@ -102,7 +102,8 @@ pub enum PodError {
         source: size::Error,
     },
     #[error(
-        "{pod} asks for virtual machines of its own, and this node does not allow them; remove that from the pod, or set nested_virtualization = true in the controller's configuration"
+        "{pod} asks for virtual machines of its own, and this node does not allow them; remove that from \
+         the pod, or set nested_virtualization = true in the controller's configuration"
     )]
     NestedVirtualization { pod: String },
     #[error("{pod} cannot be started: it is {phase:?}")]
@@ -232,8 +233,8 @@ impl Pod {
         self.files.task_address()
     }
 
-    /// Starts the machine and makes its guest into the pod; returns the machine's process id. On an error nothing is left of
-    /// the pod, or what cannot be removed yet is tried to be removed until it is.
+    /// Starts the machine and makes its guest into the pod; returns the machine's process id. On an error nothing is
+    /// left of the pod, or what cannot be removed yet is tried to be removed until it is.
     pub async fn start(&self) -> Result<u32, PodError> {
         let called_at = pericarp_vmm::monotonic_ns();
         self.ask(|reply| Command::Start { called_at, reply }).await?
@@ -383,7 +384,8 @@ impl Pod {
         write();
     }
 
-    /// Sends a request to the pod's task and waits for the answer. It is carried through whether or not this is polled on.
+    /// Sends a request to the pod's task and waits for the answer. It is carried through whether or not this is polled
+    /// on.
     async fn ask<T>(&self, request: impl FnOnce(Reply<T>) -> Command) -> Result<T, PodError> {
         let removed = || PodError::Removed { pod: self.title() };
         let (reply, answer) = oneshot::channel();

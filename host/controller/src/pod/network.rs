@@ -34,7 +34,8 @@ impl Pod {
                 tracing::warn!(
                     pod = self.id(),
                     link,
-                    "a link of the pod's network was removed from under it; its guest is cut off there until the pod is made again"
+                    "a link of the pod's network was removed from under it; its guest is cut off there until the \
+                     pod is made again"
                 );
             }
             if self.mailbox.send(Command::LinksRemoved(removed)).await.is_err() {

@@ -21,8 +21,8 @@ use crate::{
     },
 };
 
-/// The format's version. Fields that an older controller does not know may be added without another number, if it is safe for
-/// it to pass over them.
+/// The format's version. Fields that an older controller does not know may be added without another number, if it is
+/// safe for it to pass over them.
 const VERSION: u32 = 2;
 
 /// How far a pod had come when its record was written.

@@ -1,7 +1,8 @@
 //! A guest's requests, taken on a connection that the controller makes.
 //!
 //! It is the controller that dials, because the guest's side tells who is there: the agent has taken [`REQUESTS_PORT`]
-//! before there was anybody else in the guest, and keeps it. Whoever dials the host could be any process of a container.
+//! before there was anybody else in the guest, and keeps it. Whoever dials the host could be any process of a
+//! container.
 
 use std::{io, sync::Arc, time::Duration};
 
@@ -15,8 +16,8 @@ use crate::guest::{
     service::{AgentFeatures, HostServer, Prepared, RequestError, Requests},
 };
 
-/// How long after a failure it is tried again: nothing tells when it is worth it. A guest that takes connections only to
-/// break them waits as long as one that takes none.
+/// How long after a failure it is tried again: nothing tells when it is worth it. A guest that takes connections only
+/// to break them waits as long as one that takes none.
 const PAUSE_MIN: Duration = Duration::from_millis(50);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 /// For the guest to take the connection.
@@ -57,8 +58,8 @@ impl Pod {
                     tracing::warn!(
                         pod = self.id(),
                         %error,
-                        "the guest takes no connection for its requests, without which it gets no containers; if the pod \
-                         was started by an older version, replace it"
+                        "the guest takes no connection for its requests, without which it gets no containers; if the \
+                         pod was started by an older version, replace it"
                     );
                 }
                 Err(_) => {}
@@ -84,7 +85,7 @@ impl Requests for GuestRequests {
         prepared.await.map_err(|error| self.0.error_for_guest(&error))
     }
 
-    async fn fit(&self, container: &str) -> Result<(), RequestError> {
+    async fn resize_machine(&self, container: &str) -> Result<(), RequestError> {
         let fitted = async { self.0.fit_container(&container_id(container)?).await };
         fitted.await.map_err(|error| self.0.error_for_guest(&error))
     }

@@ -104,7 +104,11 @@ impl PodTask {
     }
 
     /// Makes the machine fit its containers, of which `id` has these limits. On an error the pod is as it was.
-    pub(super) async fn fit(&mut self, id: &ContainerId, limits: Limits) -> Result<(), ContainerError> {
+    pub(super) async fn fit_limits(
+        &mut self,
+        id: &ContainerId,
+        limits: Limits,
+    ) -> Result<(), ContainerError> {
         self.look_up_limits(id).await?;
         let (limits_before, size_before) = (self.all_limits(), self.wanted_size());
         let running = self.life.running_mut().ok_or(ContainerError::Ended)?;

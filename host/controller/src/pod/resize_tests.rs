@@ -135,8 +135,8 @@ impl RunningPod {
         Self { directory, pod, task, told, process, _servers: [machine, agent] }
     }
 
-    async fn fit(&mut self, container: &str, limits: Limits) -> Result<(), String> {
-        self.task.fit(&container.parse().unwrap(), limits).await.map_err(|error| chain(&error))
+    async fn fit_limits(&mut self, container: &str, limits: Limits) -> Result<(), String> {
+        self.task.fit_limits(&container.parse().unwrap(), limits).await.map_err(|error| chain(&error))
     }
 
     fn limits(&self) -> &std::collections::HashMap<ContainerId, Limits> {
@@ -176,8 +176,8 @@ fn on_cpu(limits: Limits, cpus: &str) -> Limits {
 #[tokio::test]
 async fn a_machine_is_made_as_large_as_its_containers_may_need() {
     let mut place = RunningPod::new(Fails::Nothing).await;
-    place.fit("c1", on_cpu(limits(1, 600), "0")).await.unwrap();
-    place.fit("c2", on_cpu(limits(1, 200), "1")).await.unwrap();
+    place.fit_limits("c1", on_cpu(limits(1, 600), "0")).await.unwrap();
+    place.fit_limits("c2", on_cpu(limits(1, 200), "1")).await.unwrap();
     assert_eq!(place.sizes(), [(1, 600), (2, 800)]);
     assert_eq!((place.vcpus_and_mib(), place.pinned().as_str()), (Some((2, 800)), "0,1"));
 }
@@ -189,27 +189,27 @@ async fn a_machine_is_let_go_when_one_of_its_containers_may_run_anywhere() {
     for (file, all) in [("cpuset.cpus.effective", "0-7"), ("cpuset.mems.effective", "0")] {
         std::fs::write(place.directory.path().join(file), all).unwrap();
     }
-    place.fit("c1", on_cpu(limits(1, 200), "2")).await.unwrap();
+    place.fit_limits("c1", on_cpu(limits(1, 200), "2")).await.unwrap();
     assert_eq!(place.pinned(), "2");
-    place.fit("c2", limits(1, 200)).await.unwrap();
+    place.fit_limits("c2", limits(1, 200)).await.unwrap();
     assert_eq!(place.pinned(), "0-7");
-    place.fit("c2", on_cpu(limits(1, 200), "3")).await.unwrap();
+    place.fit_limits("c2", on_cpu(limits(1, 200), "3")).await.unwrap();
     assert_eq!(place.pinned(), "2,3");
 }
 
 #[tokio::test]
 async fn a_size_that_is_refused_leaves_no_trace() {
     let mut place = RunningPod::new(Fails::Nothing).await;
-    place.fit("c1", limits(1, 256)).await.unwrap();
+    place.fit_limits("c1", limits(1, 256)).await.unwrap();
     // A new container, and a new size for one that there is: both more than the host has.
     for (container, limits) in [("large", limits(1, 100_000)), ("c1", limits(99, 256))] {
-        let error = place.fit(container, limits).await.unwrap_err();
+        let error = place.fit_limits(container, limits).await.unwrap_err();
         assert!(error.contains("are the most that this host allows"), "{error}");
     }
     assert_eq!(place.sizes(), []);
-    place.fit("c2", limits(1, 256)).await.unwrap();
+    place.fit_limits("c2", limits(1, 256)).await.unwrap();
     assert_eq!(place.sizes(), [(2, 512)]);
-    place.fit("large", limits(1, 100_000)).await.unwrap_err();
+    place.fit_limits("large", limits(1, 100_000)).await.unwrap_err();
     assert_eq!(place.limits().len(), 2, "{:?}", place.limits());
     assert_eq!(place.limits()["c1"], limits(1, 256));
 }
@@ -219,8 +219,8 @@ async fn a_resize_that_fails_leaves_the_pod_as_it_was() {
     for fails in [Fails::Machine, Fails::Guest, Fails::Processors, Fails::Memory, Fails::Pin] {
         let mut place = RunningPod::new(fails).await;
         let before = limits(1, 600);
-        place.fit("c1", before.clone()).await.unwrap();
-        let error = place.fit("c1", on_cpu(limits(2, 800), "1")).await.unwrap_err();
+        place.fit_limits("c1", before.clone()).await.unwrap();
+        let error = place.fit_limits("c1", on_cpu(limits(2, 800), "1")).await.unwrap_err();
         assert!(error.contains("machine") || error.contains("guest"), "{fails:?}: {error}");
         assert_eq!(place.sizes(), [(1, 600), (2, 800), (1, 600)], "{fails:?}");
         assert_eq!(place.told.guest.lock().unwrap().last(), Some(&1), "{fails:?}");
@@ -228,7 +228,7 @@ async fn a_resize_that_fails_leaves_the_pod_as_it_was() {
         assert_eq!(place.pinned(), "", "{fails:?}");
         assert_eq!(place.limits()["c1"], before, "{fails:?}");
         // What is possible still is.
-        place.fit("c1", limits(1, 700)).await.unwrap();
+        place.fit_limits("c1", limits(1, 700)).await.unwrap();
         assert_eq!(place.vcpus_and_mib(), Some((1, 700)), "{fails:?}");
     }
 }
@@ -242,11 +242,11 @@ async fn the_hosts_kernel_kills_a_machine_when_it_would_kill_its_containers() {
     let mut place = RunningPod::new(Fails::Guest).await;
     let pid = place.process.id();
     let number = || std::fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap().trim().to_owned();
-    place.fit("c1", to_be_killed(limits(1, 256), 750)).await.unwrap();
+    place.fit_limits("c1", to_be_killed(limits(1, 256), 750)).await.unwrap();
     assert_eq!(number(), "750");
-    place.fit("c2", to_be_killed(limits(1, 256), 1000)).await.unwrap_err();
+    place.fit_limits("c2", to_be_killed(limits(1, 256), 1000)).await.unwrap_err();
     assert_eq!(number(), "750");
-    place.fit("c2", to_be_killed(Limits::default(), 900)).await.unwrap();
+    place.fit_limits("c2", to_be_killed(Limits::default(), 900)).await.unwrap();
     assert_eq!(number(), "650");
     place.pod.files.share().create().unwrap();
     place.task.release(&"c1".parse().unwrap()).await.unwrap();
@@ -254,7 +254,7 @@ async fn the_hosts_kernel_kills_a_machine_when_it_would_kill_its_containers() {
     assert_eq!(number(), "900");
     place.process.kill().unwrap();
     place.process.wait().unwrap();
-    let error = place.fit("c2", to_be_killed(Limits::default(), 800)).await.unwrap_err();
+    let error = place.fit_limits("c2", to_be_killed(Limits::default(), 800)).await.unwrap_err();
     assert!(error.contains("oom_score_adj"), "{error}");
 }
 
@@ -265,7 +265,7 @@ fn pod_limits(vcpus: u64, mib: u64) -> CpuAndMemory {
 #[tokio::test]
 async fn a_pod_that_may_use_more_or_less_gets_a_machine_for_it_and_that_is_on_record() {
     let mut place = RunningPod::new(Fails::Nothing).await;
-    place.fit("c1", Limits::default()).await.unwrap();
+    place.fit_limits("c1", Limits::default()).await.unwrap();
     for (limits, size) in [(pod_limits(2, 700), (2, 700)), (pod_limits(1, 600), (1, 600))] {
         place.task.resize(limits, CpuAndMemory::default()).await.unwrap();
         assert_eq!(place.vcpus_and_mib(), Some(size));

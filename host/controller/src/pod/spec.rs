@@ -31,7 +31,7 @@ pub struct PodSpec {
     /// `None`: the node's.
     pub dns: Option<Dns>,
     pub sysctls: BTreeMap<String, String>,
-    /// Of its user namespace, if it has one.
+    /// The map of its user namespace, if it has one.
     pub id_map: Option<IdMap>,
     /// The cgroup that its own is to be made in; empty: one of Pericarp's.
     pub cgroup_parent: String,

@@ -65,8 +65,8 @@ pub enum StartError {
     )]
     NotReady { seconds: u64, console: String },
     #[error(
-        "the guest was not ready after {seconds} s; its machine had a CPU for {worked_ms} ms of them: the node has too much to \
-         do; the last it printed: {console:?}"
+        "the guest was not ready after {seconds} s; its machine had a CPU for {worked_ms} ms of them: the node has too \
+         much to do; the last it printed: {console:?}"
     )]
     Starved { seconds: u64, worked_ms: u128, console: String },
     #[error("the guest's agent cannot be reached")]

@@ -1,8 +1,9 @@
 //! How long a guest may take to start.
 //!
-//! What counts is the time in which its machine could have worked: not what it has waited for a CPU that others had, nor what its
-//! cgroup was throttled for. Of a machine that wants to work, what counts is what it has worked. A pod of the lowest weight on a busy node is slow, and ending it for that would throw away what it
-//! has done and have it begin again.
+//! What counts is the time in which its machine could have worked: not what it has waited for a CPU that others had,
+//! nor what its cgroup was throttled for. Of a machine that wants to work, what counts is what it has worked. A pod of
+//! the lowest weight on a busy node is slow, and ending it for that would throw away what it has done and have it begin
+//! again.
 
 use std::{
     fs,
@@ -46,14 +47,15 @@ impl MachineTimes {
 pub struct Times {
     /// How long it had a CPU.
     pub worked: Duration,
-    /// How long it was kept from one, as far as the kernel has counted that: a thread's wait is counted when it is over.
+    /// How long it was kept from one, as far as the kernel has counted that: a thread's wait is counted when it is
+    /// over.
     pub starved: Duration,
     /// Whether it has a CPU or wants one now.
     pub is_runnable: bool,
 }
 
-/// How long a thread had a CPU, and how long it was ready to run and had none (`Documentation/scheduler/sched-stats.rst`,
-/// `/proc/<pid>/schedstat`).
+/// How long a thread had a CPU, and how long it was ready to run and had none
+/// (`Documentation/scheduler/sched-stats.rst`, `/proc/<pid>/schedstat`).
 fn worked_and_waited(thread: &Path) -> Option<(Duration, Duration)> {
     let text = fs::read_to_string(thread.join("schedstat")).ok()?;
     let mut numbers = text.split_whitespace().map(|number| number.parse().ok().map(Duration::from_nanos));
@@ -82,7 +84,7 @@ fn throttled(cgroup: &Path) -> Duration {
 /// The time that a start may take.
 #[derive(Clone, Copy, Debug)]
 pub struct StartBudget {
-    /// In which the machine could have worked.
+    /// The time in which the machine could have worked.
     pub working: Duration,
     /// Altogether: whoever asked has given up by then.
     pub wall: Duration,
@@ -99,7 +101,8 @@ impl StartBudget {
     /// What is left after so much time: the least time until the budget can be exceeded, or what of it is exceeded.
     pub fn left(&self, elapsed: Duration, machine: Times) -> Result<Duration, Exceeded> {
         let wall = self.wall.checked_sub(elapsed).filter(|left| !left.is_zero()).ok_or(Exceeded::Wall)?;
-        // One that sleeps waits for something that may never come. One that does not is perhaps waiting for a CPU right now.
+        // One that sleeps waits for something that may never come. One that does not is perhaps waiting for a CPU right
+        // now.
         let worked =
             if machine.is_runnable { machine.worked } else { elapsed.saturating_sub(machine.starved) };
         let working =

@@ -27,8 +27,8 @@ use crate::{
     telemetry::{error_chain::chain, timeline::ContainerTimeline},
 };
 
-/// How long a pod may be known without being started. containerd may pull an image between the two calls, and kubelet gives the
-/// whole up after 4 minutes.
+/// How long a pod may be known without being started. containerd may pull an image between the two calls, and kubelet
+/// gives the whole up after 4 minutes.
 const START_LIMIT: Duration = Duration::from_secs(10 * 60);
 
 /// How long after a failure a pod is tried to be removed again: at first, and at most.
@@ -136,7 +136,8 @@ impl PodTask {
                     None => return,
                 },
                 () = sleep_until(give_up), if is_created => {
-                    tracing::warn!(pod = self.pod.id(), name = self.pod.title(), "a pod that nobody has started is given up");
+                    let name = self.pod.title();
+                    tracing::warn!(pod = self.pod.id(), name, "a pod that nobody has started is given up");
                     self.abandon().await;
                 }
                 () = sleep_until(retry.unwrap_or(give_up)), if retry.is_some() => self.abandon().await,
@@ -168,7 +169,7 @@ impl PodTask {
             Command::PrepareAhead { id, request } => self.prepare_ahead(id, request).await,
             Command::ReleaseAhead { id } => self.release_ahead(&id).await,
             Command::Fit { id, limits, reply } => {
-                let _ = reply.send(self.fit(&id, limits).await);
+                let _ = reply.send(self.fit_limits(&id, limits).await);
             }
             Command::Release { id, reply } => {
                 let _ = reply.send(self.release(&id).await);

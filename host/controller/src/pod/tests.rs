@@ -26,7 +26,7 @@ use crate::{
     },
 };
 
-/// Containers on record in memory: `odd`, for which something was asked that cannot be had, and what a test adds.
+/// Containers on record in memory: `odd`, for which something impossible was asked, and what a test adds.
 #[derive(Default)]
 pub struct MemoryContainers {
     containers: Mutex<HashMap<String, ContainerRequest>>,
@@ -378,7 +378,8 @@ async fn a_machine_is_ended_before_anything_that_its_pod_is_busy_with() {
     let _ = process.wait();
 }
 
-/// A pod's machine ends by itself: what else there is of the pod is removed, its directory is kept, and its end is known.
+/// A pod's machine ends by itself: what else there is of the pod is removed, its directory is kept, and its end is
+/// known.
 #[tokio::test]
 async fn what_runs_of_a_pod_is_removed_when_its_machine_ends() {
     let directory = tempfile::tempdir().unwrap();

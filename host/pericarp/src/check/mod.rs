@@ -1,6 +1,6 @@
 //! `pericarp check`: whether this node can run Pericarp, and what to do where it cannot.
 //!
-//! Each check answers with a [`Finding`]; none changes anything.
+//! Each check returns a [`Finding`]; none changes anything.
 
 mod containerd_config;
 mod guest;
@@ -79,7 +79,7 @@ struct Item {
     finding: Finding,
 }
 
-/// Makes the checks and prints what they found; answers whether none has failed. `usual_config` is where the
+/// Makes the checks and prints what they found; returns whether none has failed. `usual_config` is where the
 /// configuration is if the arguments name none.
 pub fn run(arguments: &Arguments, usual_config: &Path) -> io::Result<bool> {
     let items = match arguments.what {

@@ -33,8 +33,8 @@ fn given_devices(config: &Value) -> GivenDevices {
     devices.filter_map(given).collect()
 }
 
-/// Refuses what a container cannot have; returns the devices. The record is containerd's `internal/cri/store/container`,
-/// `versionedMetadata`.
+/// Refuses what a container cannot have; returns the devices. The record is containerd's
+/// `internal/cri/store/container`, `versionedMetadata`.
 pub fn check(record: &[u8]) -> Result<GivenDevices, Error> {
     let record: Value = serde_json::from_slice(record).map_err(Error::Record)?;
     let config = record

@@ -42,7 +42,7 @@ const NESTED_ANNOTATION: &str = "io.pericarp.nested-virtualization";
 /// Characters of an annotation that an error quotes.
 const QUOTE_MAX: usize = 64;
 
-/// A pod is asked for that cannot be had. Each names the pod.
+/// A pod is asked for that cannot be made. Each error names the pod.
 #[derive(Debug, Error)]
 pub enum PodSpecError {
     #[error("pod sandbox {id:?}: its PodSandboxConfig cannot be read")]
@@ -57,8 +57,8 @@ pub enum PodSpecError {
     Annotation { pod: String, key: &'static str, value: String, expected: String },
 }
 
-/// Reads a `PodSandboxConfig`, and refuses what is not understood or cannot be had. `source_namespace` is containerd's, `netns`
-/// empty if there is none.
+/// Reads a `PodSandboxConfig`, and refuses what is not understood or cannot be done. `source_namespace` is
+/// containerd's, `netns` empty if there is none.
 pub fn pod_spec(
     id: SandboxId,
     source_namespace: &str,

@@ -27,9 +27,9 @@ const GUEST_DEVICES: [(u32, u32); 2] = [(10, 229), (10, 200)];
 pub struct BlockVolume {
     /// In the container.
     pub path: String,
-    /// The host's numbers.
+    /// The host's major number.
     pub major: u32,
-    /// The same.
+    /// The host's minor number.
     pub minor: u32,
     /// Whether it may not be written.
     pub read_only: bool,
@@ -256,7 +256,7 @@ mod tests {
         let devices = json!([
             { "path": "/dev/loop-control", "type": "c", "major": 10, "minor": 237 },
             { "path": "/dev/kvm", "type": "c", "major": 10, "minor": 232 },
-            // Of the host's list: at that time the numbers were another disk's.
+            // The host's list has them: at that time the numbers were another disk's.
             { "path": "/dev/nvme3n1", "type": "b", "major": major, "minor": minor },
             // The host has a disk of the same name as the volume.
             { "path": "/dev/xvda", "type": "b", "major": 202, "minor": 0 },

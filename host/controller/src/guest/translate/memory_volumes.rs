@@ -68,7 +68,7 @@ mod tests {
 
     use super::{
         super::{
-            Translated,
+            TranslatedSpec,
             tests::{ID_MAP, POD, add_mount, id, mappings, spec},
             translate,
         },
@@ -108,7 +108,7 @@ mod tests {
     }
 
     /// Translates a spec that has no mounts except these, each with its source and options, at `/0`, `/1` and so on.
-    fn with_mounts(mounts: &[(&str, Value)], pod: &Pod) -> Result<(Vec<Value>, Translated), Error> {
+    fn with_mounts(mounts: &[(&str, Value)], pod: &Pod) -> Result<(Vec<Value>, TranslatedSpec), Error> {
         let mut spec = spec();
         let mounts = mounts.iter().enumerate().map(|(number, (source, options))| {
             json!({ "destination": format!("/{number}"), "type": "bind", "source": source, "options": options })

@@ -1,8 +1,8 @@
 //! Translates a container's OCI runtime spec, which containerd made for a process on the host, for
 //! the guest.
 //!
-//! The spec is handled as JSON and not through typed structures: what a structure has no field for would be lost without a
-//! word, and is refused instead ([`unsupported`]).
+//! The spec is handled as JSON and not through typed structures: what a structure has no field for would be lost
+//! without a word, and is refused instead ([`unsupported`]).
 
 mod devices;
 mod huge_pages;
@@ -57,8 +57,8 @@ pub enum Error {
     WorkingDirectory(String),
     /// The host's devices have been numbered anew since containerd made the spec.
     #[error(
-        "the block device of the volume at {path} is not the one that it was when the container was made; make the container \
-         again"
+        "the block device of the volume at {path} is not the one that it was when the container was made; make \
+         the container again"
     )]
     OtherDevice {
         /// In the container.
@@ -90,7 +90,7 @@ pub fn unsupported<T>(what: impl Into<String>, remedy: &'static str) -> Result<T
 
 /// A spec for the guest, and what has to be in the share before the guest can use it.
 #[derive(Debug)]
-pub struct Translated {
+pub struct TranslatedSpec {
     /// The guest's OCI runtime spec, JSON.
     pub spec: Vec<u8>,
     /// Directories and files of the host that the spec mounts.
@@ -104,9 +104,10 @@ pub struct Translated {
 /// What a container's spec depends on beside itself.
 #[derive(Clone, Debug)]
 pub struct Pod {
-    /// containerd made every namespace path of the spec from this process id (`internal/cri/opts`, `WithPodNamespaces`).
+    /// containerd made every namespace path of the spec from this process id (`internal/cri/opts`,
+    /// `WithPodNamespaces`).
     pub machine_pid: u32,
-    /// Of the pod's user namespace, if it has one.
+    /// The map of the pod's user namespace, if it has one.
     pub id_map: Option<IdMap>,
     /// Is asked about the sources of a container's volumes if it may have huge pages.
     pub huge_directory: fn(&Path) -> Option<HugeDirectory>,
@@ -122,7 +123,7 @@ pub fn translate(
     container: &ContainerId,
     pod: &Pod,
     given: Option<&GivenDevices>,
-) -> Result<Translated, Error> {
+) -> Result<TranslatedSpec, Error> {
     let mut spec: Value = serde_json::from_slice(spec)?;
     unsupported::check(&spec)?;
     let root = spec.as_object_mut().ok_or(Error::Malformed("it is not an object"))?;
@@ -136,7 +137,7 @@ pub fn translate(
     // First, because containerd shares the root file system for the sake of a volume, which is what the user knows.
     let (volumes, memory_volumes) = mounts::translate(root, read_only_root, pod)?;
     let disks = linux(root, container, pod, given)?;
-    Ok(Translated { spec: serde_json::to_vec(&spec)?, volumes, memory_volumes, disks })
+    Ok(TranslatedSpec { spec: serde_json::to_vec(&spec)?, volumes, memory_volumes, disks })
 }
 
 /// Where the guest sees a container's part of the share.
@@ -236,7 +237,8 @@ fn linux(
     if let (Some(disk), Some(_)) = (disks.first(), pod.id_map) {
         return unsupported(
             format!("the raw block volume {}", disk.path),
-            "device nodes cannot be made in a user namespace; use a file system, or remove hostUsers: false from the pod",
+            "device nodes cannot be made in a user namespace; use a file system, or remove hostUsers: false from the \
+             pod",
         );
     }
     if linux.remove("intelRdt").is_some_and(|rdt| !rdt.is_null()) {

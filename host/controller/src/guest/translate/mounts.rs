@@ -106,8 +106,8 @@ fn forget_ids(mount: &mut Map<String, Value>) {
     }
 }
 
-/// How the ids of a volume are to be mapped: its own mappings, or the pod's if there is only an option (OCI runtime spec,
-/// `config.md`). As both are the same from kubelet, only that is done.
+/// How the ids of a volume are to be mapped: its own mappings, or the pod's if there is only an option (OCI runtime
+/// spec, `config.md`). As both are the same from kubelet, only that is done.
 fn ids(
     mount: &Map<String, Value>,
     destination: &str,
@@ -158,8 +158,8 @@ fn volume(
     Ok(Volume { name, source, destination, recursive, read_only, propagation, ids })
 }
 
-/// The same for the same source with the same mounts below it. Whether the top may be written makes no difference where
-/// the containers' own mounts see to that.
+/// A volume's name in the share: equal for equal sources with the same mounts below it. Whether the top may be written
+/// makes no difference where the containers' own mounts see to that.
 fn name(
     source: &Path,
     recursive: bool,
@@ -182,7 +182,8 @@ fn name(
     format!("{:016x}", hash.0)
 }
 
-/// FNV-1a: a name has to be the same for every controller, so the standard library's hash, which may change, will not do.
+/// FNV-1a: a name has to be the same for every controller, so the standard library's hash, which may change, will not
+/// do.
 struct Fnv(u64);
 
 impl Default for Fnv {

@@ -33,13 +33,15 @@ pub(super) fn spec() -> Value {
             { "destination": "/dev", "type": "tmpfs", "source": "tmpfs" },
             { "destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["size=65536k"] },
             { "destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["ro"] },
-            { "destination": "/data", "type": "bind", "source": "/var/lib/data", "options": ["rbind", "rprivate", "rw"] },
+            { "destination": "/data", "type": "bind", "source": "/var/lib/data",
+                "options": ["rbind", "rprivate", "rw"] },
         ],
         "hooks": {},
         "linux": {
             "cgroupsPath": "/kubepods/c1",
             "mountLabel": "system_u:object_r:container_file_t:s0",
-            "resources": { "cpu": { "shares": 2, "cpus": "6-7", "mems": "1" }, "devices": [{ "allow": false, "access": "rwm" }] },
+            "resources": { "cpu": { "shares": 2, "cpus": "6-7", "mems": "1" },
+                "devices": [{ "allow": false, "access": "rwm" }] },
             "namespaces": [
                 { "type": "pid" },
                 { "type": "ipc", "path": "/proc/4711/ns/ipc" },
@@ -415,7 +417,7 @@ pub(super) fn mappings() -> Value {
     json!([{ "containerID": 0, "hostID": 65536, "size": 65536 }])
 }
 
-/// The same, in a pod with a user namespace.
+/// Translates in a pod with a user namespace.
 fn in_user_namespace(change: impl FnOnce(&mut Value)) -> Result<(Value, Vec<Volume>), Error> {
     let mut spec = spec();
     let linux = &mut spec["linux"];

@@ -58,8 +58,8 @@ pub enum NetworkError {
     },
     #[error(
         "the pod's interface {interface} is of the link type {kind}, whose frames cannot be handed to a \
-         machine; use a CNI plugin that makes veth, macvlan or ipvlan interfaces (bridge, ptp, macvlan, ipvlan in mode l2), \
-         or the runc runtime for this pod"
+         machine; use a CNI plugin that makes veth, macvlan or ipvlan interfaces (bridge, ptp, macvlan, ipvlan in mode \
+         l2), or the runc runtime for this pod"
     )]
     Kind { interface: String, kind: String },
     #[error(

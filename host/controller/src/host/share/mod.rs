@@ -83,8 +83,8 @@ pub enum ShareError {
     },
     /// A volume whose file system has no mapped ids.
     #[error(
-        "the ids in {source_path}, the volume at {destination}, cannot be mapped for the pod's user namespace: its file \
-         system, or this kernel for it, cannot do that (tmpfs can from Linux 6.3 on)", source_path = path.display()
+        "the ids in {source_path}, the volume at {destination}, cannot be mapped for the pod's user namespace: its \
+         file system, or this kernel for it, cannot do that (tmpfs can from Linux 6.3 on)", source_path = path.display()
     )]
     VolumeIds {
         /// On the host.

@@ -121,13 +121,13 @@ fn check_operation(
     match opcode {
         Opcode::Lookup | Opcode::Unlink | Opcode::Rmdir | Opcode::Removexattr => fields.take_name()?,
         Opcode::Readlink | Opcode::Statfs | Opcode::Destroy => {}
-        Opcode::Forget => drop(fields.take::<ForgetIn>()?),
+        Opcode::Forget => drop(fields.read_struct::<ForgetIn>()?),
         Opcode::BatchForget => fields.take_forgets()?,
-        Opcode::Interrupt => drop(fields.take::<InterruptIn>()?),
-        Opcode::Getattr => check_flags(fields.take::<GetattrIn>()?.flags, GETATTR_FH)?,
+        Opcode::Interrupt => drop(fields.read_struct::<InterruptIn>()?),
+        Opcode::Getattr => check_flags(fields.read_struct::<GetattrIn>()?.flags, GETATTR_FH)?,
         Opcode::Setattr => {
             let valid = SetattrValid::all().bits() | FATTR_FH | FATTR_LOCKOWNER;
-            check_flags(fields.take::<SetattrIn>()?.valid, valid)?;
+            check_flags(fields.read_struct::<SetattrIn>()?.valid, valid)?;
         }
         Opcode::Symlink => {
             fields.take_name()?;
@@ -142,45 +142,45 @@ fn check_operation(
             check_open(create.flags & !libc::O_CREAT.cast_unsigned())?;
         }
         Opcode::Rename => {
-            fields.take::<RenameIn>()?;
+            fields.read_struct::<RenameIn>()?;
             fields.take_name()?;
             fields.take_name()?;
         }
         Opcode::Rename2 => {
-            let flags = fields.take::<Rename2In>()?.flags;
+            let flags = fields.read_struct::<Rename2In>()?.flags;
             check_flags(flags, libc::RENAME_NOREPLACE | libc::RENAME_EXCHANGE | libc::RENAME_WHITEOUT)?;
             fields.take_name()?;
             fields.take_name()?;
         }
         Opcode::Link => {
-            fields.take::<LinkIn>()?;
+            fields.read_struct::<LinkIn>()?;
             fields.take_name()?;
         }
         Opcode::Open | Opcode::Opendir => {
-            let open: OpenIn = fields.take()?;
+            let open: OpenIn = fields.read_struct()?;
             check_flags(open.open_flags, OPEN_KILL_SUIDGID)?;
             check_open(open.flags)?;
         }
         Opcode::Setxattr => fields.take_attribute()?,
         Opcode::Getxattr => {
-            check_attribute_size(fields.take::<GetxattrIn>()?.size)?;
+            check_attribute_size(fields.read_struct::<GetxattrIn>()?.size)?;
             fields.take_name()?;
         }
-        Opcode::Listxattr => check_attribute_size(fields.take::<GetxattrIn>()?.size)?,
+        Opcode::Listxattr => check_attribute_size(fields.read_struct::<GetxattrIn>()?.size)?,
         Opcode::Init => {
-            let InitInCompat { major, minor, .. } = fields.take()?;
+            let InitInCompat { major, minor, .. } = fields.read_struct()?;
             if major != KERNEL_VERSION || minor < MIN_KERNEL_MINOR_VERSION {
                 return Err(RequestError::Version { major, minor });
             }
-            fields.take::<InitInExt>()?;
+            fields.read_struct::<InitInExt>()?;
         }
         Opcode::Access => {
             check_flags(
-                fields.take::<AccessIn>()?.mask,
+                fields.read_struct::<AccessIn>()?.mask,
                 (libc::R_OK | libc::W_OK | libc::X_OK).cast_unsigned(),
             )?;
         }
-        Opcode::Syncfs => drop(fields.take::<SyncfsIn>()?),
+        Opcode::Syncfs => drop(fields.read_struct::<SyncfsIn>()?),
         _ => return check_on_open_file(opcode, fields, length),
     }
     Ok(None)
@@ -194,21 +194,21 @@ fn check_on_open_file(
 ) -> Result<Option<usize>, RequestError> {
     match opcode {
         Opcode::Read => {
-            let read: ReadIn = fields.take()?;
+            let read: ReadIn = fields.read_struct()?;
             check_flags(read.read_flags, READ_LOCKOWNER)?;
             check_range(read.offset, read.size.into())?;
             return data_reply_size(read.size).map(Some);
         }
         // The offset is not checked: a file system may number the entries of a directory as it likes.
         Opcode::Readdir | Opcode::Readdirplus => {
-            let size = fields.take::<ReadIn>()?.size;
+            let size = fields.read_struct::<ReadIn>()?.size;
             if size == 0 {
                 return Err(RequestError::Size(size));
             }
             return data_reply_size(size).map(Some);
         }
         Opcode::Write => {
-            let write: WriteIn = fields.take()?;
+            let write: WriteIn = fields.read_struct()?;
             check_flags(write.write_flags, WRITE_CACHE | WRITE_LOCKOWNER | WRITE_KILL_PRIV)?;
             check_range(write.offset, write.size.into())?;
             if write.size > DATA_MAX {
@@ -217,14 +217,17 @@ fn check_on_open_file(
             check_length(length - WRITE_HEADER_SIZE.min(length), write.size)?;
         }
         Opcode::Release | Opcode::Releasedir => {
-            check_flags(fields.take::<ReleaseIn>()?.release_flags, RELEASE_FLUSH | RELEASE_FLOCK_UNLOCK)?;
+            check_flags(
+                fields.read_struct::<ReleaseIn>()?.release_flags,
+                RELEASE_FLUSH | RELEASE_FLOCK_UNLOCK,
+            )?;
         }
         Opcode::Fsync | Opcode::Fsyncdir => {
-            check_flags(fields.take::<FsyncIn>()?.fsync_flags, FSYNC_FDATASYNC)?;
+            check_flags(fields.read_struct::<FsyncIn>()?.fsync_flags, FSYNC_FDATASYNC)?;
         }
-        Opcode::Flush => drop(fields.take::<FlushIn>()?),
+        Opcode::Flush => drop(fields.read_struct::<FlushIn>()?),
         Opcode::Fallocate => {
-            let FallocateIn { offset, length, mode, .. } = fields.take()?;
+            let FallocateIn { offset, length, mode, .. } = fields.read_struct()?;
             let modes = libc::FALLOC_FL_KEEP_SIZE | libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE;
             if mode & !modes.cast_unsigned() != 0 {
                 return Err(RequestError::Allocation(mode));
@@ -232,14 +235,14 @@ fn check_on_open_file(
             check_range(offset, length)?;
         }
         Opcode::Lseek => {
-            let whence = fields.take::<LseekIn>()?.whence;
+            let whence = fields.read_struct::<LseekIn>()?.whence;
             // The guest's kernel handles all other values by itself.
             if ![libc::SEEK_DATA, libc::SEEK_HOLE].contains(&whence.cast_signed()) {
                 return Err(RequestError::Flags(whence));
             }
         }
         Opcode::CopyFileRange => {
-            let copy: CopyfilerangeIn = fields.take()?;
+            let copy: CopyfilerangeIn = fields.read_struct()?;
             if copy.flags != 0 {
                 // The error says no more than 32 bits of what the guest has sent.
                 return Err(RequestError::Flags(u32::try_from(copy.flags).unwrap_or(u32::MAX)));
@@ -295,7 +298,7 @@ fn check_attribute_size(size: u32) -> Result<(), RequestError> {
 struct Fields<'a>(&'a [u8]);
 
 impl Fields<'_> {
-    fn take<T: ByteValued + Default>(&mut self) -> Result<T, RequestError> {
+    fn read_struct<T: ByteValued + Default>(&mut self) -> Result<T, RequestError> {
         let (bytes, rest) = self.0.split_at_checked(size_of::<T>()).ok_or(RequestError::Short)?;
         self.0 = rest;
         let mut value = T::default();
@@ -322,7 +325,7 @@ impl Fields<'_> {
 
     /// Takes the fields of an operation that makes a file: a structure, a name and extensions.
     fn take_new_file<T: ByteValued + Default>(&mut self, header: &InHeader) -> Result<T, RequestError> {
-        let value = self.take()?;
+        let value = self.read_struct()?;
         self.take_name()?;
         self.take_extensions(header)?;
         Ok(value)
@@ -338,7 +341,7 @@ impl Fields<'_> {
 
     /// Takes the fields of SETXATTR.
     fn take_attribute(&mut self) -> Result<(), RequestError> {
-        let SetxattrIn { size, flags, setxattr_flags, .. } = self.take()?;
+        let SetxattrIn { size, flags, setxattr_flags, .. } = self.read_struct()?;
         check_flags(flags, (libc::XATTR_CREATE | libc::XATTR_REPLACE).cast_unsigned())?;
         check_flags(setxattr_flags, SetxattrFlags::all().bits())?;
         check_attribute_size(size)?;
@@ -350,9 +353,9 @@ impl Fields<'_> {
 
     /// Takes the fields of `BATCH_FORGET`.
     fn take_forgets(&mut self) -> Result<(), RequestError> {
-        let count = self.take::<virtiofsd::fuse::BatchForgetIn>()?.count;
+        let count = self.read_struct::<virtiofsd::fuse::BatchForgetIn>()?.count;
         for _ in 0..count {
-            self.take::<ForgetOne>()?;
+            self.read_struct::<ForgetOne>()?;
         }
         Ok(())
     }

@@ -125,7 +125,7 @@ impl Header {
     }
 }
 
-/// The same packet as the other side would send it: with source and destination exchanged.
+/// This packet as the other side would send it: with source and destination exchanged.
 #[cfg(test)]
 pub fn reversed(bytes: [u8; HEADER_SIZE]) -> [u8; HEADER_SIZE] {
     let mut reversed = bytes;
