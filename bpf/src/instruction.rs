@@ -92,7 +92,7 @@ impl Instruction {
         Instruction::new(0x85, 0, 0, 0, helper)
     }
 
-    /// Ends the program; its answer is in register 0.
+    /// Ends the program; its result is in register 0.
     pub const fn exit() -> Instruction {
         Instruction::new(0x95, 0, 0, 0, 0)
     }

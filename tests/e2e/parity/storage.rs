@@ -192,8 +192,7 @@ impl MemoryEmptyDirs {
     ) -> Case {
         let volumes = self.clone();
         case(name, script, move |container, place| {
-            let mut volume =
-                MemoryEmptyDir::new(&place.on_disk(), &container.pod_uid(), "cache", "8m").unwrap();
+            let mut volume = MemoryEmptyDir::new(&place.on_disk(), &container.pod_uid(), name, "8m").unwrap();
             chown(volume.path(), Some(0), Some(group)).unwrap();
             fs::set_permissions(volume.path(), fs::Permissions::from_mode(mode)).unwrap();
             let host_path =

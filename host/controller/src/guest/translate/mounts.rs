@@ -212,7 +212,10 @@ pub(super) fn refuse_shared<T>(what: &str) -> Result<T, Error> {
 fn add_pod_files(mounts: &mut Vec<Value>, destinations: &[String], read_only_root: bool) {
     let taken = |path: &str| destinations.iter().any(|destination| destination == path);
     let mode = if read_only_root { "ro" } else { "rw" };
-    let bind = |destination: &str, source: String, options: &[&str]| json!({ "destination": destination, "type": "bind", "source": source, "options": options });
+    let bind = |destination: &str, source: String, options: &[&str]| {
+        let kind = "bind";
+        json!({ "destination": destination, "type": kind, "source": source, "options": options })
+    };
     for name in POD_FILES {
         let destination = format!("/etc/{name}");
         if !taken(&destination) {
