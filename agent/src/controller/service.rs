@@ -56,6 +56,7 @@ fn code(error: &PodError) -> Code {
             Code::INVALID_ARGUMENT
         }
         PodError::File { .. }
+        | PodError::Limits(_)
         | PodError::SharedMemory(_)
         | PodError::Network(_)
         | PodError::Namespaces(_) => Code::INTERNAL,

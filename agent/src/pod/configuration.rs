@@ -52,6 +52,9 @@ pub enum PodError {
     /// The shared memory file system cannot be mounted.
     #[error("cannot mount the pod's shared memory: {0}")]
     SharedMemory(io::Error),
+    /// The pod's limits cannot be set.
+    #[error("cannot limit the pod's tasks: {0}")]
+    Limits(io::Error),
 }
 
 /// Gives the namespaces of the calling thread the pod's host name, network and sysctls.

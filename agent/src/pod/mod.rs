@@ -23,7 +23,10 @@ use std::{
     },
 };
 
-use pericarp_protos::{agent::ConfigureRequest, guest::ETC_DIR};
+use pericarp_protos::{
+    agent::ConfigureRequest,
+    guest::{CGROUP_PARENT, ETC_DIR},
+};
 use protobuf::Message as _;
 use tokio::sync::watch;
 
@@ -37,6 +40,7 @@ pub use self::{
 use crate::{
     init,
     launch::{self, Action, Descriptors, LaunchError, Reaper, Request},
+    resources,
 };
 
 /// Whose network, IPC and UTS namespaces the pod has.
@@ -95,6 +99,7 @@ impl Pod {
         if self.configure_called.swap(true, Ordering::Relaxed) {
             return Err(PodError::AlreadyConfigured);
         }
+        resources::limit_pod_tasks(CGROUP_PARENT, request.tasks_max).map_err(PodError::Limits)?;
         files::write(Path::new(ETC_DIR), request)?;
         files::mount_shared_memory(request).map_err(PodError::SharedMemory)?;
         let namespaces = if request.user_namespace.is_some() {

@@ -1,6 +1,10 @@
 //! The guest's cgroup hierarchy: the parent of all containers' cgroups, and its limits.
 
-use std::{fs, io, path::Path};
+use std::{
+    fs, io,
+    path::Path,
+    sync::atomic::{AtomicU64, Ordering},
+};
 
 /// Where the hierarchy is mounted.
 pub const ROOT: &str = "/sys/fs/cgroup";
@@ -33,7 +37,7 @@ pub fn delegate(name: &str) -> io::Result<()> {
 pub fn reserve_for_agent(parent: &str) -> io::Result<()> {
     let parent = Path::new(ROOT).join(parent.trim_start_matches('/'));
     // A kernel without one of these controllers has no such file, and there is nothing to limit then.
-    let limits = [("pids.max", tasks_for_containers()), ("memory.max", memory_for_containers())];
+    let limits = [("pids.max", tasks_of_pod()), ("memory.max", memory_for_containers())];
     for (file, limit) in limits {
         if let Some(limit) = limit.filter(|_| parent.join(file).exists()) {
             fs::write(parent.join(file), limit.to_string())?;
@@ -42,7 +46,29 @@ pub fn reserve_for_agent(parent: &str) -> io::Result<()> {
     Ok(())
 }
 
-/// How many tasks all containers may have together.
+/// How many tasks the pod may have by the word of whoever made it.
+static POD_TASKS_MAX: AtomicU64 = AtomicU64::new(u64::MAX);
+
+/// Limits how many tasks the containers below `parent` may have together, as kubelet does with a pod's processes on the
+/// host (`podPidsLimit`); 0 is no limit.
+pub fn limit_pod_tasks(parent: &str, max: u64) -> io::Result<()> {
+    if max == 0 {
+        return Ok(());
+    }
+    POD_TASKS_MAX.store(max, Ordering::Relaxed);
+    let file = Path::new(ROOT).join(parent.trim_start_matches('/')).join("pids.max");
+    match tasks_of_pod().filter(|_| file.exists()) {
+        Some(limit) => fs::write(file, limit.to_string()),
+        None => Ok(()),
+    }
+}
+
+/// How many tasks all containers may have together, for their parent's `pids.max`.
+fn tasks_of_pod() -> Option<u64> {
+    Some(tasks_for_containers()?.min(POD_TASKS_MAX.load(Ordering::Relaxed)))
+}
+
+/// How many tasks the guest has for all containers together.
 pub(super) fn tasks_for_containers() -> Option<u64> {
     let limit = |name: &str| fs::read_to_string(format!("/proc/sys/kernel/{name}")).ok()?.trim().parse().ok();
     let threads: u64 = limit("threads-max")?;

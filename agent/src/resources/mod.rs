@@ -10,5 +10,5 @@ mod tree;
 
 pub use cgroup::{Cgroup, CgroupError};
 pub use device_rules::DeviceRules;
-pub use hierarchy::{ROOT, delegate, reserve_for_agent};
+pub use hierarchy::{ROOT, delegate, limit_pod_tasks, reserve_for_agent};
 pub use oom::OomWatcher;

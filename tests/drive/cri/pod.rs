@@ -17,6 +17,8 @@ pub struct PodBuilder {
     config: api::PodSandboxConfig,
     /// The name of its cgroup, if it gets one.
     cgroup: Option<String>,
+    /// How many tasks kubelet would allow the pod; `None` if there is no limit.
+    tasks_max: Option<u32>,
 }
 
 /// The user id on the node of the root of a pod with a user namespace. As with kubelet, the pod's range has 65,536 ids.
@@ -82,7 +84,7 @@ impl PodBuilder {
             }),
             ..Default::default()
         };
-        Self { node: node.clone(), config, cgroup: Some(uid) }
+        Self { node: node.clone(), config, cgroup: Some(uid), tasks_max: None }
     }
 
     /// Leaves out everything except names and labels, as critest, the validation suite of CRI, does.
@@ -95,6 +97,13 @@ impl PodBuilder {
             ..Default::default()
         };
         self.cgroup = None;
+        self
+    }
+
+    /// Limits the tasks that the pod may have, as kubelet does with `podPidsLimit`.
+    #[must_use]
+    pub fn tasks_max(mut self, max: u32) -> Self {
+        self.tasks_max = Some(max);
         self
     }
 
@@ -155,6 +164,9 @@ impl PodBuilder {
     pub async fn try_run(mut self) -> Result<Result<Pod, Status>> {
         if let Some(cgroup) = &self.cgroup {
             self.config.linux.get_or_insert_default().cgroup_parent = cgroup::make(cgroup)?;
+            if let Some(max) = self.tasks_max {
+                cgroup::limit_tasks(cgroup, max)?;
+            }
         }
         fs::create_dir_all(&self.config.log_directory)?;
         let request = api::RunPodSandboxRequest {

@@ -23,6 +23,12 @@ pub(crate) fn make(name: &str) -> Result<String> {
     Ok(format!("/kubepods/{name}"))
 }
 
+/// Limits the tasks in a pod's cgroup, as kubelet does with `podPidsLimit`.
+pub(crate) fn limit_tasks(name: &str, max: u32) -> Result<()> {
+    let file = Path::new(PODS_CGROUP).join(name).join("pids.max");
+    fs::write(&file, max.to_string()).with_context(|| format!("write {}", file.display()))
+}
+
 /// Removes the cgroups of all pods whose names begin with `prefix`.
 pub(super) async fn remove_all(prefix: &str) -> Result<()> {
     let parent = Path::new(PODS_CGROUP);

@@ -1,7 +1,7 @@
 //! Limits of CPU, memory and processes.
 
-use anyhow::Result;
-use pericarp_tests::{ContainerBuilder, api};
+use anyhow::{Context, Result, ensure};
+use pericarp_tests::{ContainerBuilder, api, on_node};
 
 use super::{Case, case, compare};
 
@@ -61,4 +61,24 @@ fn limits_are_those_of_runc() -> Result<()> {
             .refused(),
         ],
     )
+}
+
+/// kubelet's `podPidsLimit`: of a pod's containers together, whatever their own limits are.
+#[test]
+fn a_pod_has_so_many_tasks_as_kubelet_allows_it() -> Result<()> {
+    const MAX: u32 = 80;
+    on_node(async |node| {
+        let pod = node.pod("few-tasks").tasks_max(MAX).run().await?;
+        let other = pod.idle_container("other").await?;
+        // Each number is written before the next process is started, until there can be none.
+        let script = "for i in $(seq 1 200); do sleep 1000 & echo $i; done";
+        let container = pod.container("many").script(script).start().await?;
+        container.wait_for_exit().await.context("the container ends when it cannot fork")?;
+        let log = container.log()?;
+        let most: u32 = log.stdout().lines().last().context("it has started none")?.parse()?;
+        // Those of the other container count, and so do what a runtime has in the pod's cgroup on the node.
+        ensure!((MAX / 2..MAX).contains(&most), "{most} processes were started: {}", log.stdout());
+        other.shell("true").await?;
+        Ok(())
+    })
 }

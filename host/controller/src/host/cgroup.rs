@@ -48,6 +48,13 @@ pub fn path_in_hierarchy(path: &Path) -> Option<PathBuf> {
     Some(Path::new("/").join(path.strip_prefix(ROOT).ok()?))
 }
 
+/// How many tasks whoever made the pod allows it (`pids.max` of the cgroup that a machine's is in); `None` if that is
+/// not limited. kubelet sets it (`podPidsLimit`), and its kernel would count the machine's threads instead of the
+/// pod's.
+pub fn tasks_max(path: &Path) -> Option<u64> {
+    fs::read_to_string(path.parent()?.join("pids.max")).ok()?.trim().parse().ok()
+}
+
 /// Keeps the processes of a cgroup on these of the host's CPUs and memory nodes; an empty list is no constraint.
 pub fn pin(path: &Path, cpus: &str, mems: &str) -> io::Result<()> {
     for (file, list) in [("cpuset.cpus", cpus), ("cpuset.mems", mems)] {

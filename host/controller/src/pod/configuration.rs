@@ -10,7 +10,7 @@ use std::{
 use pericarp_protos::agent::{self, ConfigureRequest};
 
 use super::{Pod, spec::Dns};
-use crate::host::network::PodNetwork;
+use crate::host::{cgroup, network::PodNetwork};
 
 /// The host's resolver, which a pod gets that asks for none of its own.
 const HOST_RESOLVER: &str = "/etc/resolv.conf";
@@ -47,6 +47,14 @@ impl Pod {
             interfaces: network.interfaces,
             routes: network.routes,
             neighbours: network.neighbours,
+            tasks_max: self
+                .status
+                .borrow()
+                .owned
+                .cgroup()
+                .as_deref()
+                .and_then(cgroup::tasks_max)
+                .unwrap_or(0),
             user_namespace: spec.id_map.map(|map| map.message()).into(),
             ..ConfigureRequest::default()
         }
