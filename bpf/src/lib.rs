@@ -274,7 +274,7 @@ mod tests {
 
     #[test]
     fn what_the_verifier_says_of_a_bad_program_is_told() {
-        // Answers with a register that was never written.
+        // It returns a register that was never written.
         let error = load(Kind::SocketLookup, "bad", &[Instruction::exit()]).unwrap_err().to_string();
         assert!(error.contains("its verifier: "), "{error}");
         assert!(error.contains("R0 !read_ok"), "{error}");

@@ -45,13 +45,18 @@ pub struct Agent {
 impl Agent {
     /// Connects through the machine's vsock socket.
     pub async fn connect(socket: &Path) -> io::Result<Agent> {
-        let client = tokio::time::timeout(CALL_TIMEOUT, dial_agent(socket)).await.map_err(|_| {
+        Self::connect_within(socket, CALL_TIMEOUT).await
+    }
+
+    /// Connects through the machine's vsock socket, within a time limit.
+    pub async fn connect_within(socket: &Path, limit: Duration) -> io::Result<Agent> {
+        let client = tokio::time::timeout(limit, dial_agent(socket)).await.map_err(|_| {
             io::Error::new(io::ErrorKind::TimedOut, "the guest's agent does not accept the connection")
         })??;
         Ok(Agent { client: AgentClient::new(client) })
     }
 
-    /// Whether a guest returnsin a time limit, on a connection like those that containerd makes. One frame is read
+    /// Whether a guest answers in time, on a connection like those that containerd makes. One frame is read
     /// of what it says, and no more: it is asked again and again, and could say much.
     pub async fn check(socket: &Path, limit: Duration) -> io::Result<()> {
         let timed_out = |_| io::Error::new(io::ErrorKind::TimedOut, "the guest's agent does not answer");

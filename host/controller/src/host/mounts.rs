@@ -13,7 +13,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{CWD, Mode, OFlags, ResolveFlags, openat2},
+    fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxAttributes, StatxFlags, openat2, statx},
     io::Errno,
     mount::{MoveMountFlags, OpenTreeFlags, UnmountFlags, move_mount, open_tree, unmount},
     thread::{UnshareFlags, unshare_unsafe},
@@ -84,6 +84,12 @@ pub fn clone_tree(place: impl AsFd, recursive: bool) -> rustix::io::Result<Owned
 pub fn attach(mount: impl AsFd, place: impl AsFd) -> rustix::io::Result<()> {
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
     move_mount(mount, "", place, "", flags)
+}
+
+/// Whether a place is where something is mounted.
+pub fn is_mount(place: impl AsFd) -> rustix::io::Result<bool> {
+    let statx = statx(place, "", AtFlags::EMPTY_PATH, StatxFlags::empty())?;
+    Ok(statx.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
 }
 
 /// Lets a mount be written, but not those below it that may not.

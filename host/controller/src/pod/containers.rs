@@ -90,7 +90,11 @@ impl PodTask {
         match running.prepared_ahead.remove(id) {
             Some(ahead) if ahead.request == request && ahead.agent == agent => {
                 // What the pod may use may have changed meanwhile.
-                self.fit_limits(id, request.limits()).await?;
+                if let Err(error) = self.fit_limits(id, request.limits()).await {
+                    // The guest does not release what it was not given.
+                    self.release_or_report(id).await;
+                    return Err(error);
+                }
                 Ok(ahead.prepared)
             }
             _ => self.prepare(id, request, agent).await,
@@ -120,17 +124,18 @@ impl PodTask {
         }
     }
 
-    /// Releases a container that was prepared and that no guest has asked for.
-    pub(super) async fn release_ahead(&mut self, id: &ContainerId) {
-        let ahead = self.life.running_mut().and_then(|running| running.prepared_ahead.remove(id));
-        if ahead.is_none() {
-            return;
-        }
+    /// Releases a container that its source has deleted, whatever has become of it: its guest may never have asked for
+    /// it, or may have given up.
+    pub(super) async fn release_deleted(&mut self, id: &ContainerId) {
         self.pod.note_progress(|progress| progress.forget(id.as_str()));
+        self.release_or_report(id).await;
+    }
+
+    async fn release_or_report(&mut self, id: &ContainerId) {
         if let Err(error) = self.release(id).await {
             let error = chain(&error);
             let pod = self.pod.id();
-            tracing::warn!(pod, container = %id, error, "cannot release a container that was never started");
+            tracing::warn!(pod, container = %id, error, "cannot release a container");
         }
     }
 

@@ -103,22 +103,26 @@ async fn what_was_changed_after_it_was_prepared_is_prepared_anew() {
 }
 
 #[tokio::test]
-async fn what_was_prepared_ahead_is_released_unless_the_guest_has_it() {
+async fn what_was_prepared_is_released_when_its_source_has_deleted_it() {
     let mut running = RunningPod::new();
     let id = "c1".parse().unwrap();
+    // No guest has asked for it.
     running.task.prepare_ahead("c1".parse().unwrap(), running.request("one")).await;
-    running.task.release_ahead(&id).await;
+    running.task.release_deleted(&id).await;
     assert!(!running.rootfs().exists() && !running.pod.progress.knows("c1"));
     assert_eq!(running.task.all_limits(), []);
+    // One has, and has given up.
     let request = running.request("one");
     running.task.prepare_ahead("c1".parse().unwrap(), request.clone()).await;
     running.task.prepare_for_guest(&id, request, AgentFeatures::CURRENT).await.unwrap();
-    running.task.release_ahead(&id).await;
-    assert!(running.rootfs().exists(), "it is the guest's");
-    // Nor is it prepared again behind the guest's back.
+    // It is not prepared again behind the guest's back.
     let mount = running.mount();
     running.task.prepare_ahead("c1".parse().unwrap(), running.request("two")).await;
     assert_eq!(running.mount(), mount);
+    running.task.release_deleted(&id).await;
+    assert!(!running.rootfs().exists());
+    // It may have been released by its guest before.
+    running.task.release_deleted(&id).await;
 }
 
 #[tokio::test]

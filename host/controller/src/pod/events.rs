@@ -102,20 +102,28 @@ impl Pod {
             let mut is_interrupted = false;
             while pod.end().is_none() {
                 let before = pod.progress.last_event();
-                let taken = pod.take_events(&rate).await;
+                let taken = tokio::select! {
+                    taken = pod.take_events(&rate) => taken,
+                    // What its machine's socket still holds is told by nobody who lives.
+                    _ended = pod.wait() => return,
+                };
                 let has_advanced = pod.progress.last_event() > before;
-                // What has not been taken waits in the guest, not here.
-                pause = if has_advanced { PAUSE_MIN } else { PAUSE_MAX.min(2 * pause) };
+                // What has not been taken waits in the guest, not here. A guest that advances only to fail waits, too.
+                pause = if has_advanced && taken.is_ok() { PAUSE_MIN } else { PAUSE_MAX.min(2 * pause) };
                 if is_interrupted && has_advanced {
                     is_interrupted = false;
-                    tracing::info!(pod = pod.id(), "the guest's events are handed on again");
+                    pod.caused_by_guest(|| {
+                        tracing::info!(pod = pod.id(), "the guest's events are handed on again");
+                    });
                 }
                 if let Err(reason) = taken
                     && !is_interrupted
                     && pod.end().is_none()
                 {
                     is_interrupted = true;
-                    tracing::warn!(pod = pod.id(), reason, "the guest's events wait");
+                    pod.caused_by_guest(|| {
+                        tracing::warn!(pod = pod.id(), reason, "the guest's events wait");
+                    });
                 }
                 tokio::select! {
                     () = tokio::time::sleep(pause) => {}
@@ -163,7 +171,7 @@ impl Pod {
             }
         });
         if let Some(container) = deleted {
-            self.release_deleted(&container).await;
+            self.release_after_deletion(&container).await;
         }
         Ok(())
     }
@@ -194,7 +202,7 @@ impl Pod {
     }
 
     /// The agent has asked for this before, but maybe while there was no controller.
-    async fn release_deleted(&self, container: &ContainerId) {
+    async fn release_after_deletion(&self, container: &ContainerId) {
         if let Err(error) = self.release_container(container).await {
             self.caused_by_guest(|| {
                 let error = chain(&error);
@@ -205,8 +213,15 @@ impl Pod {
 
     /// Changes what is on record about the pod's events.
     pub(super) fn note_progress(&self, change: impl FnOnce(&mut Progress)) {
+        if self.is_removed() {
+            // Another pod may have the directory by now.
+            return;
+        }
         if let Err(error) = self.progress.change(change) {
-            tracing::warn!(pod = self.id(), %error, "events may be told twice after a restart of the controller");
+            self.caused_by_guest(|| {
+                let pod = self.id();
+                tracing::warn!(pod, %error, "events may be told twice after a restart of the controller");
+            });
         }
     }
 

@@ -40,7 +40,7 @@ use std::{
 
 use pericarp_protos::{id::ContainerId, vmm::BootTimes};
 use thiserror::Error;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{OwnedSemaphorePermit, mpsc, oneshot, watch};
 
 pub use self::{
     adopt::{adopt_all, owned_in},
@@ -130,6 +130,8 @@ pub enum PodError {
     },
     #[error("{pod} has been removed")]
     Removed { pod: String },
+    #[error("{pod}: the controller has failed at this; its log says where")]
+    Failed { pod: String },
 }
 
 /// A pod, as everybody but its task sees it.
@@ -282,20 +284,24 @@ impl Pod {
         self.ask_for_container(|reply| Command::Prepare { id, request, agent, reply }).await
     }
 
-    /// Prepares a container that no guest has asked for yet. Nobody is told of an error: the guest is, if it asks.
-    pub async fn prepare_ahead(&self, id: &ContainerId) {
+    /// Prepares a container that no guest has asked for yet. Nobody is told of an error: the guest is, if it asks. A
+    /// pod that has enough to do does not prepare it.
+    pub async fn prepare_ahead(&self, id: &ContainerId, place: OwnedSemaphorePermit) {
         match self.look_up(id).await {
-            // A pod that has been removed has no use for it.
-            Ok(request) => drop(self.mailbox.send(Command::PrepareAhead { id: id.clone(), request }).await),
+            Ok(request) => {
+                let command = Command::PrepareAhead { id: id.clone(), request, place };
+                drop(self.mailbox.try_send(command));
+            }
             Err(error) => {
                 tracing::debug!(pod = self.id(), container = %id, %error, "a new container is not prepared yet");
             }
         }
     }
 
-    /// Releases a container that was prepared and that no guest has asked for.
-    pub async fn release_ahead(&self, id: &ContainerId) {
-        drop(self.mailbox.send(Command::ReleaseAhead { id: id.clone() }).await);
+    /// Releases a container that its source has deleted.
+    pub async fn release_deleted(&self, id: &ContainerId) {
+        // A pod that has been removed has nothing left of it.
+        drop(self.mailbox.send(Command::ReleaseDeleted { id: id.clone() }).await);
     }
 
     /// Makes the machine fit what a container may use now.
@@ -390,7 +396,9 @@ impl Pod {
         let removed = || PodError::Removed { pod: self.title() };
         let (reply, answer) = oneshot::channel();
         self.mailbox.send(request(reply)).await.map_err(|_| removed())?;
-        answer.await.map_err(|_| removed())
+        answer
+            .await
+            .map_err(|_| if self.is_removed() { removed() } else { PodError::Failed { pod: self.title() } })
     }
 
     async fn ask_for_container<T>(

@@ -4,6 +4,7 @@ use std::{
     fs::DirBuilder,
     io,
     os::unix::{fs::DirBuilderExt as _, net::UnixListener},
+    pin::pin,
     sync::Arc,
     time::Duration,
 };
@@ -17,11 +18,12 @@ use tokio::time::{Instant, sleep};
 
 use super::{
     Pod,
+    boot_queue::BootPlace,
     life::Running,
     owned::Resource,
     record::Stage,
     start_budget::{Exceeded, MachineTimes, StartBudget},
-    task::PodTask,
+    task::{PodTask, Reply},
 };
 use crate::{
     fault::FaultPoint,
@@ -48,6 +50,8 @@ const VCPUS_MAX: u8 = 8;
 pub enum StartError {
     #[error("it was stopped before it was its turn")]
     Stopped,
+    #[error("whoever asked for it has gone away")]
+    GivenUp,
     #[error("cannot make its {what}")]
     Make {
         what: &'static str,
@@ -87,15 +91,18 @@ struct Sockets {
 
 impl PodTask {
     /// Makes everything that the pod needs. What is made is on the list of what it owns before it is made, also if this
-    /// fails.
-    pub(super) async fn boot(&mut self) -> Result<Running, StartError> {
+    /// fails. `caller` waits for it; a start for which nobody waits any more is given up, as nobody would ever ask for
+    /// it again.
+    pub(super) async fn boot<T>(&mut self, caller: &mut Reply<T>) -> Result<Running, StartError> {
         // Rather than when the first container needs it.
         self.pod.user_namespace().await?;
         let pod = Arc::clone(&self.pod);
         let place = tokio::select! {
             place = pod.environment.boots.enter() => place,
             () = pod.stop_requested() => return Err(StartError::Stopped),
+            () = caller.closed() => return Err(StartError::GivenUp),
         };
+        let begun = Instant::now();
         self.publish(|status| status.marks.queued = monotonic_ns());
         self.make_directory().await?;
         let (mut network, sockets, cgroup) = self.make_surroundings().await?;
@@ -111,13 +118,15 @@ impl PodTask {
         let nets = std::mem::take(&mut network.nets);
         let (pid, host_service) =
             self.make_machine(nets, sockets, forward.and_then(Result::ok), cgroup).await?;
-        let (ready, ready_at) = pod.wait_until_ready(pid, host_service).await?;
-        // What follows is little work.
-        drop(place);
+        let (ready, ready_at) = tokio::select! {
+            ready = pod.wait_until_ready(pid, host_service, place) => ready?,
+            () = caller.closed() => return Err(StartError::GivenUp),
+        };
         FaultPoint::GuestReady.reached();
-        let agent = Agent::connect(&pod.files.vsock()).await.map_err(StartError::Connect)?;
-        let limit = pod.environment.config.ready_timeout();
-        agent.configure(&pod.configuration(network), limit).await.map_err(StartError::Configure)?;
+        tokio::select! {
+            configured = pod.configure_guest(network, begun) => configured?,
+            _ended = pod.wait() => return Err(pod.machine_ended().await),
+        }
         self.publish(|status| {
             status.marks.ready = ready_at;
             status.guest_kernel = ready.kernel;
@@ -281,18 +290,37 @@ impl Pod {
         &self,
         machine: u32,
         listener: UnixListener,
+        place: BootPlace,
     ) -> Result<(Ready, u64), StartError> {
-        let ready = tokio::select! {
-            ready = ready::receive(listener) => ready.map_err(make("host service"))?,
-            _ended = self.wait() => {
-                let message = self.last_words().await;
-                return Err(StartError::MachineEnded { message });
+        let mut place = Some(place);
+        // A machine that is throttled, or hangs, has little use for its place: others get it when a boot should be
+        // over.
+        let mut turn_over = pin!(sleep(self.environment.config.ready_timeout()));
+        let mut ready = pin!(ready::receive(listener));
+        let mut too_long = pin!(self.start_takes_too_long(machine));
+        let ready = loop {
+            tokio::select! {
+                ready = &mut ready => break ready.map_err(make("host service"))?,
+                _ended = self.wait() => return Err(self.machine_ended().await),
+                error = &mut too_long => return Err(error),
+                () = &mut turn_over, if place.is_some() => place = None,
             }
-            error = self.start_takes_too_long(machine) => return Err(error),
         };
         let at = monotonic_ns();
         std::fs::remove_file(self.files.host_service()).map_err(make("host service"))?;
         Ok((ready, at))
+    }
+
+    async fn machine_ended(&self) -> StartError {
+        StartError::MachineEnded { message: self.last_words().await }
+    }
+
+    /// Makes the guest into the pod, within what is left of the time for the start.
+    async fn configure_guest(&self, network: PodNetwork, begun: Instant) -> Result<(), StartError> {
+        let config = &self.environment.config;
+        let left = || config.start_timeout().saturating_sub(begun.elapsed()).max(config.ready_timeout());
+        let agent = Agent::connect_within(&self.files.vsock(), left()).await.map_err(StartError::Connect)?;
+        agent.configure(&self.configuration(network), left()).await.map_err(StartError::Configure)
     }
 
     /// Resolves when the start has exceeded what it may take.

@@ -2,11 +2,19 @@
 //!
 //! Nobody else changes that state, and nothing that the task does depends on who waits for it.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{
+    future::poll_fn,
+    io,
+    panic::{AssertUnwindSafe, catch_unwind},
+    pin::pin,
+    sync::Arc,
+    task::Poll,
+    time::Duration,
+};
 
 use pericarp_protos::id::ContainerId;
 use tokio::{
-    sync::{mpsc, oneshot},
+    sync::{OwnedSemaphorePermit, mpsc, oneshot},
     time::{Instant, sleep_until},
 };
 
@@ -62,9 +70,11 @@ pub enum Command {
     PrepareAhead {
         id: ContainerId,
         request: ContainerRequest,
+        /// Its place among those that are prepared at a time on this node.
+        place: OwnedSemaphorePermit,
     },
-    /// To be released if no guest has asked for it.
-    ReleaseAhead {
+    /// To be released, as its source has deleted it.
+    ReleaseDeleted {
         id: ContainerId,
     },
     Fit {
@@ -99,6 +109,16 @@ struct Retry {
     at: Instant,
 }
 
+/// Does some work to its end; returns whether it has not panicked.
+async fn is_finished(work: impl Future<Output = ()>) -> bool {
+    let mut work = pin!(work);
+    poll_fn(|context| match catch_unwind(AssertUnwindSafe(|| work.as_mut().poll(context))) {
+        Ok(state) => state.map(|()| true),
+        Err(_) => Poll::Ready(false),
+    })
+    .await
+}
+
 /// A pod's state.
 pub struct PodTask {
     pub(super) pod: Arc<Pod>,
@@ -131,7 +151,11 @@ impl PodTask {
             let retry = self.retry.as_ref().map(|retry| retry.at);
             tokio::select! {
                 command = self.commands.recv() => match command {
-                    Some(command) => self.handle(command).await,
+                    Some(command) => {
+                        if !is_finished(self.handle(command)).await {
+                            self.give_up_after_panic();
+                        }
+                    }
                     // The mailbox was closed because everything has been removed.
                     None => return,
                 },
@@ -145,11 +169,23 @@ impl PodTask {
         }
     }
 
+    /// Ends the pod whose task has panicked: nobody knows what has been done of it. The other pods go on.
+    fn give_up_after_panic(&mut self) {
+        tracing::error!(
+            pod = self.pod.id(),
+            name = self.pod.title(),
+            "a pod's task has panicked; the pod is ended"
+        );
+        self.pod.stopping.send_replace(true);
+        self.retry = Some(Retry { pause: RETRY_FIRST, at: Instant::now() + RETRY_FIRST });
+    }
+
     async fn handle(&mut self, command: Command) {
         // Whoever has asked may have gone away: then nobody takes the answer.
         match command {
-            Command::Start { called_at, reply } => {
-                let _ = reply.send(self.start(called_at).await);
+            Command::Start { called_at, mut reply } => {
+                let started = self.start(called_at, &mut reply).await;
+                let _ = reply.send(started);
             }
             Command::Stop(reply) => {
                 let _ = reply.send(self.stop().await.map_err(|source| self.teardown(source)));
@@ -166,8 +202,11 @@ impl PodTask {
             Command::Prepare { id, request, agent, reply } => {
                 let _ = reply.send(self.prepare_for_guest(&id, request, agent).await);
             }
-            Command::PrepareAhead { id, request } => self.prepare_ahead(id, request).await,
-            Command::ReleaseAhead { id } => self.release_ahead(&id).await,
+            Command::PrepareAhead { id, request, place } => {
+                self.prepare_ahead(id, request).await;
+                drop(place);
+            }
+            Command::ReleaseDeleted { id } => self.release_deleted(&id).await,
             Command::Fit { id, limits, reply } => {
                 let _ = reply.send(self.fit_limits(&id, limits).await);
             }
@@ -258,14 +297,18 @@ impl PodTask {
         PodError::Teardown { pod: self.pod.title(), source }
     }
 
-    async fn start(&mut self, called_at: u64) -> Result<u32, PodError> {
+    async fn start(
+        &mut self,
+        called_at: u64,
+        caller: &mut Reply<Result<u32, PodError>>,
+    ) -> Result<u32, PodError> {
         let phase = self.life.phase();
         if phase != Phase::Created {
             return Err(PodError::Phase { pod: self.pod.title(), phase });
         }
         self.life.advance(Life::Starting);
         self.publish(|status| status.marks.start = called_at);
-        match self.boot().await {
+        match self.boot(caller).await {
             Ok(running) => {
                 let pid = running.pid;
                 self.life.advance(Life::running_with(running));

@@ -199,6 +199,25 @@ async fn a_pod_that_was_never_started_can_be_stopped_and_removed_twice() {
     assert!(matches!(pod.start().await, Err(PodError::Removed { .. })));
 }
 
+/// What blocks has much to do with what others supply. A mistake in it must not cost the node its controller, nor the
+/// pod its end.
+#[tokio::test(start_paused = true)]
+async fn a_pod_whose_task_panics_is_removed_nonetheless() {
+    let directory = tempfile::tempdir().unwrap();
+    let pod = pod(directory.path());
+    let mut panics = 1;
+    own(&pod, move || {
+        panics -= 1;
+        assert!(panics < 0, "a mistake");
+        Ok(())
+    })
+    .await;
+    assert!(matches!(pod.remove().await, Err(PodError::Failed { .. })));
+    assert!(!pod.is_removed());
+    // Nobody asks for it again.
+    pod.removed().await;
+}
+
 /// A request is carried through to the same state whether or not its caller waits for it to the end.
 #[tokio::test]
 async fn a_caller_that_goes_away_changes_nothing() {

@@ -17,7 +17,7 @@ use pericarp_protos::{
     id::ContainerId,
 };
 use prost::Message as _;
-use tokio::{sync::Semaphore, time::sleep};
+use tokio::{sync::Semaphore, task::JoinHandle, time::sleep};
 use tonic::transport::Channel;
 
 use super::containers::ContainerdContainers;
@@ -34,7 +34,8 @@ const DELETED: &str = "/containers/delete";
 
 /// Containers that are prepared at a time, of all pods. Others are prepared when their guests ask.
 const AT_A_TIME: usize = 8;
-/// Containers of which it is known which pod has them prepared and not started.
+/// Containers of which it is known that their pods have been asked to prepare them. Others are prepared when their
+/// guests ask.
 const KNOWN_MAX: usize = 4096;
 
 /// How long after a failure containerd is asked to tell again.
@@ -76,20 +77,26 @@ fn announcement(envelope: Envelope) -> Option<Announcement> {
     }
 }
 
+/// A pod that has been asked to prepare a container.
+struct Preparation {
+    /// Ends when the pod has been asked; returns the pod.
+    task: JoinHandle<Option<Weak<Pod>>>,
+}
+
 /// Listens to containerd and has pods prepare their containers, for as long as the controller runs.
 pub struct Announcements {
     channel: Channel,
     containers: Arc<ContainerdContainers>,
     pods: Pods,
     places: Arc<Semaphore>,
-    /// Who has prepared which container.
-    prepared: HashMap<ContainerId, Weak<Pod>>,
+    /// Containers whose pods were asked to prepare them, and that have not been deleted.
+    in_progress: HashMap<ContainerId, Preparation>,
 }
 
 impl Announcements {
     pub fn new(channel: Channel, containers: Arc<ContainerdContainers>, pods: Pods) -> Self {
         let places = Arc::new(Semaphore::new(AT_A_TIME));
-        Self { channel, containers, pods, places, prepared: HashMap::new() }
+        Self { channel, containers, pods, places, in_progress: HashMap::new() }
     }
 
     /// Listens. Does not end.
@@ -115,45 +122,49 @@ impl Announcements {
         // What ends a stream that has been begun is the end of containerd.
         while let Ok(Some(envelope)) = events.message().await {
             match announcement(envelope) {
-                Some(Announcement::Created { namespace, id }) => self.prepare(&namespace, id).await,
-                Some(Announcement::Deleted { id }) => self.release(&id),
+                Some(Announcement::Created { namespace, id }) => self.prepare(namespace, id),
+                Some(Announcement::Deleted { id }) => self.release(id),
                 None => {}
             }
         }
         Ok(())
     }
 
-    async fn prepare(&mut self, namespace: &str, id: ContainerId) {
+    fn prepare(&mut self, namespace: String, id: ContainerId) {
         // If there is no place, the node has enough to do.
         let Ok(place) = Arc::clone(&self.places).try_acquire_owned() else { return };
-        let pod = match self.containers.sandbox_of(namespace, &id).await {
-            Ok(sandbox) => self.pods.get(&sandbox),
-            Err(error) => {
-                if !matches!(error, SourceError::NotFound { .. }) {
-                    tracing::debug!(container = %id, %error, "a new container is not prepared yet");
-                }
-                None
-            }
-        };
-        let Some(pod) = pod else { return };
-        if self.prepared.len() >= KNOWN_MAX {
-            self.prepared.retain(|_, pod| pod.strong_count() > 0);
-            if self.prepared.len() >= KNOWN_MAX {
-                return;
-            }
+        if self.in_progress.len() >= KNOWN_MAX {
+            // Of some, the deletion was told while nobody listened.
+            self.in_progress.clear();
         }
-        self.prepared.insert(id.clone(), Arc::downgrade(&pod));
-        tokio::spawn(async move {
-            pod.prepare_ahead(&id).await;
-            drop(place);
+        let (containers, pods, of) = (Arc::clone(&self.containers), self.pods.clone(), id.clone());
+        let task = tokio::spawn(async move {
+            match containers.sandbox_of(&namespace, &of).await {
+                Ok(sandbox) => {
+                    let pod = pods.get(&sandbox)?;
+                    pod.prepare_ahead(&of, place).await;
+                    Some(Arc::downgrade(&pod))
+                }
+                Err(SourceError::NotFound { .. }) => None,
+                Err(error) => {
+                    tracing::debug!(container = %of, %error, "a new container is not prepared yet");
+                    None
+                }
+            }
         });
+        self.in_progress.insert(id, Preparation { task });
     }
 
-    /// Has a container released that nobody has started.
-    fn release(&mut self, id: &ContainerId) {
-        let Some(pod) = self.prepared.remove(id).and_then(|pod| pod.upgrade()) else { return };
-        let id = id.clone();
-        tokio::spawn(async move { pod.release_ahead(&id).await });
+    /// Has a container released, after what was asked of its pod before.
+    fn release(&mut self, id: ContainerId) {
+        let Some(preparation) = self.in_progress.remove(&id) else { return };
+        tokio::spawn(async move {
+            if let Ok(Some(pod)) = preparation.task.await
+                && let Some(pod) = pod.upgrade()
+            {
+                pod.release_deleted(&id).await;
+            }
+        });
     }
 }
 

@@ -79,7 +79,10 @@ impl From<PodError> for Status {
                 Code::DeadlineExceeded
             }
             PodError::Removed { .. } => Code::NotFound,
-            PodError::Start { .. } | PodError::Teardown { .. } | PodError::Resize { .. } => Code::Internal,
+            PodError::Start { .. }
+            | PodError::Teardown { .. }
+            | PodError::Resize { .. }
+            | PodError::Failed { .. } => Code::Internal,
         };
         Self::new(code, chain(&error))
     }

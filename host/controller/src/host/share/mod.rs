@@ -219,22 +219,30 @@ impl Share {
         user_namespace: Option<&UserNamespace>,
     ) -> Result<(), ShareError> {
         let target = Path::new(VOLUMES).join(&volume.name);
-        match needed {
-            MountAction::Nothing => Ok(()),
-            MountAction::Writable => {
-                let mounted = self.open_inside(&target).map_err(failed(volume))?;
-                mounts::set_writable(mounted).map_err(failed(volume))
+        // A controller may have been killed after it had noted a user and before it had mounted the volume for it.
+        let mounted = match self.open_inside(&target) {
+            Ok(place) if needed != MountAction::Mount => {
+                mounts::is_mount(&place).map_err(failed(volume))?.then_some(place)
             }
-            MountAction::Mount => {
+            _ => None,
+        };
+        match mounted {
+            Some(_) if volume.read_only != ReadOnly::No => Ok(()),
+            Some(mounted) => mounts::set_writable(mounted).map_err(failed(volume)),
+            None => {
                 let source = open_source(volume)?;
                 match self.make_directory(made, Path::new(VOLUMES)) {
                     Err(ShareError::Mount(error)) if error.source.kind() == io::ErrorKind::AlreadyExists => {}
                     result => result?,
                 }
-                if source.is_directory {
-                    self.make_directory(made, &target)?;
+                let place = if source.is_directory {
+                    self.make_directory(made, &target)
                 } else {
-                    self.make_file(made, &target)?;
+                    self.make_file(made, &target)
+                };
+                match place {
+                    Err(ShareError::Mount(error)) if error.source.kind() == io::ErrorKind::AlreadyExists => {}
+                    place => place?,
                 }
                 let at = self.open_inside(&target).map_err(failed(volume))?;
                 mount_volume(&source.place, &at, volume, user_namespace)

@@ -283,3 +283,29 @@ fn volumes_and_layers_show_the_ids_of_the_pods_user_namespace() {
     let error = chain(&place.share.add(&id("c1"), &root, &[], None).unwrap_err());
     assert!(error.contains("no user namespace"), "{error}");
 }
+
+/// A controller that is killed in between leaves a volume's user on record, and the volume not mounted.
+#[test]
+fn a_volume_that_is_on_record_and_not_mounted_is_mounted_for_the_next_container() {
+    let place = Place::new();
+    fs::create_dir(place.path("data")).unwrap();
+    fs::write(place.path("data/file"), "x").unwrap();
+    let root = place.root();
+    let (read_only, writable) =
+        (place.volume("data", ReadOnly::Recursive), place.volume("data", ReadOnly::No));
+    place.share.add(&id("c1"), &root, std::slice::from_ref(&read_only), None).unwrap();
+    mounts::detach(&place.shared(".volumes/data")).unwrap();
+    assert!(!place.shared(".volumes/data/file").exists());
+    place.share.add(&id("c2"), &root, std::slice::from_ref(&read_only), None).unwrap();
+    assert!(place.shared(".volumes/data/file").exists());
+    // Nor is it taken for writable because that is on record.
+    place.share.add(&id("c3"), &root, std::slice::from_ref(&writable), None).unwrap();
+    fs::write(place.shared(".volumes/data/new"), "").unwrap();
+    mounts::detach(&place.shared(".volumes/data")).unwrap();
+    place.share.add(&id("c4"), &root, std::slice::from_ref(&read_only), None).unwrap();
+    place.share.add(&id("c5"), &root, std::slice::from_ref(&writable), None).unwrap();
+    fs::write(place.shared(".volumes/data/newer"), "").unwrap();
+    for container in ["c1", "c2", "c3", "c4", "c5"] {
+        place.share.remove_container(&id(container)).unwrap();
+    }
+}
