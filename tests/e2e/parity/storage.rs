@@ -206,7 +206,7 @@ impl MemoryEmptyDirs {
 
 #[test]
 fn volumes_in_memory_are_those_of_runc() -> Result<()> {
-    let tries = "cd /volume; stat -c '%a %u:%g' .; stat -f -c %T .
+    let tries = "cd /volume || exit 0; stat -c '%a %u:%g' .; stat -f -c %T .
         touch new && mkdir dir && touch dir/below && ln new hard && ln -s new soft && mkfifo fifo && mknod node c 1 3
         chmod 600 hard; chown 7:7 dir; stat -c '%n %F %a %u:%g %s %h' * dir/* | sort
         df -Pk . | tail -n 1 | awk '{ print $2 }'
