@@ -162,7 +162,7 @@ fn find_record(
     default_size: Size,
     read_older: fn(&[u8], &Path) -> Option<Record>,
 ) -> io::Result<Record> {
-    match Record::read(directory) {
+    let unusable = match Record::read(directory) {
         Ok(Some(mut record)) => {
             if record.owned.machine().is_none()
                 && let Some(process) = machine
@@ -175,17 +175,19 @@ fn find_record(
         Ok(None) if !directory.join(file::PROGRESS).exists() => {
             return record_of_visible(directory, id, machine, Stage::Starting, default_size);
         }
-        Err(RecordError::Version { .. }) => {
+        Ok(None) => None,
+        Err(error @ RecordError::Version { .. }) => {
             let older = fs::read(directory.join(file::STATE))?;
             if let Some(record) = read_older(&older, directory) {
                 return Ok(record);
             }
+            Some(error)
         }
         // It may be readable the next time: descriptors or memory may be short now.
         Err(RecordError::Read(error)) => return Err(error),
-        Ok(None) | Err(RecordError::Damaged(_)) => {}
-    }
-    if let Err(error) = Record::read(directory) {
+        Err(error @ RecordError::Damaged(_)) => Some(error),
+    };
+    if let Some(error) = unusable {
         let aside = record::set_aside(directory, file::STATE)?;
         let error = chain(&error);
         tracing::error!(aside = %aside.display(), error, "a pod's record is of no use");

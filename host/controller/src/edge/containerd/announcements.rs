@@ -77,11 +77,8 @@ fn announcement(envelope: Envelope) -> Option<Announcement> {
     }
 }
 
-/// A pod that has been asked to prepare a container.
-struct Preparation {
-    /// Ends when the pod has been asked; returns the pod.
-    task: JoinHandle<Option<Weak<Pod>>>,
-}
+/// Ends when a pod has been asked to prepare a container; returns the pod.
+type Preparation = JoinHandle<Option<Weak<Pod>>>;
 
 /// Listens to containerd and has pods prepare their containers, for as long as the controller runs.
 pub struct Announcements {
@@ -138,7 +135,7 @@ impl Announcements {
             self.in_progress.clear();
         }
         let (containers, pods, of) = (Arc::clone(&self.containers), self.pods.clone(), id.clone());
-        let task = tokio::spawn(async move {
+        let preparation = tokio::spawn(async move {
             match containers.sandbox_of(&namespace, &of).await {
                 Ok(sandbox) => {
                     let pod = pods.get(&sandbox)?;
@@ -152,14 +149,14 @@ impl Announcements {
                 }
             }
         });
-        self.in_progress.insert(id, Preparation { task });
+        self.in_progress.insert(id, preparation);
     }
 
     /// Has a container released, after what was asked of its pod before.
     fn release(&mut self, id: ContainerId) {
         let Some(preparation) = self.in_progress.remove(&id) else { return };
         tokio::spawn(async move {
-            if let Ok(Some(pod)) = preparation.task.await
+            if let Ok(Some(pod)) = preparation.await
                 && let Some(pod) = pod.upgrade()
             {
                 pod.release_deleted(&id).await;
