@@ -4,8 +4,6 @@ use std::{env, error::Error, fs, path::Path};
 
 const ROOT: &str = "proto";
 const CONTAINERD: &str = "github.com/containerd/containerd/api";
-/// What containerd's own shims report of a cgroup (containerd/cgroups v3.1.3).
-const CGROUP_METRICS: &str = "github.com/containerd/cgroups/cgroup2/stats/metrics.proto";
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo::rerun-if-changed={ROOT}");
@@ -68,7 +66,6 @@ fn grpc() -> Result<(), Box<dyn Error>> {
         "services/version/v1/version.proto",
         "types/introspection.proto",
     ])?)?;
-    tonic_prost_build::configure().compile_fds(protox::compile([CGROUP_METRICS], [ROOT])?)?;
     tonic_prost_build::configure()
         .build_client(clients)
         .build_server(false)

@@ -58,9 +58,6 @@ mod generated {
         pub mod cri {
             include!(concat!(env!("OUT_DIR"), "/runtime.v1.rs"));
         }
-        pub mod cgroups {
-            include!(concat!(env!("OUT_DIR"), "/io.containerd.cgroups.v2.rs"));
-        }
     }
 }
 
@@ -113,12 +110,6 @@ pub mod containerd {
         },
         types,
     };
-}
-
-/// `io.containerd.cgroups.v2`: what a cgroup has used.
-#[cfg(feature = "grpc")]
-pub mod cgroups {
-    pub use crate::generated::grpc::cgroups::*;
 }
 
 /// CRI, `runtime.v1`.

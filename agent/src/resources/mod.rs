@@ -5,7 +5,6 @@ mod cgroup;
 mod device_rules;
 mod hierarchy;
 mod oom;
-mod stats;
 mod tree;
 
 pub use cgroup::{Cgroup, CgroupError};

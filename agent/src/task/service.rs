@@ -201,7 +201,7 @@ impl shim_async::Task for TaskService {
         if !container.cgroup.directory().exists() {
             return Err(TaskError::NotFound(format!("container {}: cgroup", request.id)).into());
         }
-        let metrics = container.cgroup.metrics();
+        let metrics = pericarp_cgroup_stats::read_with_zeros(container.cgroup.directory());
         let mut response = api::StatsResponse::new();
         response.stats = MessageField::some(pack("io.containerd.cgroups.v2.Metrics", &metrics));
         Ok(response)

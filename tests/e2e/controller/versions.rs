@@ -4,8 +4,8 @@
 use std::{collections::HashMap, path::Path};
 
 use anyhow::{Context, Result, ensure};
+use containerd_shim_protos::{cgroups_v2::metrics::Metrics, protobuf::Message as _};
 use oci_spec::runtime::Spec;
-use pericarp_protos::cgroups::Metrics;
 use pericarp_tests::{
     api,
     direct::{
@@ -16,7 +16,6 @@ use pericarp_tests::{
     node::machine::MachineProcess,
     on_pericarp,
 };
-use prost::Message as _;
 use serde_json::{Value, json};
 use tonic::{Code, Status};
 
@@ -61,7 +60,7 @@ async fn metrics(sandbox: &mut Sandbox) -> Result<Metrics> {
     ensure!(metric.id == sandbox.record.sandbox_id && metric.timestamp.is_some(), "{metric:?}");
     let data = metric.data.context("the metric is empty")?;
     assert_eq!(data.type_url, "io.containerd.cgroups.v2.Metrics");
-    Ok(Metrics::decode(data.value.as_slice())?)
+    Ok(Metrics::parse_from_bytes(&data.value)?)
 }
 
 #[test]
@@ -136,21 +135,21 @@ fn a_pods_metrics_are_complete_while_it_runs_and_empty_before_and_after() -> Res
         let netns = NetworkNamespace::new(node.name()).await?;
         let mut sandbox = Sandbox::new(&controller, &id("counted"), config("counted"), &netns).await?;
         sandbox.create().await?;
-        assert_eq!(metrics(&mut sandbox).await?, Metrics::default());
+        assert_eq!(metrics(&mut sandbox).await?, Metrics::new());
         sandbox.start().await?;
         let wait = sandbox.wait();
         let running = metrics(&mut sandbox).await?;
-        let cpu = running.cpu.context("no cpu")?;
+        let cpu = running.cpu.as_ref().context("no cpu")?;
         // The machine has booted a kernel.
         assert!(cpu.usage_usec > 10_000 && cpu.usage_usec >= cpu.user_usec, "{running:?}");
-        let memory = running.memory.context("no memory")?;
+        let memory = running.memory.as_ref().context("no memory")?;
         assert!(memory.usage > 16 << 20 && memory.usage < memory.usage_limit, "{running:?}");
         assert!(memory.anon + memory.shmem + memory.file > 8 << 20, "{running:?}");
-        assert!(running.pids.is_some_and(|pids| pids.current > 1), "{running:?}");
-        let later = metrics(&mut sandbox).await?.cpu.context("no cpu")?;
+        assert!(running.pids.current > 1, "{running:?}");
+        let later = metrics(&mut sandbox).await?.cpu.into_option().context("no cpu")?;
         assert!(later.usage_usec >= cpu.usage_usec, "{later:?} comes after {cpu:?}");
         sandbox.stop().await?;
-        assert_eq!(metrics(&mut sandbox).await?, Metrics::default());
+        assert_eq!(metrics(&mut sandbox).await?, Metrics::new());
         sandbox.shut_down().await?;
         wait.await??;
         netns.remove().await?;

@@ -189,8 +189,18 @@ fn e2e_paths(file: &File) -> Vec<String> {
 }
 
 /// Directories at the top of the repository, with which a path in a page begins.
-const TOP: [&str; 9] =
-    ["agent/", "bpf/", "dist/", "docs/", "guest-image/", "host/", "protos/", "scripts/", "tests/"];
+const TOP: [&str; 10] = [
+    "agent/",
+    "bpf/",
+    "cgroup-stats/",
+    "dist/",
+    "docs/",
+    "guest-image/",
+    "host/",
+    "protos/",
+    "scripts/",
+    "tests/",
+];
 
 /// Paths in backquotes on a page that lead to nothing. A path to a Rust file may leave its beginning out
 /// (`pod/health.rs`).

@@ -9,9 +9,8 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use pericarp_cgroup_stats::Counters;
 use pericarp_protos::id::SandboxId;
-
-use crate::host::cgroup_stats::Counters;
 
 const ROOT: &str = "/sys/fs/cgroup";
 

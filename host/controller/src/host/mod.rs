@@ -1,7 +1,6 @@
 //! What pods have on the host: machines, cgroups, networks, mounts.
 
 pub mod cgroup;
-pub mod cgroup_stats;
 pub mod cpuset;
 pub mod empty_dir;
 pub mod machine;

@@ -11,7 +11,7 @@ use std::{
     time::Duration,
 };
 
-use crate::host::cgroup_stats::Counters;
+use pericarp_cgroup_stats::Counters;
 
 /// Where a machine's times are read.
 #[derive(Clone, Debug)]

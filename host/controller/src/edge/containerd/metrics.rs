@@ -2,11 +2,12 @@
 
 use std::time::SystemTime;
 
-use pericarp_protos::{cgroups::Metrics, sandbox::types::Metric};
-use prost::Message as _;
+use containerd_shim_protos::protobuf::Message as _;
+use pericarp_cgroup_stats::Metrics;
+use pericarp_protos::sandbox::types::Metric;
 use prost_types::Any;
 
-use crate::{host::cgroup_stats, pod::Pod};
+use crate::pod::Pod;
 
 /// containerd's name for what a cgroup of version 2 has used. Go's `typeurl` names a message by its full name, without
 /// a prefix, and containerd takes no other type (`decodeSandboxCgroupMetrics`).
@@ -16,12 +17,14 @@ const METRICS_TYPE: &str = "io.containerd.cgroups.v2.Metrics";
 /// empty message: an error would fail the statistics of the whole node (containerd: `ListPodSandboxStats`).
 pub async fn of_pod(pod: &Pod) -> Metric {
     let metrics = match pod.status().owned.cgroup() {
-        Some(cgroup) => pod.read_blocking(move || cgroup_stats::read(&cgroup)).await,
-        None => Metrics::default(),
+        Some(cgroup) => pod.read_blocking(move || pericarp_cgroup_stats::read(&cgroup)).await,
+        None => Metrics::new(),
     };
+    // Only a message with required fields can fail to be encoded, and this one has none.
+    let value = metrics.write_to_bytes().unwrap_or_default();
     Metric {
         timestamp: Some(SystemTime::now().into()),
         id: pod.id().to_owned(),
-        data: Some(Any { type_url: METRICS_TYPE.to_owned(), value: metrics.encode_to_vec() }),
+        data: Some(Any { type_url: METRICS_TYPE.to_owned(), value }),
     }
 }

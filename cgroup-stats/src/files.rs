@@ -5,7 +5,10 @@
 
 use std::{collections::HashMap, fs, path::Path};
 
-use pericarp_protos::cgroups::{PsiData, PsiStats};
+use containerd_shim_protos::{
+    cgroups_v2::metrics::{PSIData, PSIStats},
+    protobuf::MessageField,
+};
 
 /// Reads a file with a single number, or with `max`, which stands for no limit and is returned as [`u64::MAX`]. Returns
 /// `None` if there is no such file: the cgroup does not have that controller, or the kernel not that counter.
@@ -55,13 +58,13 @@ impl Counters {
 ///
 /// Returns `None` for a kernel without PSI (`CONFIG_PSI=n`: there is no file), for one whose PSI is disabled (`psi=0`:
 /// the file cannot be read), and for a value that cannot be parsed.
-pub fn pressure(file: &Path) -> Option<PsiStats> {
+pub fn pressure(file: &Path) -> Option<PSIStats> {
     let content = fs::read_to_string(file).ok()?;
-    let mut stats = PsiStats::default();
+    let mut stats = PSIStats::new();
     for line in content.lines() {
         match line.split_once(' ') {
-            Some(("some", values)) => stats.some = Some(pressure_line(values)?),
-            Some(("full", values)) => stats.full = Some(pressure_line(values)?),
+            Some(("some", values)) => stats.some = MessageField::some(pressure_line(values)?),
+            Some(("full", values)) => stats.full = MessageField::some(pressure_line(values)?),
             _ => {}
         }
     }
@@ -69,8 +72,8 @@ pub fn pressure(file: &Path) -> Option<PsiStats> {
 }
 
 /// Parses `avg10=0.00 avg60=0.00 avg300=0.00 total=0`: percentages of time, and microseconds.
-fn pressure_line(values: &str) -> Option<PsiData> {
-    let mut data = PsiData::default();
+fn pressure_line(values: &str) -> Option<PSIData> {
+    let mut data = PSIData::new();
     for pair in values.split_whitespace() {
         let (key, value) = pair.split_once('=')?;
         match key {
