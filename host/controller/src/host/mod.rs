@@ -4,6 +4,7 @@ pub mod cgroup;
 pub mod cpuset;
 pub mod empty_dir;
 pub mod machine;
+pub mod machine_times;
 pub mod mounts;
 pub mod network;
 pub mod oom;

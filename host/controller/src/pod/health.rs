@@ -1,4 +1,6 @@
 //! Finding out that a guest is stuck, for which nothing tells but that it does not answer.
+//!
+//! One whose machine had no CPU cannot answer: what counts is the time in which it could have.
 
 use std::{
     future::pending,
@@ -9,14 +11,17 @@ use std::{
 use tokio::time::{Instant, sleep_until};
 
 use super::{Pod, life::Phase};
-use crate::guest::Agent;
+use crate::{
+    guest::Agent,
+    host::machine_times::{MachineTimes, Times},
+};
 
 /// Unanswered questions, one after the other, after which a guest is taken for stuck. More than one, because the host
 /// may have been what was stuck.
 const UNANSWERED_MAX: u32 = 3;
 
 impl Pod {
-    /// Resolves when the guest has given no answer for as long as is allowed, and tells how long that was. containerd's
+    /// Resolves when the guest has given no answer for as long as is allowed, and tells how long that is. containerd's
     /// calls to it, most of which have no limit, end with its machine.
     pub(super) async fn guest_stuck(&self) -> Duration {
         let Some(limit) = self.environment.config.guest_timeout() else { return pending().await };
@@ -24,14 +29,27 @@ impl Pod {
         tokio::time::sleep(each.mul_f64(offset(self.id()))).await;
         let mut silence = Silence::default();
         loop {
-            let next = Instant::now() + each;
+            let (begun, before) = (Instant::now(), self.machine_times().await);
             let answered = self.guest_answers(each).await;
             // A guest that refuses has as long as one that is silent.
-            sleep_until(next).await;
-            if silence.count(answered) {
+            sleep_until(begun + each).await;
+            if answered {
+                silence = Silence::default();
+                continue;
+            }
+            let could_work = self.machine_times().await.could_work(begun.elapsed(), before);
+            if silence.count(could_work.min(each), each) {
                 return limit;
             }
         }
+    }
+
+    /// What its machine has done so far.
+    async fn machine_times(&self) -> Times {
+        let Phase::Running { pid } = self.phase() else { return Times::default() };
+        let times = MachineTimes::of(pid, self.status.borrow().owned.cgroup());
+        // Not counted among its work: that may hang in a volume, which must not keep a stuck guest.
+        tokio::task::spawn_blocking(move || times.read()).await.unwrap_or_default()
     }
 
     async fn guest_answers(&self, limit: Duration) -> bool {
@@ -58,17 +76,20 @@ fn offset(pod: &str) -> f64 {
     f64::from(part) / f64::from(PARTS)
 }
 
-/// Questions without an answer.
+/// Questions without an answer, one after the other.
 #[derive(Default)]
 struct Silence {
-    unanswered: u32,
+    /// The time in which they could have been answered.
+    could_work: Duration,
 }
 
 impl Silence {
-    /// Counts an answer, or that there was none. Returns whether that was one too many.
-    fn count(&mut self, answered: bool) -> bool {
-        self.unanswered = if answered { 0 } else { self.unanswered + 1 };
-        self.unanswered >= UNANSWERED_MAX
+    /// Counts a question that was not answered, and the time in which it could have been. Returns whether that was too
+    /// much: as much as in so many questions of the length `each`. Even a machine that sleeps waits for a CPU for some
+    /// moments, which must not cost one more question.
+    fn count(&mut self, could_work: Duration, each: Duration) -> bool {
+        self.could_work += could_work;
+        self.could_work + each / 2 >= each * UNANSWERED_MAX
     }
 }
 
@@ -83,11 +104,6 @@ mod tests {
             tests::environment,
         },
     };
-
-    fn is_stuck(answers: &[bool]) -> bool {
-        let mut silence = Silence::default();
-        answers.iter().any(|answered| silence.count(*answered))
-    }
 
     #[test]
     fn pods_are_asked_at_all_times_and_each_at_its_own() {
@@ -121,9 +137,15 @@ mod tests {
     }
 
     #[test]
-    fn a_guest_that_answers_now_and_then_is_not_stuck() {
-        assert!(!is_stuck(&[false, false, true, false, false, true]));
-        assert!(is_stuck(&[true, false, true, false, false, false]));
-        assert!(is_stuck(&[false; 3]));
+    fn a_guest_is_stuck_after_a_silence_in_which_it_could_have_answered() {
+        let each = Duration::from_secs(20);
+        let unanswered = |could_work: Duration| {
+            let mut silence = Silence::default();
+            (1..100_u32).find(|_| silence.count(could_work, each))
+        };
+        assert_eq!(unanswered(each), Some(UNANSWERED_MAX));
+        assert_eq!(unanswered(each.mul_f64(0.99)), Some(UNANSWERED_MAX));
+        assert_eq!(unanswered(each / 10), Some(25));
+        assert_eq!(unanswered(Duration::ZERO), None);
     }
 }

@@ -22,7 +22,7 @@ use super::{
     life::Running,
     owned::Resource,
     record::Stage,
-    start_budget::{Exceeded, MachineTimes, StartBudget},
+    start_budget::{Exceeded, StartBudget},
     task::{PodTask, Reply},
 };
 use crate::{
@@ -34,6 +34,7 @@ use crate::{
     host::{
         cgroup::{self, Cgroup},
         machine::{self, Machine},
+        machine_times::MachineTimes,
         network::{self, NetworkError, PodNetwork},
         process::Process,
         size::Size,

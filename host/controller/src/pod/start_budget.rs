@@ -5,81 +5,9 @@
 //! the lowest weight on a busy node is slow, and ending it for that would throw away what it has done and have it begin
 //! again.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-    time::Duration,
-};
+use std::time::Duration;
 
-use pericarp_cgroup_stats::Counters;
-
-/// Where a machine's times are read.
-#[derive(Clone, Debug)]
-pub struct MachineTimes {
-    tasks: PathBuf,
-    cgroup: Option<PathBuf>,
-}
-
-impl MachineTimes {
-    pub fn of(pid: u32, cgroup: Option<PathBuf>) -> Self {
-        Self { tasks: PathBuf::from(format!("/proc/{pid}/task")), cgroup }
-    }
-
-    /// Reads them. Blocks for reading a few files of the kernel's.
-    pub fn read(&self) -> Times {
-        let mut times = Times::default();
-        // The most of one thread, as they wait at the same time. While a guest boots, one of its processors works.
-        for thread in fs::read_dir(&self.tasks).into_iter().flatten().flatten() {
-            if let Some((worked, waited)) = worked_and_waited(&thread.path()) {
-                times.worked = times.worked.max(worked);
-                times.starved = times.starved.max(waited);
-            }
-            times.is_runnable |= is_runnable(&thread.path());
-        }
-        let throttled = self.cgroup.as_deref().map(throttled).unwrap_or_default();
-        times.starved = times.starved.max(throttled);
-        times
-    }
-}
-
-/// What a machine has done since it was started.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Times {
-    /// How long it had a CPU.
-    pub worked: Duration,
-    /// How long it was kept from one, as far as the kernel has counted that: a thread's wait is counted when it is
-    /// over.
-    pub starved: Duration,
-    /// Whether it has a CPU or wants one now.
-    pub is_runnable: bool,
-}
-
-/// How long a thread had a CPU, and how long it was ready to run and had none
-/// (`Documentation/scheduler/sched-stats.rst`, `/proc/<pid>/schedstat`).
-fn worked_and_waited(thread: &Path) -> Option<(Duration, Duration)> {
-    let text = fs::read_to_string(thread.join("schedstat")).ok()?;
-    let mut numbers = text.split_whitespace().map(|number| number.parse().ok().map(Duration::from_nanos));
-    Some((numbers.next()??, numbers.next()??))
-}
-
-/// Whether a thread is in the state R (`proc_pid_stat(5)`, field 3).
-fn is_runnable(thread: &Path) -> bool {
-    let text = fs::read_to_string(thread.join("stat")).unwrap_or_default();
-    text.rsplit_once(')').is_some_and(|(_, rest)| rest.trim_start().starts_with('R'))
-}
-
-/// How long a cgroup, or one above it, was throttled; the longest of them.
-fn throttled(cgroup: &Path) -> Duration {
-    let of = |directory: &Path| {
-        Duration::from_micros(Counters::read(&directory.join("cpu.stat")).get("throttled_usec"))
-    };
-    cgroup
-        .ancestors()
-        .take_while(|directory| directory.starts_with("/sys/fs/cgroup"))
-        .map(of)
-        .max()
-        .unwrap_or_default()
-}
+use crate::host::machine_times::Times;
 
 /// The time that a start may take.
 #[derive(Clone, Copy, Debug)]
@@ -101,10 +29,7 @@ impl StartBudget {
     /// What is left after so much time: the least time until the budget can be exceeded, or what of it is exceeded.
     pub fn left(&self, elapsed: Duration, machine: Times) -> Result<Duration, Exceeded> {
         let wall = self.wall.checked_sub(elapsed).filter(|left| !left.is_zero()).ok_or(Exceeded::Wall)?;
-        // One that sleeps waits for something that may never come. One that does not is perhaps waiting for a CPU right
-        // now.
-        let worked =
-            if machine.is_runnable { machine.worked } else { elapsed.saturating_sub(machine.starved) };
+        let worked = machine.could_work(elapsed, Times::default());
         let working =
             self.working.checked_sub(worked).filter(|left| !left.is_zero()).ok_or(Exceeded::Working)?;
         Ok(working.min(wall))
@@ -148,20 +73,5 @@ mod tests {
         assert_eq!(BUDGET.left(seconds(110), runnable(1)), Err(Exceeded::Wall));
         // The kernel's numbers are not read in the same moment.
         assert_eq!(BUDGET.left(seconds(1), sleeping(2)), Ok(seconds(10)));
-    }
-
-    #[test]
-    fn a_process_that_works_has_worked_and_is_runnable_and_one_that_sleeps_is_not() {
-        let own = MachineTimes::of(std::process::id(), None).read();
-        assert!(own.is_runnable && own.worked > Duration::ZERO, "{own:?}");
-        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
-        let of_child = MachineTimes::of(child.id(), None);
-        while of_child.read().is_runnable {
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        assert!(of_child.read().worked < seconds(5));
-        child.kill().unwrap();
-        child.wait().unwrap();
-        assert_eq!(of_child.read(), Times::default());
     }
 }
