@@ -91,15 +91,55 @@ fn task_event(event: &Event, task: &agent::TaskEvent) -> TaskEvent {
     }
 }
 
+/// Whether events are handed on now.
+#[derive(Debug)]
+struct Interruption {
+    /// Whether it was reported already: what repeats is reported once.
+    is_reported: bool,
+    /// What has not been taken waits in the guest, not here. A guest that advances only to fail waits, too.
+    pause: Duration,
+}
+
+impl Default for Interruption {
+    fn default() -> Self {
+        Self { is_reported: false, pause: PAUSE_MIN }
+    }
+}
+
+/// What is to be written about an interruption.
+#[derive(Debug, PartialEq, Eq)]
+enum Report {
+    Begun(String),
+    Over,
+}
+
+impl Interruption {
+    /// What follows when no more events are taken for now: what is reported, and how long to wait.
+    fn after(&mut self, has_advanced: bool, taken: Result<(), String>) -> (Option<Report>, Duration) {
+        self.pause = if has_advanced && taken.is_ok() { PAUSE_MIN } else { PAUSE_MAX.min(2 * self.pause) };
+        let report = match taken {
+            // After an event that was handed on it is another interruption.
+            Err(reason) if !self.is_reported || has_advanced => {
+                self.is_reported = true;
+                Some(Report::Begun(reason))
+            }
+            Ok(()) if self.is_reported && has_advanced => {
+                self.is_reported = false;
+                Some(Report::Over)
+            }
+            _ => None,
+        };
+        (report, self.pause)
+    }
+}
+
 impl Pod {
     /// Takes the guest's events for as long as it lives, from where the last controller stopped.
     pub(super) fn follow_events(self: &Arc<Self>) {
         let pod = Arc::clone(self);
         tokio::spawn(async move {
             let rate = Rate::new(BURST, EACH);
-            let mut pause = PAUSE_MIN;
-            // Whether it was reported already: what repeats is reported once.
-            let mut is_interrupted = false;
+            let mut interruption = Interruption::default();
             while pod.end().is_none() {
                 let before = pod.progress.last_event();
                 let taken = tokio::select! {
@@ -108,22 +148,15 @@ impl Pod {
                     _ended = pod.wait() => return,
                 };
                 let has_advanced = pod.progress.last_event() > before;
-                // What has not been taken waits in the guest, not here. A guest that advances only to fail waits, too.
-                pause = if has_advanced && taken.is_ok() { PAUSE_MIN } else { PAUSE_MAX.min(2 * pause) };
-                if is_interrupted && has_advanced {
-                    is_interrupted = false;
-                    pod.caused_by_guest(|| {
+                let (report, pause) = interruption.after(has_advanced, taken);
+                match report {
+                    Some(Report::Over) => pod.caused_by_guest(|| {
                         tracing::info!(pod = pod.id(), "the guest's events are handed on again");
-                    });
-                }
-                if let Err(reason) = taken
-                    && !is_interrupted
-                    && pod.end().is_none()
-                {
-                    is_interrupted = true;
-                    pod.caused_by_guest(|| {
+                    }),
+                    Some(Report::Begun(reason)) if pod.end().is_none() => pod.caused_by_guest(|| {
                         tracing::warn!(pod = pod.id(), reason, "the guest's events wait");
-                    });
+                    }),
+                    _ => {}
                 }
                 tokio::select! {
                     () = tokio::time::sleep(pause) => {}
@@ -263,6 +296,27 @@ mod tests {
         let with_host = event("/tasks/exit", "type.googleapis.com/containerd.events.TaskExit", "c1");
         assert_eq!(container_of(&plain).unwrap().as_str(), "c1");
         assert_eq!(container_of(&with_host).unwrap().as_str(), "c1");
+    }
+
+    /// A guest that tells the same event again and again, or breaks its connection after each, must not fill the node's
+    /// log.
+    #[test]
+    fn what_a_guest_repeats_is_reported_once_and_what_it_does_anew_seldom() {
+        let mut interruption = Interruption::default();
+        let mut after = |has_advanced, taken: Result<(), &str>| {
+            interruption.after(has_advanced, taken.map_err(str::to_owned))
+        };
+        assert_eq!(after(true, Ok(())), (None, PAUSE_MIN));
+        assert_eq!(after(true, Err("a")), (Some(Report::Begun("a".to_owned())), 2 * PAUSE_MIN));
+        for _ in 0..10 {
+            assert_eq!(after(false, Err("b")).0, None);
+            assert_eq!(after(false, Ok(())).0, None);
+        }
+        for _ in 0..10 {
+            assert_eq!(after(true, Err("c")), (Some(Report::Begun("c".to_owned())), PAUSE_MAX));
+        }
+        assert_eq!(after(true, Ok(())), (Some(Report::Over), PAUSE_MIN));
+        assert_eq!(after(true, Ok(())), (None, PAUSE_MIN));
     }
 
     #[test]
