@@ -1,6 +1,7 @@
 //! The mounts of a spec: what stays the guest's own, and what comes from the host as a volume.
 
 use std::{
+    cell::LazyCell,
     os::unix::ffi::OsStrExt as _,
     path::{Path, PathBuf},
 };
@@ -13,7 +14,7 @@ use serde_json::{Map, Value, json};
 
 use super::{Error, MAPPINGS, Pod, huge_pages, is_given, memory_volumes, text, unsupported};
 use crate::host::{
-    mounts,
+    mounts::MountTable,
     share::volume::{IdMapping, Propagation, ReadOnly, Volume},
     user_namespace::IdMap,
 };
@@ -41,6 +42,9 @@ pub(super) fn translate(
     let (mut volumes, mut in_memory) = (Vec::new(), Vec::new());
     let mut kept = Vec::with_capacity(list.len() + 4);
     let mut destinations = Vec::with_capacity(list.len());
+    // Read only if a volume asks for it. It can always be read.
+    let table = LazyCell::new(|| MountTable::read().ok());
+    let any_below = |path: &Path| table.as_ref().is_some_and(|table| table.any_below(path));
     for mut entry in list {
         let mount = entry.as_object_mut().ok_or(Error::Malformed("a mount is not an object"))?;
         let destination = clean(text(mount, "destination"));
@@ -52,7 +56,7 @@ pub(super) fn translate(
         if matches!(kind, "bind" | "rbind")
             || options.iter().any(|option| option == "bind" || option == "rbind")
         {
-            let volume = volume(mount, destination.clone(), &options, pod.id_map.as_ref())?;
+            let volume = volume(mount, destination.clone(), &options, pod.id_map.as_ref(), &any_below)?;
             if let Some(directory) = huge_directory.and_then(|find| find(&volume.source)) {
                 directory.mount(mount, &volume.name, volume.read_only != ReadOnly::No);
             } else if let Some(memory_volume) = memory_volumes::translate(mount, &volume, pod)? {
@@ -133,6 +137,7 @@ fn volume(
     destination: String,
     options: &[String],
     id_map: Option<&IdMap>,
+    any_below: &dyn Fn(&Path) -> bool,
 ) -> Result<Volume, Error> {
     let source = PathBuf::from(text(mount, "source"));
     if !source.is_absolute() {
@@ -148,8 +153,7 @@ fn volume(
     let mode = options.iter().rev().find(|option| matches!(option.as_str(), "ro" | "rw" | "rro"));
     let read_only = match mode.map(String::as_str) {
         Some("rro") => ReadOnly::Recursive,
-        // The table of mounts can always be read.
-        Some("ro") if recursive && mounts::any_below(&source).unwrap_or(false) => ReadOnly::TopOfTree,
+        Some("ro") if recursive && any_below(&source) => ReadOnly::TopOfTree,
         Some("ro") => ReadOnly::Top,
         _ => ReadOnly::No,
     };
