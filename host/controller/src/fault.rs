@@ -20,6 +20,7 @@ pub enum FaultPoint {
     EndRecorded,
     Adopting,
     ContainerLookedUp,
+    DiskInserted,
     ContainerPrepared,
     ContainerReleased,
     EventHandedOn,
@@ -33,7 +34,7 @@ pub enum FaultPoint {
 
 impl FaultPoint {
     /// All of them.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::PodRecordedFirst,
         Self::DirectoryMade,
         Self::NetworkMade,
@@ -46,6 +47,7 @@ impl FaultPoint {
         Self::EndRecorded,
         Self::Adopting,
         Self::ContainerLookedUp,
+        Self::DiskInserted,
         Self::ContainerPrepared,
         Self::ContainerReleased,
         Self::EventHandedOn,
@@ -72,6 +74,7 @@ impl FaultPoint {
             Self::EndRecorded => "end-recorded",
             Self::Adopting => "adopting",
             Self::ContainerLookedUp => "container-looked-up",
+            Self::DiskInserted => "disk-inserted",
             Self::ContainerPrepared => "container-prepared",
             Self::ContainerReleased => "container-released",
             Self::EventHandedOn => "event-handed-on",

@@ -38,6 +38,11 @@ impl Pods {
         self.lock().get(id).filter(|pod| !pod.is_removed()).cloned()
     }
 
+    /// All of them.
+    pub fn all(&self) -> Vec<Arc<Pod>> {
+        self.lock().values().filter(|pod| !pod.is_removed()).cloned().collect()
+    }
+
     /// Makes a pod and adds it; returns whether there was none with this id.
     pub fn insert_new<E>(&self, id: &str, make: impl FnOnce() -> Result<Arc<Pod>, E>) -> Result<bool, E> {
         let pod = match self.lock().entry(id.to_owned()) {

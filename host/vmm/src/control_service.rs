@@ -84,6 +84,7 @@ impl Machine for ControlService {
             requested_memory_bytes: self.memory_hotplug.requested_bytes(),
             resident_bytes: memory::resident_bytes(&self.memory),
             devices,
+            disks: self.disks.devices(),
             ..Default::default()
         })
     }

@@ -164,6 +164,11 @@ impl Disks {
         disks.collect()
     }
 
+    /// The numbers of the slots that are not free.
+    pub fn devices(&self) -> Vec<u32> {
+        self.occupied_slots().keys().copied().collect()
+    }
+
     fn occupied_slots(&self) -> MutexGuard<'_, BTreeMap<u32, SlotState>> {
         unpoisoned(self.occupied.by_slot.lock())
     }
@@ -223,11 +228,13 @@ mod tests {
         let bus = bus(directory.path());
         let disks = Disks::new(bus.clone(), 0..1);
         let (slot, _) = disks.insert(std::slice::from_ref(&file), true, "d").unwrap();
+        assert_eq!(disks.devices(), [slot]);
         // As when the guest, or a request that takes long, keeps the device busy.
         let busy = bus.slot(slot);
         for _ in 0..2 {
             assert_eq!(disks.remove(slot, SHORT), Removal::StillOpen);
             assert!(is_open(&file));
+            assert_eq!(disks.devices(), [slot]);
             let error = disks.insert(std::slice::from_ref(&file), true, "e").unwrap_err();
             assert!(matches!(error, InsertError::NoSlot(1)), "{error}");
         }
@@ -236,6 +243,7 @@ mod tests {
         assert_ne!(disks.remove(slot, Duration::MAX), Removal::StillOpen);
         assert!(!is_open(&file));
         assert_eq!(disks.remove(slot, SHORT), Removal::NoDisk);
+        assert_eq!(disks.devices(), [0; 0]);
         let (slot, _) = disks.insert(std::slice::from_ref(&file), true, "f").unwrap();
         assert_eq!(disks.remove(slot, Duration::MAX), Removal::Closed);
         assert!(!is_open(&file));

@@ -3,7 +3,7 @@
 use std::{fs, process::Command};
 
 use anyhow::{Context, Result, ensure};
-use pericarp_tests::{ContainerBuilder, api, on_node, on_pericarp};
+use pericarp_tests::{ContainerBuilder, Pod, api, on_node, on_pericarp};
 
 /// A loop device of the node.
 struct Loop(String);
@@ -24,6 +24,13 @@ impl Drop for Loop {
             println!("cannot detach {}", self.0);
         }
     }
+}
+
+/// How many disks a pod's machine has.
+pub async fn disks_of(pod: &Pod) -> Result<usize> {
+    let info = pod.info().await?;
+    let devices = info["pericarp"]["devices"].as_object().context("no devices")?;
+    Ok(devices.keys().filter(|name| name.starts_with("disk")).count())
 }
 
 fn with_device(container: ContainerBuilder, disk: &Loop, permissions: &str) -> ContainerBuilder {
@@ -108,16 +115,11 @@ fn image_layers_of_the_erofs_snapshotter_are_disks_of_the_machine() -> Result<()
             other.shell("cat /odd/owned /etc/replaced; ls /odd/setuid").await?,
             "alice's\nfrom the second layer\n/odd/setuid"
         );
-        let info = pod.info().await?;
-        let devices = info["pericarp"]["devices"].as_object().context("no devices")?;
-        let disks = devices.keys().filter(|name| name.starts_with("disk")).count();
-        assert_eq!(disks, 2, "{devices:?}");
+        assert_eq!(disks_of(&pod).await?, 2);
 
         container.stop(0).await?;
         container.remove().await?;
-        let info = pod.info().await?;
-        let devices = info["pericarp"]["devices"].as_object().context("no devices")?;
-        assert_eq!(devices.keys().filter(|name| name.starts_with("disk")).count(), 1, "{devices:?}");
+        assert_eq!(disks_of(&pod).await?, 1);
         Ok(())
     })
 }

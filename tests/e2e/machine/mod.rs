@@ -1,7 +1,7 @@
 //! The machine around a pod: its process on the node, its devices, its size, and its guest's kernel.
 
 mod devices;
-mod disks;
+pub mod disks;
 mod guest_kernel;
 mod process;
 pub mod resize;

@@ -14,6 +14,7 @@ use pericarp_tests::{
 };
 
 use super::{clean_up, directory, remains, wait_until_ready};
+use crate::machine::disks::disks_of;
 
 /// Fault points of a pod's start before containerd has had a response.
 pub(super) const OF_START: [&str; 8] = [
@@ -128,15 +129,53 @@ fn a_container_whose_start_or_end_was_cut_off_can_be_tried_again() -> Result<()>
     })
 }
 
-/// Waits until nothing of a container is mounted for its guest.
-async fn wait_until_released(pod: &Pod, container: &str) -> Result<()> {
+/// Whether something of a container is mounted for its guest.
+fn is_prepared(pod: &Pod, container: &str) -> Result<bool> {
     let share = directory(&pod.id).join("share");
     let share = share.display().to_string();
-    wait_until("the container's mounts to go", async || {
-        let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
-        Ok(!mounts.lines().any(|line| line.contains(&share) && line.contains(container)))
+    let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
+    Ok(mounts.lines().any(|line| line.contains(&share) && line.contains(container)))
+}
+
+/// Waits until nothing of a container is mounted for its guest.
+async fn wait_until_released(pod: &Pod, container: &str) -> Result<()> {
+    wait_until("the container's mounts to go", async || Ok(!is_prepared(pod, container)?)).await
+}
+
+#[test]
+fn a_container_that_was_deleted_while_no_controller_ran_is_released() -> Result<()> {
+    on_pericarp_alone(async |node| {
+        let pod = node.pod("deleted").run().await?;
+        let other = pod.idle_container("other").await?;
+        // Its guest never hears of it, so that nobody but containerd can tell of its end.
+        let container = pod.container("never-started").create().await?;
+        wait_until("it to be prepared", async || is_prepared(&pod, &container.id)).await?;
+        let killed = KilledController::kill()?;
+        container.remove().await?;
+        killed.restart().await?;
+        wait_until_released(&pod, &container.id).await?;
+        assert_eq!(other.shell("echo alive").await?, "alive");
+        Ok(())
     })
-    .await
+}
+
+#[test]
+fn a_disk_that_was_inserted_when_the_controller_was_killed_is_taken_out() -> Result<()> {
+    on_pericarp_alone(async |node| {
+        let pod = node.with_erofs().pod("disk").run().await?;
+        let pending_kill = KilledController::kill_at("disk-inserted")?;
+        let container = pod.container("cut-off").create().await?;
+        let killed = pending_kill.wait_for_death().await?;
+        // Nobody asks for its disk again.
+        container.remove().await?;
+        killed.restart().await?;
+        wait_until_ready(&pod).await?;
+        wait_until("the disk to be taken out", async || Ok(disks_of(&pod).await? == 0)).await?;
+        let again = pod.idle_container("again").await?;
+        assert_eq!(again.shell("echo alive").await?, "alive");
+        assert_eq!(disks_of(&pod).await?, 1);
+        Ok(())
+    })
 }
 
 #[test]

@@ -4,9 +4,10 @@
 //! ended until it is removed. What nobody was told of is undone.
 
 use std::{
+    collections::HashMap,
     fs, io,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, SystemTime},
 };
 
@@ -23,6 +24,7 @@ use super::{
     progress::Progress,
     record::{self, End, Record, RecordError, Stage},
     spec::PodSpec,
+    task::Command,
 };
 use crate::{
     blocking::BlockingWork,
@@ -49,17 +51,9 @@ const PAUSE: Duration = Duration::from_millis(300);
 /// Takes over every pod in the run directory.
 pub async fn adopt_all(environment: &Arc<Environment>) -> io::Result<Vec<Arc<Pod>>> {
     let run_dir = environment.config.run_dir.clone();
-    let work = BlockingWork::new();
-    let (directories, machines) = work
-        .run(move || {
-            let directories = pod_directories(&run_dir)?;
-            // Looked for once for all pods, and only if one needs it: the host may have many processes.
-            let all_known = directories.iter().all(|(directory, _)| has_its_machine_on_record(directory));
-            let machines = if all_known { Vec::new() } else { process::machines()? };
-            io::Result::Ok((directories, Arc::new(machines)))
-        })
-        .await?;
+    let directories = BlockingWork::new().run(move || pod_directories(&run_dir)).await?;
     let places = Arc::new(Semaphore::new(AT_A_TIME));
+    let machines = Arc::new(Machines::default());
     let mut all = JoinSet::new();
     for (directory, id) in directories {
         let (environment, machines, places) =
@@ -73,12 +67,21 @@ pub async fn adopt_all(environment: &Arc<Environment>) -> io::Result<Vec<Arc<Pod
     Ok(all.join_all().await.into_iter().flatten().collect())
 }
 
-/// Whether nothing has to be looked for to know a pod's machine. A controller may have been killed after it had spawned
-/// the machine, and before it had put that on record.
-fn has_its_machine_on_record(directory: &Path) -> bool {
-    match Record::read(directory) {
-        Ok(Some(record)) => record.stage == Stage::Running || record.owned.machine().is_some(),
-        Ok(None) | Err(_) => false,
+/// The machines of this host, by their configuration files. They are looked for once for all pods, and only if one
+/// needs it: the host may have many processes.
+#[derive(Default)]
+struct Machines(Mutex<Option<HashMap<PathBuf, Process>>>);
+
+impl Machines {
+    /// The machine of the pod in that directory. Blocks.
+    fn of(&self, directory: &Path) -> io::Result<Option<Process>> {
+        // What is under the lock is found or not found, also after a panic.
+        let mut found = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let machines = match &mut *found {
+            Some(machines) => machines,
+            none => none.insert(process::machines()?.into_iter().collect()),
+        };
+        Ok(machines.get(&directory.join(file::CONFIG)).copied())
     }
 }
 
@@ -103,7 +106,7 @@ async fn take_over_or_report(
     environment: &Arc<Environment>,
     directory: &Path,
     id: SandboxId,
-    machines: &[(PathBuf, Process)],
+    machines: &Arc<Machines>,
 ) -> Option<Arc<Pod>> {
     let shown = directory.display();
     let mut taken_over = take_over(environment, directory, &id, machines).await;
@@ -135,14 +138,13 @@ async fn take_over(
     environment: &Arc<Environment>,
     directory: &Path,
     id: &SandboxId,
-    machines: &[(PathBuf, Process)],
+    machines: &Arc<Machines>,
 ) -> io::Result<Option<Arc<Pod>>> {
-    let found = machines.iter().find(|(config, _)| *config == directory.join(file::CONFIG));
-    let found = found.map(|(_, process)| *process);
     let (reader, pod_directory, pod_id) = (environment.read_older_record, directory.to_owned(), id.clone());
-    let default_size = Size::default_of(&environment.config);
+    let (default_size, machines) = (Size::default_of(&environment.config), Arc::clone(machines));
     let work = BlockingWork::new();
-    let record = work.run(move || find_record(&pod_directory, &pod_id, found, default_size, reader)).await?;
+    let record =
+        work.run(move || find_record(&pod_directory, &pod_id, &machines, default_size, reader)).await?;
     // Whoever asked for it has had an error instead of an answer.
     if record.stage == Stage::Starting {
         return Ok(undo(environment, record).await);
@@ -158,14 +160,16 @@ async fn take_over(
 fn find_record(
     directory: &Path,
     id: &SandboxId,
-    machine: Option<Process>,
+    machines: &Machines,
     default_size: Size,
     read_older: fn(&[u8], &Path) -> Option<Record>,
 ) -> io::Result<Record> {
     let unusable = match Record::read(directory) {
         Ok(Some(mut record)) => {
-            if record.owned.machine().is_none()
-                && let Some(process) = machine
+            // A controller may have been killed after it had spawned the machine, and before it had put that on record.
+            if record.stage == Stage::Starting
+                && record.owned.machine().is_none()
+                && let Some(process) = machines.of(directory)?
             {
                 record.owned.add(Resource::Machine { process });
             }
@@ -173,7 +177,7 @@ fn find_record(
         }
         // A controller was killed before it had written one. What it has made by then is undone.
         Ok(None) if !directory.join(file::PROGRESS).exists() => {
-            return record_of_visible(directory, id, machine, Stage::Starting, default_size);
+            return record_of_visible(directory, id, machines.of(directory)?, Stage::Starting, default_size);
         }
         Ok(None) => None,
         Err(error @ RecordError::Version { .. }) => {
@@ -192,6 +196,7 @@ fn find_record(
         let error = chain(&error);
         tracing::error!(aside = %aside.display(), error, "a pod's record is of no use");
     }
+    let machine = machines.of(directory)?;
     // One whose machine has ended has nothing left to go on with.
     let stage = if machine.is_some() { Stage::Running } else { Stage::Starting };
     record_of_visible(directory, id, machine, stage, default_size)
@@ -277,6 +282,8 @@ fn resume(environment: &Arc<Environment>, record: Record, machine: Machine) -> i
     task.is_machine_watched = true;
     pod.watch_machine(machine);
     task.spawn(Life::running_with(Running::taken_over(pid, resources)));
+    // Before anything that its guest asks for. There is room in a mailbox that nobody else knows yet.
+    drop(pod.mailbox.try_send(Command::TakenOver));
     pod.watch_network();
     pod.serve_requests();
     pod.follow_events();

@@ -29,6 +29,11 @@ fn record(run_dir: &Path, machine: Process, cgroup: Option<PathBuf>, stage: Stag
     record
 }
 
+/// As if these had been found, and no others.
+fn found<const N: usize>(machines: [(PathBuf, Process); N]) -> Arc<Machines> {
+    Arc::new(Machines(Mutex::new(Some(machines.into()))))
+}
+
 #[tokio::test]
 async fn a_machine_that_cannot_be_watched_is_ended_and_its_pod_kept_with_the_reason() {
     let directory = tempfile::tempdir().unwrap();
@@ -53,7 +58,10 @@ async fn what_cannot_be_undone_is_kept_with_its_record_until_it_can_be() {
     let cgroup = directory.path().join("abc.cgroup");
     fs::create_dir_all(cgroup.join("busy")).unwrap();
     record(directory.path(), process, Some(cgroup.clone()), Stage::Starting);
-    let pod = take_over(&environment, &directory.path().join("abc"), &id(), &[]).await.unwrap().unwrap();
+    let pod = take_over(&environment, &directory.path().join("abc"), &id(), &Arc::default())
+        .await
+        .unwrap()
+        .unwrap();
     assert_eq!(child.wait().unwrap().signal(), Some(9));
     assert_eq!(pod.phase(), Phase::Ended);
     let error = chain(&pod.remove().await.unwrap_err());
@@ -71,13 +79,13 @@ async fn a_directory_without_a_record_is_removed_and_a_damaged_record_is_set_asi
     let environment = environment(directory.path());
     let of_pod = directory.path().join("abc");
     fs::create_dir(&of_pod).unwrap();
-    assert!(take_over(&environment, &of_pod, &id(), &[]).await.unwrap().is_none());
+    assert!(take_over(&environment, &of_pod, &id(), &Arc::default()).await.unwrap().is_none());
     assert!(!of_pod.exists());
 
     let (mut child, process) = sleeping();
     fs::create_dir(&of_pod).unwrap();
     fs::write(of_pod.join(file::STATE), "nonsense").unwrap();
-    let machines = [(of_pod.join(file::CONFIG), process)];
+    let machines = found([(of_pod.join(file::CONFIG), process)]);
     let pod = take_over(&environment, &of_pod, &id(), &machines).await.unwrap().unwrap();
     assert_eq!(pod.phase(), Phase::Running { pid: process.pid });
     assert!(of_pod.join("state.json.unusable").exists());
@@ -98,8 +106,7 @@ async fn a_machine_that_was_spawned_and_is_not_on_record_yet_is_ended() {
     let mut record = record(directory.path(), process, None, Stage::Starting);
     record.owned = owned_in(&of_pod, None, None, None);
     fs::write(of_pod.join(file::STATE), serde_json::to_vec(&record).unwrap()).unwrap();
-    assert!(!has_its_machine_on_record(&of_pod));
-    let machines = [(of_pod.join(file::CONFIG), process)];
+    let machines = found([(of_pod.join(file::CONFIG), process)]);
     assert!(take_over(&environment, &of_pod, &id(), &machines).await.unwrap().is_none());
     assert_eq!(child.wait().unwrap().signal(), Some(9));
     assert!(!of_pod.exists());

@@ -18,6 +18,7 @@ use thiserror::Error;
 
 use super::Pod;
 use crate::{
+    fault::FaultPoint,
     guest::translate::BlockVolume,
     host::{
         rootfs::ImageLayers,
@@ -113,6 +114,7 @@ impl Pod {
     ) -> Result<Option<InsertDiskResponse>, DiskError> {
         match self.control.insert_disk(files, read_only, serial(container, number)).await {
             Ok(inserted) => {
+                FaultPoint::DiskInserted.reached();
                 self.record_disk(container, inserted.device)?;
                 Ok(Some(inserted))
             }
@@ -124,14 +126,26 @@ impl Pod {
     /// Takes a container's disks out of the machine. A container may have none.
     pub(super) async fn remove_disks(&self, container: &ContainerId) -> Result<(), DiskError> {
         let record = self.files.disk_records().join(container);
-        let text = match fs::read_to_string(&record) {
+        let devices = match devices_on_record(&record) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-            text => text.map_err(DiskError::Record)?,
+            devices => devices.map_err(DiskError::Record)?,
         };
-        for device in text.lines().filter_map(|line| line.parse().ok()) {
+        for device in devices {
             self.control.remove_disk(device).await.map_err(DiskError::Machine)?;
         }
         fs::remove_file(record).map_err(DiskError::Record)
+    }
+
+    /// Takes the disks out of the machine that are on record of no container: an earlier controller has been killed
+    /// between inserting a disk and putting it on record.
+    pub(super) async fn remove_unrecorded_disks(&self) -> Result<(), DiskError> {
+        let inserted = self.control.status().await.map_err(DiskError::Machine)?.disks;
+        let on_record = all_on_record(&self.files.disk_records()).map_err(DiskError::Record)?;
+        for device in inserted.into_iter().filter(|device| !on_record.contains(device)) {
+            tracing::info!(pod = self.id(), device, "a disk that is no container's is taken out");
+            self.control.remove_disk(device).await.map_err(DiskError::Machine)?;
+        }
+        Ok(())
     }
 
     fn record_disk(&self, container: &ContainerId, device: u32) -> Result<(), DiskError> {
@@ -143,6 +157,24 @@ impl Pod {
         };
         written().map_err(DiskError::Record)
     }
+}
+
+/// The disks in a container's record.
+fn devices_on_record(record: &Path) -> io::Result<Vec<u32>> {
+    Ok(fs::read_to_string(record)?.lines().filter_map(|line| line.parse().ok()).collect())
+}
+
+/// The disks of all containers; `records` may not exist.
+fn all_on_record(records: &Path) -> io::Result<Vec<u32>> {
+    let entries = match fs::read_dir(records) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries?,
+    };
+    let mut devices = Vec::new();
+    for entry in entries {
+        devices.extend(devices_on_record(&entry?.path())?);
+    }
+    Ok(devices)
 }
 
 fn is_full(error: &ttrpc::Error) -> bool {
@@ -178,6 +210,19 @@ mod tests {
         let volume = |minor| BlockVolume { path: "/dev/x".into(), major: 253, minor, read_only: false };
         assert_eq!(device_node(directory.path(), &volume(7)).unwrap(), Path::new("/dev/mapper/data"));
         assert_eq!(device_node(directory.path(), &volume(8)).unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn the_disks_on_record_are_those_of_all_containers() {
+        let directory = tempfile::tempdir().unwrap();
+        let records = directory.path().join("disks");
+        assert_eq!(all_on_record(&records).unwrap(), [0; 0]);
+        fs::create_dir(&records).unwrap();
+        fs::write(records.join("a"), "7\n9\n").unwrap();
+        fs::write(records.join("b"), "8\n").unwrap();
+        let mut devices = all_on_record(&records).unwrap();
+        devices.sort_unstable();
+        assert_eq!(devices, [7, 8, 9]);
     }
 
     #[test]

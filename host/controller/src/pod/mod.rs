@@ -33,6 +33,7 @@ pub mod status;
 mod task;
 
 use std::{
+    collections::BTreeSet,
     path::Path,
     sync::{Arc, OnceLock},
     time::SystemTime,
@@ -53,7 +54,7 @@ pub use self::{
 use self::{
     files::PodFiles,
     life::{Life, Phase},
-    ports::{ContainerSource, EventSink},
+    ports::{ContainerSource, EventSink, SourceError},
     progress::ProgressFile,
     record::{Record, RecordFile},
     spec::PodSpec,
@@ -302,6 +303,26 @@ impl Pod {
     pub async fn release_deleted(&self, id: &ContainerId) {
         // A pod that has been removed has nothing left of it.
         drop(self.mailbox.send(Command::ReleaseDeleted { id: id.clone() }).await);
+    }
+
+    /// Releases every container that its source no longer has: it may have been deleted while nobody listened.
+    pub async fn release_unknown(&self) -> Result<(), SourceError> {
+        // Whose pod is not known may know this one's containers by another name.
+        match self.environment.containers.check_pod(&self.spec).await {
+            Err(SourceError::NotFound { .. }) => return Ok(()),
+            known => known?,
+        }
+        let (share, progress) = (self.files.share(), self.progress.containers());
+        let in_share = self.read_blocking(move || share.containers()).await;
+        let known: BTreeSet<ContainerId> = in_share.into_iter().chain(progress).collect();
+        for id in known {
+            match self.environment.containers.container(&self.spec, &id).await {
+                Err(SourceError::NotFound { .. }) => self.release_deleted(&id).await,
+                Err(error @ SourceError::Unavailable { .. }) => return Err(error),
+                Ok(_) | Err(_) => {}
+            }
+        }
+        Ok(())
     }
 
     /// Makes the machine fit what a container may use now.

@@ -7,6 +7,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
 };
 
+use pericarp_protos::id::ContainerId;
 use serde::{Deserialize, Serialize};
 
 use crate::host::{
@@ -95,6 +96,11 @@ impl ProgressFile {
     /// The last event that was taken.
     pub fn last_event(&self) -> u64 {
         self.lock().last_event
+    }
+
+    /// The containers of which the guest may tell.
+    pub fn containers(&self) -> Vec<ContainerId> {
+        self.lock().containers.iter().filter_map(|id| id.parse().ok()).collect()
     }
 
     /// Whether a container is, or was, this pod's.

@@ -91,6 +91,8 @@ pub enum Command {
         overhead: CpuAndMemory,
         reply: Reply<Result<(), PodError>>,
     },
+    /// What an earlier controller may have left half done, as it was killed, is put right.
+    TakenOver,
     /// Links of the pod's network were removed from under it.
     LinksRemoved(Vec<String>),
     /// One more thing is owned, as a test has it.
@@ -215,6 +217,12 @@ impl PodTask {
             }
             Command::Resize { limits, overhead, reply } => {
                 let _ = reply.send(self.resize(limits, overhead).await);
+            }
+            Command::TakenOver => {
+                if let Err(error) = self.pod.remove_unrecorded_disks().await {
+                    let error = chain(&error);
+                    tracing::warn!(pod = self.pod.id(), error, "a machine may keep a disk that nobody uses");
+                }
             }
             Command::LinksRemoved(links) => self.publish(|status| {
                 for interface in

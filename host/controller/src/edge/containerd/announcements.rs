@@ -113,6 +113,7 @@ impl Announcements {
 
     /// Takes events until containerd ends, or refuses to tell any.
     async fn listen(&mut self) -> Result<(), tonic::Status> {
+        tokio::spawn(release_unknown(self.pods.all()));
         let filters = [CREATED, DELETED].map(|topic| format!("topic==\"{topic}\"")).to_vec();
         let request = SubscribeRequest { filters };
         let mut events = EventsClient::new(self.channel.clone()).subscribe(request).await?.into_inner();
@@ -131,7 +132,7 @@ impl Announcements {
         // If there is no place, the node has enough to do.
         let Ok(place) = Arc::clone(&self.places).try_acquire_owned() else { return };
         if self.in_progress.len() >= KNOWN_MAX {
-            // Of some, the deletion was told while nobody listened.
+            // The deletion of some was told while nobody listened.
             self.in_progress.clear();
         }
         let (containers, pods, of) = (Arc::clone(&self.containers), self.pods.clone(), id.clone());
@@ -162,6 +163,16 @@ impl Announcements {
                 pod.release_deleted(&id).await;
             }
         });
+    }
+}
+
+/// Has pods release the containers that were deleted while nobody listened.
+async fn release_unknown(pods: Vec<Arc<Pod>>) {
+    for pod in pods {
+        if let Err(error) = pod.release_unknown().await {
+            tracing::debug!(%error, "pods may keep what was prepared for deleted containers");
+            return;
+        }
     }
 }
 
