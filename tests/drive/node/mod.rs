@@ -2,6 +2,7 @@
 
 pub(crate) mod cgroup;
 pub mod containerd;
+pub mod contention;
 pub mod controller;
 pub mod empty_dir;
 pub mod frame;

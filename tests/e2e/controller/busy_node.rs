@@ -1,11 +1,6 @@
 //! A node whose CPUs have other work to do.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-    process::{Child, Command},
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use futures::future::try_join_all;
@@ -15,43 +10,9 @@ use pericarp_tests::{
         controller::{Controller, pod_config},
         netns::NetworkNamespace,
     },
+    node::contention::Contention,
     on_pericarp, on_pericarp_alone,
 };
-
-/// Two cgroups that share the CPU, and a process in one of them that never rests. Dropping this ends it.
-struct Contention {
-    directory: PathBuf,
-    busy: Child,
-}
-
-impl Contention {
-    /// Gives the busy process so many times as much of the CPU as what is in the other cgroup.
-    fn new(times: u32) -> Result<Self> {
-        let root = Path::new("/sys/fs/cgroup");
-        let directory = root.join("busy-node");
-        for name in ["poor", "rich"] {
-            fs::create_dir_all(directory.join(name))?;
-        }
-        for above in [root, &directory] {
-            fs::write(above.join("cgroup.subtree_control"), "+cpu").context("hand on the CPU controller")?;
-        }
-        fs::write(directory.join("poor/cpu.weight"), "1")?;
-        fs::write(directory.join("rich/cpu.weight"), times.to_string())?;
-        let busy = Command::new("sh").args(["-c", "while :; do :; done"]).spawn()?;
-        fs::write(directory.join("rich/cgroup.procs"), busy.id().to_string())?;
-        Ok(Self { directory, busy })
-    }
-}
-
-impl Drop for Contention {
-    fn drop(&mut self) {
-        let _ = self.busy.kill();
-        let _ = self.busy.wait();
-        for name in ["poor", "rich", ""] {
-            let _ = fs::remove_dir(self.directory.join(name));
-        }
-    }
-}
 
 /// As kubelet has it: a `BestEffort` pod's cgroup has the weight 1.
 #[test]
@@ -63,7 +24,7 @@ fn a_pod_that_hardly_gets_a_cpu_starts_at_the_first_try() -> Result<()> {
         let netns = NetworkNamespace::new("busy-node").await?;
         let contention = Contention::new(4)?;
         let linux =
-            api::LinuxPodSandboxConfig { cgroup_parent: "/busy-node/poor".into(), ..Default::default() };
+            api::LinuxPodSandboxConfig { cgroup_parent: Contention::POOR.into(), ..Default::default() };
         let config = api::PodSandboxConfig { linux: Some(linux), ..pod_config("poor") };
         let (id, start) = ("b".repeat(64), Instant::now());
         let started = controller.start_pod(&id, &config, &netns).await;

@@ -8,6 +8,7 @@
 mod controls;
 mod process;
 mod resources;
+mod statistics;
 mod storage;
 mod user_namespaces;
 

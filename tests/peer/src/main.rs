@@ -10,6 +10,8 @@
 //! * `peer files DIRECTORY` prints what the file system there can do.
 //! * `peer bomb` starts itself over and over, and each of them does; it says `full` when it cannot for the first time.
 //! * `peer hoard` takes what the kernel counts for each user, says how much it has, and keeps it.
+//! * `peer load MILLISECONDS MIB` takes so much memory, works for so much CPU time, says `loaded`, and keeps the
+//!   memory.
 //! * `peer map FILE TEXT` maps a file of one huge page of 2 MiB, prints the text in it, and writes another.
 //! * `peer vsock try` prints which of the agent's and the controller's vsock ports it can take or reach; `peer vsock
 //!   hold` keeps every connection that it can get.
@@ -19,6 +21,7 @@
 
 mod files;
 mod hoard;
+mod load;
 mod portrait;
 mod unix;
 mod vsock;
@@ -52,6 +55,7 @@ fn main() -> ExitCode {
         ["connect", path, line] => unix::connect(path, line),
         ["vsock", "try"] => vsock::try_all(),
         ["vsock", "hold"] => vsock::hold(),
+        ["load", cpu, memory] => load::run(cpu, memory),
         ["bomb"] => bomb(),
         ["hoard"] => hoard::all(),
         ["portrait"] => {
