@@ -1,9 +1,10 @@
-//! Pericarp's pods beside runc's on the same node, run by `scripts/bench`: `bench PODS JSON_FILE`, or
-//! `bench streams JSON_FILE` for standard input and output alone.
+//! Pericarp's pods beside runc's on the same node, run by `scripts/bench`: `bench PODS JSON_FILE`,
+//! `bench streams JSON_FILE` for standard input and output alone, or `bench at-once PODS JSON_FILE` for many pods.
 //!
 //! Prints tables; the file has every figure.
 
 mod calls;
+mod density;
 mod figures;
 mod network;
 mod streams;
@@ -11,16 +12,25 @@ mod streams;
 use std::{env, fs};
 
 use anyhow::{Context, Result, bail};
-use serde_json::json;
+use serde_json::{Value, json};
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<()> {
     let arguments: Vec<String> = env::args().skip(1).collect();
-    let [pods, file] = &arguments[..] else { bail!("usage: bench PODS|streams JSON_FILE") };
-    if pods == "streams" {
-        return streams_only(file).await;
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    match arguments[..] {
+        ["streams", file] => streams_only(file).await,
+        ["at-once", pods, file] => at_once(number(pods)?, file).await,
+        [pods, file] => all(number(pods)?, file).await,
+        _ => bail!("usage: bench PODS|streams|at-once PODS JSON_FILE"),
     }
-    let pods: usize = pods.parse().with_context(|| format!("number of pods {pods:?}"))?;
+}
+
+fn number(pods: &str) -> Result<usize> {
+    pods.parse().with_context(|| format!("number of pods {pods:?}"))
+}
+
+async fn all(pods: usize, file: &str) -> Result<()> {
     let streams = Box::pin(streams::measure()).await?;
     let network = Box::pin(network::measure(pods)).await?;
     let calls = Box::pin(calls::measure(pods)).await?;
@@ -43,11 +53,22 @@ async fn main() -> Result<()> {
         "exits_per_answer": network.exits.json(),
         "start_without_cni_ms": network.start.json(),
     });
-    fs::write(file, serde_json::to_vec_pretty(&report)?).with_context(|| format!("write {file}"))
+    write(file, &report)
+}
+
+fn write(file: &str, report: &Value) -> Result<()> {
+    fs::write(file, serde_json::to_vec_pretty(report)?).with_context(|| format!("write {file}"))
+}
+
+async fn at_once(pods: usize, file: &str) -> Result<()> {
+    let density = Box::pin(density::measure(pods)).await?;
+    density.times.print(&format!("{pods} pods at once, ms"));
+    density.costs.print("what they cost");
+    write(file, &json!({ "times_ms": density.times.json(), "costs": density.costs.json() }))
 }
 
 async fn streams_only(file: &str) -> Result<()> {
     let streams = Box::pin(streams::measure()).await?;
     streams.print("standard input and output");
-    fs::write(file, serde_json::to_vec_pretty(&streams.json())?).with_context(|| format!("write {file}"))
+    write(file, &streams.json())
 }
