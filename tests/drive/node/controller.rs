@@ -71,6 +71,17 @@ impl Drop for PendingKill {
     }
 }
 
+/// Where the node's own controller writes its log.
+const LOG: &str = "/results/pericarp.log";
+
+/// The lines about a pod in the log of the node's controller that somebody would have to look at.
+pub fn warnings_about(pod: &str) -> Result<Vec<String>> {
+    let log = fs::read_to_string(LOG).with_context(|| format!("read {LOG}"))?;
+    let is_of_concern =
+        |line: &&str| line.contains(pod) && (line.contains(" WARN ") || line.contains("ERROR "));
+    Ok(log.lines().filter(is_of_concern).map(str::to_owned).collect())
+}
+
 /// The node's own controller while it is dead. Dropping it starts a new one.
 pub struct KilledController(());
 
@@ -106,7 +117,7 @@ impl KilledController {
 
 impl Drop for KilledController {
     fn drop(&mut self) {
-        let log = fs::File::options().create(true).append(true).open("/results/pericarp.log");
+        let log = fs::File::options().create(true).append(true).open(LOG);
         let log = log.map_or_else(|_| Stdio::null(), Stdio::from);
         // The new controller outlives the tests, as the one before would have.
         let started =

@@ -9,7 +9,10 @@ use anyhow::{Context, Result, ensure};
 use futures::future::try_join_all;
 use pericarp_tests::{
     HANG_LIMIT, api,
-    node::{controller::NODE_RUN_DIR, machine::MachineProcess},
+    node::{
+        controller::{NODE_RUN_DIR, warnings_about},
+        machine::MachineProcess,
+    },
     on_node, on_pericarp,
 };
 use tokio::time::timeout;
@@ -46,6 +49,8 @@ fn a_pod_is_ready_until_it_is_stopped_and_gone_when_it_is_removed() -> Result<()
         pod.remove().await?;
         assert_eq!(pod.status().await?, None);
         pod.remove().await.context("removing a removed pod")?;
+        // Nobody would read a log any more that has warnings about each pod.
+        assert_eq!(warnings_about(&pod.id)?, Vec::<String>::new());
         assert_eq!(node.pods().await?, []);
         Ok(())
     })

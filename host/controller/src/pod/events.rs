@@ -153,7 +153,7 @@ impl Pod {
                     Some(Report::Over) => pod.caused_by_guest(|| {
                         tracing::info!(pod = pod.id(), "the guest's events are handed on again");
                     }),
-                    Some(Report::Begun(reason)) if pod.end().is_none() => pod.caused_by_guest(|| {
+                    Some(Report::Begun(reason)) if !pod.is_ending() => pod.caused_by_guest(|| {
                         tracing::warn!(pod = pod.id(), reason, "the guest's events wait");
                     }),
                     _ => {}

@@ -402,6 +402,11 @@ impl Pod {
         *self.stopping.borrow()
     }
 
+    /// Whether its machine has ended or is to end: then nobody wonders that its guest does not answer.
+    fn is_ending(&self) -> bool {
+        self.end().is_some() || self.is_stop_requested()
+    }
+
     /// Writes a line of the log that the guest can cause, unless it has caused too many.
     fn caused_by_guest(&self, write: impl FnOnce()) {
         let Some(suppressed) = self.log_limit.permit() else { return };

@@ -54,7 +54,7 @@ impl Pod {
                         pause = PAUSE_MIN;
                     }
                 }
-                Err(error) if !std::mem::replace(&mut is_reported, true) && self.end().is_none() => {
+                Err(error) if !self.is_ending() && !std::mem::replace(&mut is_reported, true) => {
                     tracing::warn!(
                         pod = self.id(),
                         %error,
