@@ -15,8 +15,8 @@ const MEMORY_MIB: u64 = 128;
 const FILE_MIB: u64 = 32;
 /// How far a number may be from runc's, in hundredths of it.
 const TOLERANCE: u64 = 10;
-/// How much more CPU time a pod may have had: the machine's own work is the pod's. On a node that emulates its CPU, each
-/// exit of the guest, as at each tick of its clock, costs a hundred times as much as on a real one.
+/// How much more CPU time a pod may have had: the machine's own work is the pod's. On a node that emulates its CPU,
+/// each exit of the guest, as at each tick of its clock, costs a hundred times as much as on a real one.
 const POD_CPU_TOLERANCE: u64 = 30;
 
 /// Writes the file, then takes memory when something is written to `/go`, then works when something is once more.

@@ -154,6 +154,7 @@ fn a_container_that_was_deleted_while_no_controller_ran_is_released() -> Result<
         container.remove().await?;
         killed.restart().await?;
         wait_until_released(&pod, &container.id).await?;
+        assert!(is_prepared(&pod, &other.id)?, "one that was not deleted has lost its files");
         assert_eq!(other.shell("echo alive").await?, "alive");
         Ok(())
     })

@@ -34,7 +34,7 @@ use super::{
 };
 
 /// The operations of each of the two runs by default: few, because everybody waits for them with every change.
-const OPERATIONS: u32 = 40;
+const OPERATIONS: u32 = 20;
 /// The seed by default: always the same, so that a failure is the fault of what has changed. `scripts/soak` explores.
 const SEED: u64 = 1;
 /// The time limit of a run, for each of its operations.

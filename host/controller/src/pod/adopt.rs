@@ -79,7 +79,14 @@ impl Machines {
         let mut found = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let machines = match &mut *found {
             Some(machines) => machines,
-            none => none.insert(process::machines()?.into_iter().collect()),
+            none => {
+                let mut machines = HashMap::new();
+                for (config, process) in process::machines()? {
+                    // Another process may have the same command line: the first is the older one.
+                    machines.entry(config).or_insert(process);
+                }
+                none.insert(machines)
+            }
         };
         Ok(machines.get(&directory.join(file::CONFIG)).copied())
     }
@@ -282,7 +289,7 @@ fn resume(environment: &Arc<Environment>, record: Record, machine: Machine) -> i
     task.is_machine_watched = true;
     pod.watch_machine(machine);
     task.spawn(Life::running_with(Running::taken_over(pid, resources)));
-    // Before anything that its guest asks for. There is room in a mailbox that nobody else knows yet.
+    // Before anything that its guest asks for. There is room in a mailbox that hardly anybody knows yet.
     drop(pod.mailbox.try_send(Command::TakenOver));
     pod.watch_network();
     pod.serve_requests();

@@ -167,11 +167,14 @@ impl PodTask {
             .await?;
         // An earlier attempt of the same container: containerd tries again only after it has given up.
         self.remove_files(id).await?;
+        self.remove_unrecorded_disks().await;
         self.fit_limits(id, limits).await?;
         let disks = match self.add_files(id, rootfs, &translated).await {
             Ok(disks) => disks,
             Err(error) => {
                 self.forget_limits(id);
+                // The machine may have inserted what it has not answered in time.
+                self.has_unrecorded_disks |= matches!(error, ContainerError::Disk(_));
                 if let Err(error) = self.remove_files(id).await {
                     let error = chain(&error);
                     self.pod.caused_by_guest(|| {
@@ -210,8 +213,26 @@ impl PodTask {
             });
         }
         self.remove_files(id).await?;
+        self.remove_unrecorded_disks().await;
         FaultPoint::ContainerReleased.reached();
         Ok(())
+    }
+
+    /// Takes disks out of the machine that are no container's, if it may have some. What cannot be done is tried again
+    /// with the next container.
+    pub(super) async fn remove_unrecorded_disks(&mut self) {
+        if !self.has_unrecorded_disks {
+            return;
+        }
+        match self.pod.remove_unrecorded_disks().await {
+            Ok(()) => self.has_unrecorded_disks = false,
+            Err(error) => {
+                let error = chain(&error);
+                self.pod.caused_by_guest(|| {
+                    tracing::warn!(pod = self.pod.id(), error, "a machine may keep a disk that nobody uses");
+                });
+            }
+        }
     }
 
     /// Mounts what is mounted and inserts what is a disk.

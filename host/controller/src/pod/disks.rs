@@ -14,6 +14,7 @@ use pericarp_protos::{
     ttrpc,
     vmm::InsertDiskResponse,
 };
+use pericarp_vmm::MachineConfig;
 use thiserror::Error;
 
 use super::Pod;
@@ -21,6 +22,7 @@ use crate::{
     fault::FaultPoint,
     guest::translate::BlockVolume,
     host::{
+        replace::{Durability, replace},
         rootfs::ImageLayers,
         share::{WRITABLE, writable},
     },
@@ -139,24 +141,41 @@ impl Pod {
     /// Takes the disks out of the machine that are on record of no container: an earlier controller has been killed
     /// between inserting a disk and putting it on record.
     pub(super) async fn remove_unrecorded_disks(&self) -> Result<(), DiskError> {
-        let inserted = self.control.status().await.map_err(DiskError::Machine)?.disks;
+        let mut inserted = self.control.status().await.map_err(DiskError::Machine)?.disks;
+        // A machine may have been captured.
+        inserted.truncate(MachineConfig::DISK_SLOTS_MAX.into());
         let on_record = all_on_record(&self.files.disk_records()).map_err(DiskError::Record)?;
         for device in inserted.into_iter().filter(|device| !on_record.contains(device)) {
-            tracing::info!(pod = self.id(), device, "a disk that is no container's is taken out");
+            self.caused_by_guest(|| {
+                tracing::info!(pod = self.id(), device, "a disk that is no container's is taken out");
+            });
             self.control.remove_disk(device).await.map_err(DiskError::Machine)?;
         }
         Ok(())
     }
 
     fn record_disk(&self, container: &ContainerId, device: u32) -> Result<(), DiskError> {
-        use std::io::Write as _;
-        let record = self.files.disk_records().join(container);
-        let written = || -> io::Result<()> {
-            fs::create_dir_all(self.files.disk_records())?;
-            writeln!(fs::OpenOptions::new().create(true).append(true).open(record)?, "{device}")
-        };
-        written().map_err(DiskError::Record)
+        add_to_record(&self.files.disk_records(), container, device).map_err(DiskError::Record)
     }
+}
+
+/// Puts a disk that has just been inserted on record as a container's.
+fn add_to_record(records: &Path, container: &ContainerId, device: u32) -> io::Result<()> {
+    use std::io::Write as _;
+    fs::create_dir_all(records)?;
+    // A record may still name a disk that has been taken out. Its container must not take this one with it.
+    for entry in fs::read_dir(records)? {
+        let record = entry?.path();
+        let devices = devices_on_record(&record)?;
+        if devices.contains(&device) {
+            let others = devices.iter().filter(|other| **other != device);
+            let lines: Vec<String> = others.map(u32::to_string).collect();
+            replace(&record, lines.join("\n").as_bytes(), Durability::Process)?;
+        }
+    }
+    let record = records.join(container);
+    // A line of its own, whatever the record ends with.
+    write!(fs::OpenOptions::new().create(true).append(true).open(record)?, "\n{device}")
 }
 
 /// The disks in a container's record.
@@ -223,6 +242,20 @@ mod tests {
         let mut devices = all_on_record(&records).unwrap();
         devices.sort_unstable();
         assert_eq!(devices, [7, 8, 9]);
+    }
+
+    #[test]
+    fn a_disk_that_was_inserted_again_is_on_record_of_its_last_container_alone() {
+        let directory = tempfile::tempdir().unwrap();
+        let records = directory.path().join("disks");
+        let [first, second] = ["a", "b"].map(|id| ContainerId::try_from(id.to_owned()).unwrap());
+        for device in [7, 8] {
+            add_to_record(&records, &first, device).unwrap();
+        }
+        add_to_record(&records, &second, 7).unwrap();
+        assert_eq!(devices_on_record(&records.join("a")).unwrap(), [8]);
+        assert_eq!(devices_on_record(&records.join("b")).unwrap(), [7]);
+        assert_eq!(fs::read_dir(&records).unwrap().count(), 2);
     }
 
     #[test]

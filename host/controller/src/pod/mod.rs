@@ -305,24 +305,28 @@ impl Pod {
         drop(self.mailbox.send(Command::ReleaseDeleted { id: id.clone() }).await);
     }
 
-    /// Releases every container that its source no longer has: it may have been deleted while nobody listened.
-    pub async fn release_unknown(&self) -> Result<(), SourceError> {
+    /// The containers that its source no longer has: they may have been deleted while nobody listened.
+    pub async fn deleted_containers(&self) -> Result<Vec<ContainerId>, SourceError> {
         // Whose pod is not known may know this one's containers by another name.
         match self.environment.containers.check_pod(&self.spec).await {
-            Err(SourceError::NotFound { .. }) => return Ok(()),
+            Err(SourceError::NotFound { .. }) => return Ok(Vec::new()),
             known => known?,
         }
-        let (share, progress) = (self.files.share(), self.progress.containers());
-        let in_share = self.read_blocking(move || share.containers()).await;
-        let known: BTreeSet<ContainerId> = in_share.into_iter().chain(progress).collect();
+        let in_share = self.files.share().containers();
+        let known: BTreeSet<ContainerId> = in_share.into_iter().chain(self.progress.containers()).collect();
+        let mut deleted = Vec::new();
         for id in known {
-            match self.environment.containers.container(&self.spec, &id).await {
-                Err(SourceError::NotFound { .. }) => self.release_deleted(&id).await,
-                Err(error @ SourceError::Unavailable { .. }) => return Err(error),
-                Ok(_) | Err(_) => {}
+            match self.environment.containers.check_container(&self.spec, &id).await {
+                Err(SourceError::NotFound { .. }) => deleted.push(id),
+                checked => checked?,
             }
         }
-        Ok(())
+        Ok(deleted)
+    }
+
+    /// Whether something may be prepared for this container.
+    pub fn knows_container(&self, id: &ContainerId) -> bool {
+        self.progress.knows(id.as_str())
     }
 
     /// Makes the machine fit what a container may use now.
@@ -435,5 +439,7 @@ impl Pod {
     }
 }
 
+#[cfg(test)]
+pub mod in_memory;
 #[cfg(test)]
 pub mod tests;

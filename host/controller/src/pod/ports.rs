@@ -59,6 +59,10 @@ pub trait ContainerSource: Send + Sync {
     /// Looks up a container of this pod. One of another pod does not exist.
     async fn container(&self, pod: &PodSpec, id: &ContainerId) -> Result<ContainerRequest, SourceError>;
 
+    /// Checks that a container of this pod is on record: [`SourceError::NotFound`] if there is none. What it consists
+    /// of is not looked up.
+    async fn check_container(&self, pod: &PodSpec, id: &ContainerId) -> Result<(), SourceError>;
+
     /// Whether somebody knows the pod: [`SourceError::NotFound`] if nobody does.
     async fn check_pod(&self, pod: &PodSpec) -> Result<(), SourceError>;
 }

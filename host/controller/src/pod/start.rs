@@ -34,7 +34,7 @@ use crate::{
     host::{
         cgroup::{self, Cgroup},
         machine::{self, Machine},
-        machine_times::MachineTimes,
+        machine_times::{MachineTimes, Times},
         network::{self, NetworkError, PodNetwork},
         process::Process,
         size::Size,
@@ -334,7 +334,7 @@ impl Pod {
         loop {
             sleep(left).await;
             let times = times.clone();
-            let machine = self.blocking.run(move || times.read()).await;
+            let machine = self.blocking.run(move || times.read().since(&Times::default())).await;
             let elapsed = begun.elapsed();
             let exceeded = match budget.left(elapsed, machine) {
                 Ok(more) => {

@@ -7,7 +7,7 @@
 
 use std::time::Duration;
 
-use crate::host::machine_times::Times;
+use crate::host::machine_times::Work;
 
 /// The time that a start may take.
 #[derive(Clone, Copy, Debug)]
@@ -27,9 +27,9 @@ pub enum Exceeded {
 
 impl StartBudget {
     /// What is left after so much time: the least time until the budget can be exceeded, or what of it is exceeded.
-    pub fn left(&self, elapsed: Duration, machine: Times) -> Result<Duration, Exceeded> {
+    pub fn left(&self, elapsed: Duration, machine: Work) -> Result<Duration, Exceeded> {
         let wall = self.wall.checked_sub(elapsed).filter(|left| !left.is_zero()).ok_or(Exceeded::Wall)?;
-        let worked = machine.could_work(elapsed, Times::default());
+        let worked = machine.could_work(elapsed);
         let working =
             self.working.checked_sub(worked).filter(|left| !left.is_zero()).ok_or(Exceeded::Working)?;
         Ok(working.min(wall))
@@ -46,12 +46,12 @@ mod tests {
 
     const BUDGET: StartBudget = StartBudget { working: seconds(10), wall: seconds(110) };
 
-    fn sleeping(starved: u64) -> Times {
-        Times { starved: seconds(starved), ..Times::default() }
+    fn sleeping(starved: u64) -> Work {
+        Work { starved: seconds(starved), ..Work::default() }
     }
 
-    fn runnable(worked: u64) -> Times {
-        Times { worked: seconds(worked), is_runnable: true, ..Times::default() }
+    fn runnable(worked: u64) -> Work {
+        Work { worked: seconds(worked), is_runnable: true, ..Work::default() }
     }
 
     #[test]

@@ -129,6 +129,8 @@ pub struct PodTask {
     pub(super) owned: Owned,
     /// Whether somebody waits for the machine's end and tells of it: see [`super::machine_exit`].
     pub(super) is_machine_watched: bool,
+    /// Whether the machine may have a disk that is on record of no container.
+    pub(super) has_unrecorded_disks: bool,
     commands: mpsc::Receiver<Command>,
     retry: Option<Retry>,
 }
@@ -136,7 +138,15 @@ pub struct PodTask {
 impl PodTask {
     pub fn new(pod: Arc<Pod>, commands: mpsc::Receiver<Command>) -> Self {
         let owned = pod.status.borrow().owned.clone();
-        Self { pod, life: Life::Created, owned, is_machine_watched: false, commands, retry: None }
+        Self {
+            pod,
+            life: Life::Created,
+            owned,
+            is_machine_watched: false,
+            has_unrecorded_disks: false,
+            commands,
+            retry: None,
+        }
     }
 
     /// Begins to serve, with a pod in that state.
@@ -219,10 +229,8 @@ impl PodTask {
                 let _ = reply.send(self.resize(limits, overhead).await);
             }
             Command::TakenOver => {
-                if let Err(error) = self.pod.remove_unrecorded_disks().await {
-                    let error = chain(&error);
-                    tracing::warn!(pod = self.pod.id(), error, "a machine may keep a disk that nobody uses");
-                }
+                self.has_unrecorded_disks = true;
+                self.remove_unrecorded_disks().await;
             }
             Command::LinksRemoved(links) => self.publish(|status| {
                 for interface in

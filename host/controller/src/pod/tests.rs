@@ -1,78 +1,41 @@
 use std::{
-    collections::HashMap,
     path::Path,
-    sync::{
-        Mutex,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };
 
-use async_trait::async_trait;
 use pericarp_protos::{host::HostClient, ttrpc};
 use tokio::sync::watch;
 
 use super::{
+    in_memory::{MemoryContainers, MemoryEvents},
     owned::{Resource, tests::Fake},
-    ports::{ContainerRequest, Delivery, SourceError, TaskEvent},
+    ports::ContainerRequest,
     *,
 };
-use crate::{
-    guest::translate,
-    host::{
-        machine::Machine,
-        network::{PodNetwork, steer::SteerError},
-        process::Process,
-    },
+use crate::host::{
+    machine::Machine,
+    network::{PodNetwork, steer::SteerError},
+    process::Process,
+    rootfs::{ImageLayers, RootFs},
 };
-
-/// Containers on record in memory: `odd`, for which something impossible was asked, and what a test adds.
-#[derive(Default)]
-pub struct MemoryContainers {
-    containers: Mutex<HashMap<String, ContainerRequest>>,
-}
-
-#[async_trait]
-impl ContainerSource for MemoryContainers {
-    async fn container(&self, _pod: &PodSpec, id: &ContainerId) -> Result<ContainerRequest, SourceError> {
-        if id.as_str() == "odd" {
-            return translate::unsupported("a hologram", "do without").map_err(SourceError::Refused);
-        }
-        let known = self.containers.lock().unwrap().get(id.as_str()).cloned();
-        known.ok_or_else(|| SourceError::NotFound { id: id.to_string() })
-    }
-
-    async fn check_pod(&self, pod: &PodSpec) -> Result<(), SourceError> {
-        Err(SourceError::NotFound { id: pod.id.to_string() })
-    }
-}
-
-/// Takes events, unless it is told to defer them.
-#[derive(Default)]
-pub struct MemoryEvents {
-    is_closed: AtomicBool,
-    taken: watch::Sender<Vec<String>>,
-}
-
-#[async_trait]
-impl EventSink for MemoryEvents {
-    async fn deliver(&self, _pod: &PodSpec, event: TaskEvent) -> Delivery {
-        if self.is_closed.load(Ordering::SeqCst) {
-            return Delivery::Deferred("not now".to_owned());
-        }
-        self.taken.send_modify(|taken| taken.push(event.topic));
-        Delivery::Taken
-    }
-}
 
 pub fn environment(run_dir: &Path) -> Arc<Environment> {
     environment_with(run_dir, Arc::default())
 }
 
 fn environment_with(run_dir: &Path, events: Arc<MemoryEvents>) -> Arc<Environment> {
+    environment_of(run_dir, Arc::default(), events)
+}
+
+fn environment_of(
+    run_dir: &Path,
+    containers: Arc<MemoryContainers>,
+    events: Arc<MemoryEvents>,
+) -> Arc<Environment> {
     Arc::new(Environment {
         config: Config { run_dir: run_dir.into(), ..Config::default() },
-        containers: Arc::new(MemoryContainers::default()),
+        containers,
         events,
         capacity: HostCapacity { cpus: 2, memory_mib: 4096 },
         boots: BootQueue::new(1),
@@ -286,6 +249,29 @@ fn guest_with_five_events(vsock: &Path) -> watch::Receiver<Vec<u64>> {
         }
     });
     asked
+}
+
+#[tokio::test]
+async fn containers_are_taken_for_deleted_only_if_their_pod_is_known_and_they_are_not() {
+    let directory = tempfile::tempdir().unwrap();
+    std::fs::create_dir(directory.path().join("abc")).unwrap();
+    let containers = Arc::new(MemoryContainers::default());
+    let environment = environment_of(directory.path(), Arc::clone(&containers), Arc::default());
+    let pod = Pod::create(spec(), environment).unwrap();
+    let layers = ImageLayers { images: Vec::new(), writable: None };
+    let rootfs = RootFs::Images { layers, mounted: None };
+    let request = ContainerRequest { spec: Vec::new(), given_devices: None, rootfs };
+    containers.containers.lock().unwrap().insert("there".to_owned(), request);
+    for id in ["there", "deleted"] {
+        pod.note_progress(|progress| progress.add(id));
+    }
+    // One that was put together from what was seen may be another's.
+    assert_eq!(pod.deleted_containers().await.unwrap(), []);
+    containers.known_pods.lock().unwrap().insert("abc".to_owned());
+    assert_eq!(pod.deleted_containers().await.unwrap(), ["deleted".parse().unwrap()]);
+    // Who does not answer has not said that there is none.
+    pod.note_progress(|progress| progress.add("unavailable"));
+    pod.deleted_containers().await.unwrap_err();
 }
 
 #[tokio::test]

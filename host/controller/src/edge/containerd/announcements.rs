@@ -17,7 +17,11 @@ use pericarp_protos::{
     id::ContainerId,
 };
 use prost::Message as _;
-use tokio::{sync::Semaphore, task::JoinHandle, time::sleep};
+use tokio::{
+    sync::Semaphore,
+    task::{JoinHandle, JoinSet},
+    time::sleep,
+};
 use tonic::transport::Channel;
 
 use super::containers::ContainerdContainers;
@@ -37,6 +41,11 @@ const AT_A_TIME: usize = 8;
 /// Containers of which it is known that their pods have been asked to prepare them. Others are prepared when their
 /// guests ask.
 const KNOWN_MAX: usize = 4096;
+
+/// How long after containerd was asked to tell of containers it is taken to do so.
+const SETTLE: Duration = Duration::from_secs(5);
+/// How often containerd is asked which of a pod's containers it has.
+const TRIES: u32 = 10;
 
 /// How long after a failure containerd is asked to tell again.
 const PAUSE_MIN: Duration = Duration::from_millis(500);
@@ -88,12 +97,14 @@ pub struct Announcements {
     places: Arc<Semaphore>,
     /// Containers whose pods were asked to prepare them, and that have not been deleted.
     in_progress: HashMap<ContainerId, Preparation>,
+    /// Ends when what was deleted while nobody listened has been released.
+    release: Option<JoinHandle<()>>,
 }
 
 impl Announcements {
     pub fn new(channel: Channel, containers: Arc<ContainerdContainers>, pods: Pods) -> Self {
         let places = Arc::new(Semaphore::new(AT_A_TIME));
-        Self { channel, containers, pods, places, in_progress: HashMap::new() }
+        Self { channel, containers, pods, places, in_progress: HashMap::new(), release: None }
     }
 
     /// Listens. Does not end.
@@ -113,7 +124,7 @@ impl Announcements {
 
     /// Takes events until containerd ends, or refuses to tell any.
     async fn listen(&mut self) -> Result<(), tonic::Status> {
-        tokio::spawn(release_unknown(self.pods.all()));
+        self.release_what_was_deleted();
         let filters = [CREATED, DELETED].map(|topic| format!("topic==\"{topic}\"")).to_vec();
         let request = SubscribeRequest { filters };
         let mut events = EventsClient::new(self.channel.clone()).subscribe(request).await?.into_inner();
@@ -153,9 +164,23 @@ impl Announcements {
         self.in_progress.insert(id, preparation);
     }
 
+    /// Has what was deleted while nobody listened released, unless that is under way.
+    fn release_what_was_deleted(&mut self) {
+        if self.release.as_ref().is_none_or(JoinHandle::is_finished) {
+            self.release = Some(tokio::spawn(release_deleted(self.pods.all())));
+        }
+    }
+
     /// Has a container released, after what was asked of its pod before.
     fn release(&mut self, id: ContainerId) {
-        let Some(preparation) = self.in_progress.remove(&id) else { return };
+        let Some(preparation) = self.in_progress.remove(&id) else {
+            // It may have been prepared for an earlier controller, or when its guest asked.
+            for pod in self.pods.all().into_iter().filter(|pod| pod.knows_container(&id)) {
+                let id = id.clone();
+                tokio::spawn(async move { pod.release_deleted(&id).await });
+            }
+            return;
+        };
         tokio::spawn(async move {
             if let Ok(Some(pod)) = preparation.await
                 && let Some(pod) = pod.upgrade()
@@ -167,13 +192,40 @@ impl Announcements {
 }
 
 /// Has pods release the containers that were deleted while nobody listened.
-async fn release_unknown(pods: Vec<Arc<Pod>>) {
+async fn release_deleted(pods: Vec<Arc<Pod>>) {
+    // By then containerd tells what is deleted from now on. Nothing says when it begins to.
+    sleep(SETTLE).await;
+    let places = Arc::new(Semaphore::new(AT_A_TIME));
+    let mut all = JoinSet::new();
     for pod in pods {
-        if let Err(error) = pod.release_unknown().await {
-            tracing::debug!(%error, "pods may keep what was prepared for deleted containers");
-            return;
-        }
+        let places = Arc::clone(&places);
+        // A task each: a pod that hangs in a volume is not to keep the others waiting.
+        all.spawn(async move {
+            for id in deleted_containers(&pod, &places).await {
+                pod.release_deleted(&id).await;
+            }
+        });
     }
+    all.join_all().await;
+}
+
+async fn deleted_containers(pod: &Pod, places: &Semaphore) -> Vec<ContainerId> {
+    let mut pause = PAUSE_MIN;
+    for _ in 0..TRIES {
+        let place = places.acquire().await;
+        let deleted = pod.deleted_containers().await;
+        drop(place);
+        match deleted {
+            Ok(deleted) => return deleted,
+            Err(error) => {
+                let pod = pod.id();
+                tracing::debug!(pod, %error, "it is not known yet which of a pod's containers were deleted");
+            }
+        }
+        sleep(pause).await;
+        pause = PAUSE_MAX.min(2 * pause);
+    }
+    Vec::new()
 }
 
 #[cfg(test)]

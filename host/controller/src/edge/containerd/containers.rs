@@ -48,6 +48,16 @@ impl ContainerdContainers {
         response.container.ok_or_else(|| SourceError::Incomplete { what: "record", id: id.to_string() })
     }
 
+    /// The record of a container of this pod.
+    async fn record_in_pod(&self, pod: &PodSpec, id: &ContainerId) -> Result<Container, SourceError> {
+        let container = self.record(&pod.source_namespace, id).await?;
+        if container.sandbox == pod.id.as_str() {
+            Ok(container)
+        } else {
+            Err(SourceError::NotFound { id: id.to_string() })
+        }
+    }
+
     /// The id of the sandbox that a container belongs to.
     pub async fn sandbox_of(&self, namespace: &str, id: &ContainerId) -> Result<String, SourceError> {
         Ok(self.record(namespace, id).await?.sandbox)
@@ -103,11 +113,8 @@ fn failed<'a>(what: &'static str, id: &'a str) -> impl Fn(Status) -> SourceError
 #[async_trait]
 impl ContainerSource for ContainerdContainers {
     async fn container(&self, pod: &PodSpec, id: &ContainerId) -> Result<ContainerRequest, SourceError> {
-        let container = self.record(&pod.source_namespace, id).await?;
         // A guest names what it likes. containerd does work for a snapshot that it is asked for.
-        if container.sandbox != pod.id.as_str() {
-            return Err(SourceError::NotFound { id: id.to_string() });
-        }
+        let container = self.record_in_pod(pod, id).await?;
         let spec = container
             .spec
             .ok_or_else(|| SourceError::Incomplete { what: "OCI spec", id: id.to_string() })?
@@ -120,6 +127,10 @@ impl ContainerSource for ContainerdContainers {
         };
         let rootfs = self.root_fs(pod, id, &container.snapshotter, container.snapshot_key).await?;
         Ok(ContainerRequest { spec, given_devices, rootfs })
+    }
+
+    async fn check_container(&self, pod: &PodSpec, id: &ContainerId) -> Result<(), SourceError> {
+        self.record_in_pod(pod, id).await.map(drop)
     }
 
     async fn check_pod(&self, pod: &PodSpec) -> Result<(), SourceError> {
