@@ -97,7 +97,7 @@ pub struct Announcements {
     places: Arc<Semaphore>,
     /// Containers whose pods were asked to prepare them, and that have not been deleted.
     in_progress: HashMap<ContainerId, Preparation>,
-    /// Ends when what was deleted while nobody listened has been released.
+    /// Ends when pods know what was deleted while nobody listened.
     release: Option<JoinHandle<()>>,
 }
 
@@ -199,11 +199,14 @@ async fn release_deleted(pods: Vec<Arc<Pod>>) {
     let mut all = JoinSet::new();
     for pod in pods {
         let places = Arc::clone(&places);
-        // A task each: a pod that hangs in a volume is not to keep the others waiting.
         all.spawn(async move {
-            for id in deleted_containers(&pod, &places).await {
-                pod.release_deleted(&id).await;
-            }
+            let deleted = deleted_containers(&pod, &places).await;
+            // Nobody waits for a pod that hangs in a volume.
+            tokio::spawn(async move {
+                for id in deleted {
+                    pod.release_deleted(&id).await;
+                }
+            });
         });
     }
     all.join_all().await;
