@@ -124,6 +124,7 @@ impl ControllerClient {
         let mut request = PrepareContainerRequest::new();
         request.container_id = id.to_string();
         request.makes_memory_volumes = true;
+        request.maps_layers = true;
         self.call(CONNECT_LIMIT, request, |client, context, request| async move {
             client.prepare_container(context, &request).await
         })

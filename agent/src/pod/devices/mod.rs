@@ -8,7 +8,8 @@ mod processors;
 mod slot;
 
 use std::{
-    fs, io,
+    fs::{self, File},
+    io,
     path::PathBuf,
     sync::{
         Mutex, PoisonError,
@@ -19,11 +20,15 @@ use std::{
 use oci_spec::runtime::Spec;
 use pericarp_protos::{
     agent::{ResizeRequest, ResizeResponse},
+    guest::USER_NAMESPACE,
     host::{Disk, Layers, disk::Use},
 };
 use rustix::mount::{UnmountFlags, unmount};
 
-use self::{layers::WritableLayer, slot::BlockDevice};
+use self::{
+    layers::{Lower, WritableLayer},
+    slot::BlockDevice,
+};
 
 /// Why a device cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -68,6 +73,12 @@ pub enum DeviceError {
     #[error("cannot mount the overlay of the container's layers: {source}")]
     Overlay {
         /// What the kernel said.
+        source: io::Error,
+    },
+    /// The ids of the layers are to be mapped, and the pod's user namespace cannot be opened.
+    #[error("cannot open the pod's user namespace, by which the ids of image layers are mapped: {source}")]
+    NoUserNamespace {
+        /// What went wrong.
         source: io::Error,
     },
     /// A directory cannot be created.
@@ -251,7 +262,10 @@ fn set_layered_root(
     };
     let root = spec.root_mut().as_mut().ok_or(DeviceError::NoRoot)?;
     let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-    root.set_path(layers::mount_root(number, lower, writable.as_ref(), undo)?);
+    let user_namespace = layers.map_ids.then(|| File::open(USER_NAMESPACE)).transpose();
+    let user_namespace = user_namespace.map_err(|source| DeviceError::NoUserNamespace { source })?;
+    let lower = Lower { layers: lower, user_namespace: user_namespace.as_ref() };
+    root.set_path(layers::mount_root(number, &lower, writable.as_ref(), undo)?);
     Ok(())
 }
 

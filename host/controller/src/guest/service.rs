@@ -51,11 +51,13 @@ pub struct Prepared {
 pub struct AgentFeatures {
     /// It makes volumes in memory itself. If it does not, they are in the share.
     pub memory_volumes: bool,
+    /// It maps the ids of image layers.
+    pub maps_layers: bool,
 }
 
 impl AgentFeatures {
     /// What the agent of this version can do.
-    pub const CURRENT: Self = Self { memory_volumes: true };
+    pub const CURRENT: Self = Self { memory_volumes: true, maps_layers: true };
 }
 
 /// Why a request is not answered, in words that a guest may know.
@@ -163,7 +165,8 @@ impl Host for HostService {
         _context: &TtrpcContext,
         request: PrepareContainerRequest,
     ) -> ttrpc::Result<PrepareContainerResponse> {
-        let agent = AgentFeatures { memory_volumes: request.makes_memory_volumes };
+        let agent =
+            AgentFeatures { memory_volumes: request.makes_memory_volumes, maps_layers: request.maps_layers };
         let prepared = self.requests.prepare(&request.container_id, agent).await.map_err(status)?;
         let Prepared { spec, disks, memory_volumes } = prepared;
         Ok(PrepareContainerResponse { spec, disks, memory_volumes, ..PrepareContainerResponse::default() })

@@ -115,6 +115,8 @@ pub struct ImageLayers {
     pub images: Vec<PathBuf>,
     /// The snapshot's own `fs`, where the container writes; `None` if it may not.
     pub writable: Option<PathBuf>,
+    /// Whether the guest has to map the ids in the images as the pod's user namespace does.
+    pub map_ids: bool,
 }
 
 /// Mounts a root file system at a place, of a pod with that user namespace if it has one. Blocks.

@@ -47,6 +47,10 @@ pub enum ContainerError {
         "the machine has no free slot for the image layers of the container; use fewer raw block volumes or containers"
     )]
     NoSlotForLayers,
+    #[error(
+        "the agent of this pod is of an earlier version, which cannot map the ids of image layers; replace the pod"
+    )]
+    UnmappedLayers,
     #[error(transparent)]
     UserNamespace(#[from] UserNamespaceError),
     #[error(transparent)]
@@ -169,7 +173,7 @@ impl PodTask {
         self.remove_files(id).await?;
         self.remove_unrecorded_disks().await;
         self.fit_limits(id, limits).await?;
-        let disks = match self.add_files(id, rootfs, &translated).await {
+        let disks = match self.add_files(id, rootfs, &translated, agent).await {
             Ok(disks) => disks,
             Err(error) => {
                 self.forget_limits(id);
@@ -241,7 +245,11 @@ impl PodTask {
         id: &ContainerId,
         rootfs: RootFs,
         translated: &TranslatedSpec,
+        agent: AgentFeatures,
     ) -> Result<Vec<Disk>, ContainerError> {
+        if !agent.maps_layers && matches!(&rootfs, RootFs::Images { layers, .. } if layers.map_ids) {
+            return Err(ContainerError::UnmappedLayers);
+        }
         let pod = &self.pod;
         let mut disks = Vec::new();
         for (number, volume) in (1..).zip(&translated.disks) {

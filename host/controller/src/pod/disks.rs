@@ -80,7 +80,7 @@ impl Pod {
         Ok(Some(Disk {
             device,
             parts: extents.into_iter().map(|extent| part(extent.offset, extent.length)).collect(),
-            use_: Some(Use::Layers(Layers { upper, work, ..Layers::default() })),
+            use_: Some(Use::Layers(Layers { upper, work, map_ids: layers.map_ids, ..Layers::default() })),
             ..Disk::default()
         }))
     }

@@ -52,6 +52,10 @@ pub enum GuestError<'a> {
         "the machine has no free slot for the image layers of the container; use fewer raw block volumes"
     )]
     NoSlotForLayers,
+    #[error(
+        "the agent of this pod is of an earlier version, which cannot map the ids of image layers; replace the pod"
+    )]
+    UnmappedLayers,
     #[error("the block device of the volume at {0} cannot be found on the host")]
     Device(&'a str),
     #[error(
@@ -84,6 +88,7 @@ impl<'a> From<&'a ContainerError> for GuestError<'a> {
             ContainerError::Disk(DiskError::Device { path, .. }) => Self::Device(path),
             ContainerError::Resize(error) => Self::of_resize(error),
             ContainerError::NoSlotForLayers => Self::NoSlotForLayers,
+            ContainerError::UnmappedLayers => Self::UnmappedLayers,
             ContainerError::Source(_) | ContainerError::Disk(_) | ContainerError::UserNamespace(_) => {
                 Self::Host
             }
@@ -148,6 +153,7 @@ fn code(error: &ContainerError) -> Code {
             Code::INVALID_ARGUMENT
         }
         ContainerError::Ended
+        | ContainerError::UnmappedLayers
         | ContainerError::Source(SourceError::RootFs { .. })
         | ContainerError::Share(ShareError::Root(_)) => Code::FAILED_PRECONDITION,
         ContainerError::Source(_)
@@ -199,6 +205,7 @@ mod tests {
                 "\"odd\" gives a root file system",
             ),
             (ContainerError::NoSlotForLayers, Code::RESOURCE_EXHAUSTED, "image layers"),
+            (ContainerError::UnmappedLayers, Code::FAILED_PRECONDITION, "replace the pod"),
             (SourceError::Incomplete { what: "spec", id: "x".into() }.into(), Code::INTERNAL, "log"),
             (
                 translate::Error::WorkingDirectory("relative".into()).into(),

@@ -258,7 +258,7 @@ async fn containers_are_taken_for_deleted_only_if_their_pod_is_known_and_they_ar
     let containers = Arc::new(MemoryContainers::default());
     let environment = environment_of(directory.path(), Arc::clone(&containers), Arc::default());
     let pod = Pod::create(spec(), environment).unwrap();
-    let layers = ImageLayers { images: Vec::new(), writable: None };
+    let layers = ImageLayers { images: Vec::new(), writable: None, map_ids: false };
     let rootfs = RootFs::Images { layers, mounted: None };
     let request = ContainerRequest { spec: Vec::new(), given_devices: None, rootfs };
     containers.containers.lock().unwrap().insert("there".to_owned(), request);

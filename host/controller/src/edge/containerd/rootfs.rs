@@ -86,7 +86,7 @@ impl Reader<'_> {
                 };
                 Ok(RootFs::Mounted(mount))
             }
-            [image] if image.kind == "erofs" => Ok(images(vec![self.image(image)?], None)),
+            [image] if image.kind == "erofs" => Ok(images(vec![self.image(image)?], None, false)),
             [images @ .., last] if !images.is_empty() && mounts.len() <= MOUNTS_MAX => {
                 self.stack(images, last)
             }
@@ -101,7 +101,7 @@ impl Reader<'_> {
             kind: HostMountKind::Overlay(overlay.clone()),
             has_mapped_ids: self.has_mapped_ids(mount)?,
         };
-        // Their ids would have to be mapped in the guest.
+        // containerd has mounted them, and the host can map their ids.
         let layers = if mounted.has_mapped_ids { None } else { mounted_images(&overlay) };
         Ok(match layers {
             Some(layers) => RootFs::Images { layers, mounted: Some(mounted) },
@@ -116,13 +116,7 @@ impl Reader<'_> {
             return Err(self.unsupported(&mounts));
         }
         let all = lower.iter().map(|mount| self.image(mount)).collect::<Result<Vec<_>, _>>()?;
-        if self.has_mapped_ids(last)? {
-            return Err(self.option(
-                last,
-                "mapped ids",
-                "the guest cannot map the ids of images; use the overlayfs snapshotter for pods with a user namespace",
-            ));
-        }
+        let map_ids = self.has_mapped_ids(last)?;
         match last.kind.as_str() {
             "format/bind" => {
                 let number = template(&last.source, "mount").and_then(|numbers| match numbers[..] {
@@ -130,12 +124,22 @@ impl Reader<'_> {
                     _ => None,
                 });
                 match number {
-                    Some(image) if has(last, "ro") => Ok(images(vec![image], None)),
+                    Some(image) if has(last, "ro") => Ok(images(vec![image], None, map_ids)),
                     _ => Err(self.option(last, "another source than one of its images", REPORT)),
                 }
             }
             "format/mkdir/overlay" | "format/overlay" => {
-                let known = ["lowerdir=", "upperdir=", "workdir=", "index=", "userxattr", "ro", "rw"];
+                let known = [
+                    "lowerdir=",
+                    "upperdir=",
+                    "workdir=",
+                    "index=",
+                    "userxattr",
+                    "ro",
+                    "rw",
+                    UID_MAP,
+                    GID_MAP,
+                ];
                 if let Some(option) =
                     last.options.iter().find(|option| !known.iter().any(|known| option.starts_with(known)))
                 {
@@ -154,7 +158,7 @@ impl Reader<'_> {
                         return Err(self.option(last, what, REPORT));
                     }
                 };
-                Ok(images(chosen, writable))
+                Ok(images(chosen, writable, map_ids))
             }
             _ => Err(self.unsupported(std::slice::from_ref(last))),
         }
@@ -225,8 +229,8 @@ impl Reader<'_> {
 const REPORT: &str =
     "this version of Pericarp does not know it; use the overlayfs snapshotter, and report this";
 
-fn images(images: Vec<PathBuf>, writable: Option<PathBuf>) -> RootFs {
-    RootFs::Images { layers: ImageLayers { images, writable }, mounted: None }
+fn images(images: Vec<PathBuf>, writable: Option<PathBuf>, map_ids: bool) -> RootFs {
+    RootFs::Images { layers: ImageLayers { images, writable, map_ids }, mounted: None }
 }
 
 fn has(mount: &Mount, name: &str) -> bool {
@@ -276,7 +280,7 @@ fn mounted_images(overlay: &Overlay) -> Option<ImageLayers> {
         Writable::InSnapshot(directory) => Some(directory),
         Writable::Elsewhere => return None,
     };
-    (!images.is_empty()).then_some(ImageLayers { images, writable })
+    (!images.is_empty()).then_some(ImageLayers { images, writable, map_ids: false })
 }
 
 /// Where a container writes.

@@ -13,7 +13,7 @@ fn read(mounts: &[Mount]) -> Result<RootFs, String> {
 }
 
 fn layers(paths: &[&str], writable: Option<&str>) -> RootFs {
-    images(paths.iter().map(PathBuf::from).collect(), writable.map(PathBuf::from))
+    images(paths.iter().map(PathBuf::from).collect(), writable.map(PathBuf::from), false)
 }
 
 #[test]
@@ -63,8 +63,11 @@ fn layers_that_are_images_are_recognized_by_their_files() {
         parse_overlay(&options)
     };
     let work = own.join("work");
-    let expected =
-        ImageLayers { images: vec![top.join(IMAGE), base.join(IMAGE)], writable: Some(own.join("fs")) };
+    let expected = ImageLayers {
+        images: vec![top.join(IMAGE), base.join(IMAGE)],
+        writable: Some(own.join("fs")),
+        map_ids: false,
+    };
     assert_eq!(mounted_images(&overlay(&[&top, &base], &work)), Some(expected));
     assert_eq!(mounted_images(&overlay(&[&top, &plain], &work)), None, "one layer is not an image");
     let elsewhere = directory.path().join("elsewhere/work");
@@ -110,6 +113,30 @@ fn the_mounts_of_containerd_2_2_and_later_are_images() {
     for lower in ["{{ overlay 0 2 }}", "{{ mount 7 }}", "{{ mount }}", "/etc", "{{ mount 0 }}:/etc", ""] {
         let error = read(&[top.clone(), base.clone(), overlay(lower)]).unwrap_err();
         assert!(error.contains("not all images"), "{lower}: {error}");
+    }
+}
+
+#[test]
+fn the_ids_of_images_are_mapped_in_the_guest_as_the_pods_are_or_not_at_all() {
+    let image = mount("erofs", "/s/1/layer.erofs", &["ro", "loop"]);
+    let overlay = |mapping: &[&str]| {
+        let own = ["workdir=/s/9/work", "upperdir=/s/9/fs", "lowerdir={{ mount 0 }}"];
+        mount("format/mkdir/overlay", "overlay", &[&own[..], mapping].concat())
+    };
+    let bind = mount("format/bind", "{{ mount 0 }}", &["ro", "uidmap=0:65536:65536", "gidmap=0:65536:65536"]);
+    let map = Some(IdMap { uids: "0:65536:65536".parse().unwrap(), gids: "0:65536:65536".parse().unwrap() });
+    let map_ids = |last: Mount, map| match root_fs("erofs", &[image.clone(), last], map) {
+        Ok(RootFs::Images { layers, .. }) => Ok(layers.map_ids),
+        other => Err(format!("{other:?}")),
+    };
+    let mapping = ["uidmap=0:65536:65536", "gidmap=0:65536:65536"];
+    assert_eq!(map_ids(overlay(&mapping), map), Ok(true));
+    assert_eq!(map_ids(bind, map), Ok(true));
+    assert_eq!(map_ids(overlay(&[]), map), Ok(false));
+    for (mapping, map) in
+        [(&mapping[..], None), (&mapping[..1], map), (&["uidmap=0:1:1", "gidmap=0:1:1"], map)]
+    {
+        assert!(map_ids(overlay(mapping), map).unwrap_err().contains("Mapping"), "{mapping:?}");
     }
 }
 
