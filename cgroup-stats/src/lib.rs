@@ -18,6 +18,10 @@ use containerd_shim_protos::cgroups_v2::metrics::{
 pub use self::files::Counters;
 use self::files::{number, number_if_there, pressure};
 
+/// containerd's name for [`Metrics`]. Go's `typeurl` names a message by its full name, without a prefix, and containerd
+/// takes no other type (`decodeSandboxCgroupMetrics`).
+pub const METRICS_TYPE: &str = "io.containerd.cgroups.v2.Metrics";
+
 /// Reads all counters of a cgroup. A cgroup that does not exist has none.
 pub fn read(cgroup: &Path) -> Metrics {
     let mut metrics = Metrics::new();

@@ -203,7 +203,7 @@ impl shim_async::Task for TaskService {
         }
         let metrics = pericarp_cgroup_stats::read_with_zeros(container.cgroup.directory());
         let mut response = api::StatsResponse::new();
-        response.stats = MessageField::some(pack("io.containerd.cgroups.v2.Metrics", &metrics));
+        response.stats = MessageField::some(pack(pericarp_cgroup_stats::METRICS_TYPE, &metrics));
         Ok(response)
     }
 

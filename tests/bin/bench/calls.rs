@@ -1,7 +1,5 @@
 //! CRI's calls, one pod after the other, and what each pod costs.
 
-use std::{future::Future, time::Instant};
-
 use anyhow::{Context, Result, bail};
 use pericarp_tests::{
     Node, Pod, Runtime,
@@ -9,7 +7,7 @@ use pericarp_tests::{
     node::{machine::MachineProcess, process},
 };
 
-use crate::figures::{Comparison, Figures};
+use crate::figures::{Comparison, Figures, timed};
 
 /// What is measured.
 #[derive(Default)]
@@ -64,13 +62,6 @@ async fn one_pod(node: &Node, round: usize, measured: &mut Calls) -> Result<()> 
     let times = measured.times.of(node.runtime);
     timed(times, "StopPodSandbox", pod.stop()).await?;
     timed(times, "RemovePodSandbox", pod.remove()).await
-}
-
-async fn timed<T>(times: &mut Figures, call: &str, future: impl Future<Output = Result<T>>) -> Result<T> {
-    let start = Instant::now();
-    let outcome = Box::pin(future).await;
-    times.add(call, start.elapsed().as_secs_f64() * 1e3);
-    outcome
 }
 
 fn measure_memory(pod: &Pod, info: &serde_json::Value, memory: &mut Figures) -> Result<()> {

@@ -14,7 +14,7 @@ use pericarp_tests::{
 };
 use tonic::Code;
 
-use crate::figures::{Comparison, Figures};
+use crate::figures::{Comparison, Figures, timed};
 
 /// How often each of the calls about all pods is made.
 const CALLS: usize = 10;
@@ -40,10 +40,8 @@ pub async fn measure(pods: usize) -> Result<Density> {
 
 async fn of_runtime(node: &Node, count: usize, measured: &mut Density) -> Result<()> {
     let times = measured.times.of(node.runtime);
-    let begun = Instant::now();
     let started = stream::iter(0..count).map(|number| start(node, number)).buffer_unordered(count);
-    let started: Vec<(Pod, f64)> = started.try_collect().await?;
-    times.add("all started", milliseconds(begun));
+    let started: Vec<(Pod, f64)> = timed(times, "all started", started.try_collect()).await?;
     for (_, took) in &started {
         times.add("one of them started", *took);
     }
@@ -54,17 +52,14 @@ async fn of_runtime(node: &Node, count: usize, measured: &mut Density) -> Result
     }
     ask(node, &pods, times).await?;
     if node.runtime == Runtime::Pericarp {
-        let begun = Instant::now();
-        KilledController::kill()?.restart().await?;
-        measured.costs.add("a new controller serves after, ms", milliseconds(begun));
+        let restart = async { KilledController::kill()?.restart().await };
+        timed(&mut measured.costs, "a new controller serves after, ms", restart).await?;
     }
-    let begun = Instant::now();
     let ended = stream::iter(&pods).map(async |pod| {
         pod.stop().await?;
         pod.remove().await
     });
-    ended.buffer_unordered(count).try_collect::<Vec<()>>().await?;
-    times.add("all ended", milliseconds(begun));
+    timed(times, "all ended", ended.buffer_unordered(count).try_collect::<Vec<()>>()).await?;
     Ok(())
 }
 
@@ -80,9 +75,8 @@ async fn start(node: &Node, number: usize) -> Result<(Pod, f64)> {
 async fn ask(node: &Node, pods: &[Pod], times: &mut Figures) -> Result<()> {
     let mut runtime = node.cri.runtime();
     for _ in 0..CALLS {
-        let begun = Instant::now();
-        let response = runtime.list_pod_sandbox_stats(api::ListPodSandboxStatsRequest::default()).await?;
-        times.add("ListPodSandboxStats", milliseconds(begun));
+        let of_pods = runtime.list_pod_sandbox_stats(api::ListPodSandboxStatsRequest::default());
+        let response = timed(times, "ListPodSandboxStats", of_pods).await?;
         anyhow::ensure!(response.into_inner().stats.len() >= pods.len(), "statistics of too few pods");
         let begun = Instant::now();
         match runtime.list_pod_sandbox_metrics(api::ListPodSandboxMetricsRequest::default()).await {
@@ -91,17 +85,13 @@ async fn ask(node: &Node, pods: &[Pod], times: &mut Figures) -> Result<()> {
             Err(status) if status.code() == Code::Unimplemented => {}
             Err(status) => return Err(status.into()),
         }
-        let begun = Instant::now();
-        runtime.list_container_stats(api::ListContainerStatsRequest::default()).await?;
-        times.add("ListContainerStats", milliseconds(begun));
-        let begun = Instant::now();
-        runtime.list_pod_sandbox(api::ListPodSandboxRequest::default()).await?;
-        times.add("ListPodSandbox", milliseconds(begun));
+        let of_containers = runtime.list_container_stats(api::ListContainerStatsRequest::default());
+        timed(times, "ListContainerStats", of_containers).await?;
+        let list = runtime.list_pod_sandbox(api::ListPodSandboxRequest::default());
+        timed(times, "ListPodSandbox", list).await?;
     }
     for pod in pods {
-        let begun = Instant::now();
-        pod.status().await?;
-        times.add("PodSandboxStatus", milliseconds(begun));
+        timed(times, "PodSandboxStatus", pod.status()).await?;
     }
     Ok(())
 }

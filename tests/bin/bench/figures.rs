@@ -1,6 +1,6 @@
 //! Figures: measured values by name, their summaries, and how they are printed.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, time::Instant};
 
 use pericarp_tests::Runtime;
 use serde::Serialize;
@@ -45,6 +45,18 @@ impl Figures {
         let summaries = self.summaries().into_iter();
         summaries.map(|(name, summary)| (name.to_owned(), json!(summary))).collect::<Map<_, _>>().into()
     }
+}
+
+/// Waits for something, and adds how many milliseconds that took.
+pub async fn timed<T, E>(
+    times: &mut Figures,
+    name: &str,
+    future: impl Future<Output = Result<T, E>>,
+) -> Result<T, E> {
+    let start = Instant::now();
+    let outcome = Box::pin(future).await;
+    times.add(name, start.elapsed().as_secs_f64() * 1e3);
+    outcome
 }
 
 /// Figures that are measured of both runtimes.

@@ -124,14 +124,14 @@ fn a_container_is_charged_for_the_cpu_that_it_has_had_and_not_for_what_it_waited
         let container = container.start().await?;
         let machine = MachineProcess::of_pod(&pod.id)?.context("the pod's machine")?;
         let busy = BusyProcess::start()?;
-        let before =
-            (Numbers::of_container(&container).await?.cpu, waited(machine.pid)?, worked(machine.pid)?);
+        let (charged_before, before) =
+            (Numbers::of_container(&container).await?.cpu, schedstat(machine.pid)?);
         container.shell("echo go > /go").await?;
         container.wait_for_output("go\nloaded\n").await?;
-        let after =
-            (Numbers::of_container(&container).await?.cpu, waited(machine.pid)?, worked(machine.pid)?);
+        let (charged_after, after) = (Numbers::of_container(&container).await?.cpu, schedstat(machine.pid)?);
         drop(busy);
-        let (charged, waited, worked) = (after.0 - before.0, after.1 - before.1, after.2 - before.2);
+        let charged = charged_after - charged_before;
+        let [worked, waited] = [after[0] - before[0], after[1] - before[1]];
         println!("charged {charged} ns; the machine worked {worked} ns and waited {waited} ns");
         ensure!(waited > 1_000_000_000, "its vCPU waited {waited} ns: the test shows nothing");
         // The machine's own work comes on top of the container's.
@@ -142,23 +142,18 @@ fn a_container_is_charged_for_the_cpu_that_it_has_had_and_not_for_what_it_waited
     })
 }
 
-/// How long a process's threads had a CPU, in nanoseconds (kernel: `Documentation/scheduler/sched-stats.rst`).
-fn worked(pid: i32) -> Result<u64> {
-    schedstat(pid, 0)
-}
-
-/// How long its threads waited for one, in nanoseconds.
-fn waited(pid: i32) -> Result<u64> {
-    schedstat(pid, 1)
-}
-
-fn schedstat(pid: i32, field: usize) -> Result<u64> {
-    let mut sum = 0;
+/// How long a process's threads had a CPU, and how long they waited for one, in nanoseconds (kernel:
+/// `Documentation/scheduler/sched-stats.rst`).
+fn schedstat(pid: i32) -> Result<[u64; 2]> {
+    let mut sums = [0; 2];
     for thread in fs::read_dir(format!("/proc/{pid}/task"))? {
         let path = thread?.path().join("schedstat");
         let line = fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))?;
-        let number = line.split_whitespace().nth(field).context("too few fields")?;
-        sum += number.parse::<u64>().with_context(|| format!("{}: {line:?}", path.display()))?;
+        let mut numbers = line.split_whitespace();
+        for sum in &mut sums {
+            let number = numbers.next().context("too few fields")?;
+            *sum += number.parse::<u64>().with_context(|| format!("{}: {line:?}", path.display()))?;
+        }
     }
-    Ok(sum)
+    Ok(sums)
 }

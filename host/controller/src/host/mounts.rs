@@ -197,7 +197,7 @@ pub struct MountEntry {
 
 /// The mount at a path, the topmost if there are several; `None` if the path is not where something is mounted.
 pub fn entry_at(path: &Path) -> io::Result<Option<MountEntry>> {
-    Ok(entry_in(&fs::read("/proc/self/mountinfo")?, path))
+    Ok(entry_in(&MountTable::read()?.0, path))
 }
 
 /// Finds a mount in a table. Its third to fifth field are the device, the root and the place (`proc_pid_mountinfo(5)`).

@@ -3,15 +3,11 @@
 use std::time::SystemTime;
 
 use containerd_shim_protos::protobuf::Message as _;
-use pericarp_cgroup_stats::Metrics;
+use pericarp_cgroup_stats::{METRICS_TYPE, Metrics};
 use pericarp_protos::sandbox::types::Metric;
 use prost_types::Any;
 
 use crate::pod::Pod;
-
-/// containerd's name for what a cgroup of version 2 has used. Go's `typeurl` names a message by its full name, without
-/// a prefix, and containerd takes no other type (`decodeSandboxCgroupMetrics`).
-const METRICS_TYPE: &str = "io.containerd.cgroups.v2.Metrics";
 
 /// A pod's numbers. One without numbers, as it is being made, has ended, or is on a host without cgroup v2, has an
 /// empty message: an error would fail the statistics of the whole node (containerd: `ListPodSandboxStats`).
