@@ -1,11 +1,16 @@
-//! Kills the processes of a launch that has failed halfway.
+//! Finds the processes of a launch: to see whether they still do something, and to kill them when it has failed
+//! halfway.
 //!
 //! The processes that a helper creates are children of the agent (`CLONE_PARENT`), so they do not end with the helper.
 //! A container's process whose helper has died would wait for its start for ever, with the container's streams open.
 //! All processes of a launch have the helper's command line, whose last argument is a name that no other launch has. (A
 //! process of a container that copies the command line is killed as well.)
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -14,19 +19,63 @@ use super::HELPER_ARGUMENT;
 /// How many processes are described at most.
 const DESCRIBED_MAX: usize = 4;
 
+/// What the processes of a launch have done up to now.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// The CPU time that they have had.
+    pub cpu: Duration,
+    /// Whether one of them has a CPU or waits for one.
+    is_runnable: bool,
+}
+
+impl Progress {
+    /// That of the launch with that name.
+    pub fn of_launch(name: &str) -> Self {
+        processes(name).fold(Self::default(), |sum, (_, process)| Self {
+            cpu: sum.cpu + cpu_time(&process),
+            is_runnable: sum.is_runnable || is_runnable(&process),
+        })
+    }
+
+    /// Whether the launch has gone on since it had come as far as `earlier`. To wait for a CPU is to go on: the guest
+    /// may be busy, and so may the host that it is on.
+    pub fn goes_on_since(self, earlier: Self) -> bool {
+        self.cpu != earlier.cpu || self.is_runnable
+    }
+}
+
 /// Kills every process of the launch with that name, and returns a description of what they were doing.
 pub fn kill_launch(name: &str) -> String {
     let mut descriptions = Vec::new();
-    for pid in fs::read_dir("/proc").into_iter().flatten().flatten() {
-        let number = pid.file_name().to_str().and_then(|pid| Pid::from_raw(pid.parse().ok()?));
-        let Some(number) = number.filter(|_| has_name(&command_line(&pid.path()), name)) else { continue };
+    for (number, process) in processes(name) {
         if descriptions.len() < DESCRIBED_MAX {
-            descriptions.push(describe(&pid.path()));
+            descriptions.push(describe(&process));
         }
         // This fails if the process has ended in the meantime.
         let _ = kill_process(number, Signal::KILL);
     }
     if descriptions.is_empty() { "none of its processes is left".to_owned() } else { descriptions.join("; ") }
+}
+
+/// The processes of the launch with that name: their ids and directories.
+fn processes(name: &str) -> impl Iterator<Item = (Pid, PathBuf)> {
+    fs::read_dir("/proc").into_iter().flatten().flatten().filter_map(move |entry| {
+        let pid = Pid::from_raw(entry.file_name().to_str()?.parse().ok()?)?;
+        has_name(&command_line(&entry.path()), name).then(|| (pid, entry.path()))
+    })
+}
+
+/// The CPU time that a process has had: the first number in its `schedstat`, in nanoseconds.
+fn cpu_time(process: &Path) -> Duration {
+    let times = fs::read_to_string(process.join("schedstat")).unwrap_or_default();
+    let nanoseconds = times.split(' ').next().and_then(|time| time.parse().ok());
+    Duration::from_nanos(nanoseconds.unwrap_or_default())
+}
+
+/// Whether a process is in state R.
+fn is_runnable(process: &Path) -> bool {
+    fs::read_to_string(process.join("status"))
+        .is_ok_and(|status| status.lines().any(|line| line.starts_with("State:\tR")))
 }
 
 fn command_line(process: &Path) -> Vec<u8> {
@@ -50,8 +99,37 @@ fn describe(process: &Path) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
+    use std::process::{Child, Command, Stdio};
+
     use super::*;
+
+    /// A process of a launch, which ends when this is dropped.
+    pub struct LaunchProcess {
+        child: Child,
+        /// The name of its launch.
+        pub name: String,
+        _directory: tempfile::TempDir,
+    }
+
+    impl LaunchProcess {
+        /// A shell that has a helper's command line, because its script is called as a helper's first argument is.
+        pub fn start(script: &str) -> Self {
+            let directory = tempfile::tempdir().unwrap();
+            fs::write(directory.path().join(HELPER_ARGUMENT), script).unwrap();
+            let name = format!("launch-{}", directory.path().display());
+            let mut command = Command::new("sh");
+            command.args([HELPER_ARGUMENT, &name]).current_dir(&directory).stdin(Stdio::piped());
+            Self { child: command.spawn().unwrap(), name, _directory: directory }
+        }
+    }
+
+    impl Drop for LaunchProcess {
+        fn drop(&mut self) {
+            self.child.kill().unwrap();
+            self.child.wait().unwrap();
+        }
+    }
 
     #[test]
     fn only_the_processes_of_the_one_making_are_its_own() {
@@ -61,6 +139,32 @@ mod tests {
         assert!(!has_name(b"sleep\0launch-12\0", "launch-12"));
         assert!(!has_name(b"", "launch-12"), "a kernel thread has no command line");
         assert_eq!(kill_launch("launch-of-nobody"), "none of its processes is left");
+    }
+
+    #[test]
+    fn a_launch_that_waits_for_a_cpu_goes_on() {
+        let after = |seconds, is_runnable| Progress { cpu: Duration::from_secs(seconds), is_runnable };
+        assert!(after(4, false).goes_on_since(after(3, false)));
+        assert!(after(3, true).goes_on_since(after(3, true)));
+        assert!(!after(3, false).goes_on_since(after(3, true)));
+    }
+
+    #[test]
+    fn what_a_process_does_is_its_launchs_progress() {
+        let busy = LaunchProcess::start("while :; do :; done");
+        while Progress::of_launch(&busy.name).cpu.is_zero() {
+            std::thread::yield_now();
+        }
+        let before = Progress::of_launch(&busy.name);
+        assert!(Progress::of_launch(&busy.name).goes_on_since(before));
+
+        let idle = LaunchProcess::start("read line");
+        // Once it waits for its input, it does nothing any more.
+        let mut before = Progress::default();
+        while before.cpu.is_zero() || Progress::of_launch(&idle.name).goes_on_since(before) {
+            before = Progress::of_launch(&idle.name);
+            std::thread::sleep(Duration::from_millis(20));
+        }
     }
 
     #[test]

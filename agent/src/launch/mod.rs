@@ -26,8 +26,10 @@ use rustix::io::FdFlags;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::UnixStream,
+    time::Instant,
 };
 
+use self::cleanup::Progress;
 pub use self::{
     protocol::{Action, Request, START_SOCKET},
     reaper::{Exit, Reaper},
@@ -49,9 +51,15 @@ pub const HOLD_ARGUMENT: &str = "hold";
 /// The argument of a helper whose process has no console.
 const NO_CONSOLE: &str = "-";
 
-/// How long a helper may take: longer than kubelet waits for any call. The limit turns a hanging file system into an
-/// error. A process in a container with a small share of a busy guest's CPU may need minutes.
-const TIME_LIMIT: Duration = Duration::from_secs(180);
+/// How long a launch may do nothing: longer than kubelet waits for any call. The limit turns a hanging file system into
+/// an error. It is none for a launch that gets little of a busy guest's CPU and goes on: that may take minutes.
+const IDLE_LIMIT: Duration = Duration::from_secs(180);
+
+/// How much CPU time a launch may take; one that takes more will never end.
+const CPU_LIMIT: Duration = Duration::from_secs(180);
+
+/// How often a launch that takes long is looked at.
+const CHECK_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Why a process was not created.
 #[derive(Debug, thiserror::Error)]
@@ -63,7 +71,7 @@ pub enum LaunchError {
     #[error("the process that makes containers ended with status {0}")]
     Died(u32),
     /// The helper has hung. The text says where.
-    #[error("no container process after {limit} s; {0}", limit = TIME_LIMIT.as_secs())]
+    #[error("no container process, and nobody at work on it for {limit} s; {0}", limit = IDLE_LIMIT.as_secs())]
     Timeout(String),
     /// libcontainer has refused or failed. The text is its own.
     #[error("{0}")]
@@ -100,7 +108,7 @@ pub async fn launch(
     let pid = spawn_helper(&name, &helper_end.into(), descriptors)?;
     let mut exit = reaper.wait_for(pid);
     let request = serde_json::to_vec(request).map_err(io::Error::from)?;
-    let mut answer = std::pin::pin!(tokio::time::timeout(TIME_LIMIT, exchange(agent_end, &request)));
+    let mut answer = std::pin::pin!(unless_it_hangs(&name, exchange(agent_end, &request)));
     let answer = tokio::select! {
         biased;
         answer = &mut answer => answer,
@@ -124,10 +132,32 @@ pub async fn launch(
             }
             Err(error.into())
         }
-        Err(_) => {
+        Err(Hung) => {
             let hanging = cleanup::kill_launch(&name);
             tracing::error!(name, hanging, "no container process in time");
             Err(LaunchError::Timeout(hanging))
+        }
+    }
+}
+
+/// The launch has hung.
+#[derive(Debug)]
+struct Hung;
+
+/// Waits for the answer of a launch's helper for as long as the launch goes on.
+async fn unless_it_hangs<T>(name: &str, answer: impl Future<Output = T>) -> Result<T, Hung> {
+    let mut answer = std::pin::pin!(answer);
+    let (mut before, mut last_work) = (Progress::default(), Instant::now());
+    loop {
+        if let Ok(answer) = tokio::time::timeout(CHECK_INTERVAL, &mut answer).await {
+            return Ok(answer);
+        }
+        let now = Progress::of_launch(name);
+        if now.goes_on_since(before) {
+            (before, last_work) = (now, Instant::now());
+        }
+        if last_work.elapsed() >= IDLE_LIMIT || now.cpu >= CPU_LIMIT {
+            return Err(Hung);
         }
     }
 }
@@ -172,4 +202,27 @@ async fn exchange(
     let mut answer = vec![0; protocol::checked_length(length)?];
     channel.read_exact(&mut answer).await?;
     Ok(serde_json::from_slice(&answer)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::future::pending;
+
+    use tokio::time::timeout;
+
+    use super::{cleanup::tests::LaunchProcess, *};
+
+    #[tokio::test(start_paused = true)]
+    async fn a_launch_that_nobody_works_on_is_given_up() {
+        let start = Instant::now();
+        unless_it_hangs("launch-of-nobody", pending::<()>()).await.unwrap_err();
+        assert!((IDLE_LIMIT..IDLE_LIMIT + 2 * CHECK_INTERVAL).contains(&start.elapsed()));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_launch_that_goes_on_is_waited_for() {
+        let busy = LaunchProcess::start("while :; do :; done");
+        let waiting = unless_it_hangs(&busy.name, pending::<()>());
+        timeout(10 * IDLE_LIMIT, waiting).await.unwrap_err();
+    }
 }
