@@ -1,13 +1,15 @@
 //! Says what a run left behind on a node.
 //!
-//! `leaks save FILE` before it, `leaks compare FILE` after it: prints what is new and fails if there is anything.
+//! `leaks save FILE` before it, `leaks compare FILE` after it: removes the pods that tests had one after the other,
+//! prints what is new, and fails if there is anything.
 
 use std::{collections::BTreeSet, env, fs, process::ExitCode, thread, time::Duration};
 
 use anyhow::{Context, Result, bail};
-use pericarp_tests::node::leaks;
+use pericarp_tests::node::{leaks, pool};
 
-fn main() -> Result<ExitCode> {
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> Result<ExitCode> {
     let arguments: Vec<String> = env::args().skip(1).collect();
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["save", file] => {
@@ -16,6 +18,7 @@ fn main() -> Result<ExitCode> {
             Ok(ExitCode::SUCCESS)
         }
         ["compare", file] => {
+            pool::remove_all().await?;
             let before = fs::read(file).with_context(|| format!("read {file}"))?;
             compare(&serde_json::from_slice(&before)?)
         }

@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail};
 use tonic::Status;
 
 use crate::{
-    HANG_LIMIT, Pod, api,
+    Pod, api,
     cri::{
         log::Log,
         streams::{Session, Terminal},
@@ -229,17 +229,14 @@ impl Container {
     /// Waits until the container has exited, by asking for its status as kubelet does. (CRI's event stream is an alpha
     /// feature.)
     pub async fn wait_for_exit(&self) -> Result<api::ContainerStatus> {
-        let start = std::time::Instant::now();
-        loop {
+        let mut exited = None;
+        wait_until(&format!("container {} to exit", self.id), async || {
             let status = self.status().await?;
-            if status.state() == api::ContainerState::ContainerExited {
-                return Ok(status);
-            }
-            if start.elapsed() > HANG_LIMIT {
-                bail!("container {} has not exited: {status:?}", self.id);
-            }
-            tokio::time::sleep(Duration::from_millis(100)).await;
-        }
+            exited = (status.state() == api::ContainerState::ContainerExited).then_some(status);
+            Ok(exited.is_some())
+        })
+        .await?;
+        exited.context("it has exited, but has no status")
     }
 
     /// Waits until the container has written exactly `stdout` to its standard output.

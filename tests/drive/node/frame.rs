@@ -14,6 +14,7 @@ use anyhow::{Context, Result};
 use futures::FutureExt;
 use tokio::time::timeout;
 
+use super::pool;
 use crate::{Node, Runtime};
 
 /// Where a test appends how long it took, on a node that collects results. `tests/node/deal` deals tests to nodes by
@@ -78,9 +79,17 @@ fn run(isolation: Isolation, limit: Duration, test: impl AsyncFnOnce(&Node) -> R
     };
     with_recorded_duration(isolation, async |name| {
         let node = Node::connect(Runtime::under_test(), name).await?;
+        if isolation == Isolation::Alone {
+            pool::remove_idle(&node).await?;
+        }
         let bounded = async { timeout(limit, test(&node)).await.context("the test ran into its limit")? };
         let outcome = AssertUnwindSafe(bounded).catch_unwind().await;
-        let cleanup = timeout(TEST_LIMIT, node.clean_up()).await;
+        let succeeded = matches!(outcome, Ok(Ok(())));
+        let cleanup = async {
+            node.return_pooled_pods(succeeded).await?;
+            node.clean_up().await
+        };
+        let cleanup = timeout(TEST_LIMIT, cleanup).await;
         outcome.unwrap_or_else(|panic| resume_unwind(panic))?;
         cleanup.context("cleaning up ran into its limit")?.context("clean up")
     })

@@ -9,13 +9,19 @@ pub mod frame;
 pub mod leaks;
 pub mod machine;
 pub mod mount;
+pub mod pool;
 pub mod process;
 
-use std::{env, fmt, fs, path::PathBuf};
+use std::{
+    env, fmt, fs, mem,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+};
 
 use anyhow::{Context, Result};
 
-use crate::{Cri, PodBuilder, api};
+use crate::{Cri, Pod, PodBuilder, api};
+use pool::PooledPod;
 
 /// The label that every pod of one test carries, so that all of them are found again.
 const TEST_LABEL: &str = "pericarp.test";
@@ -102,6 +108,8 @@ pub struct Node {
     variant: Option<HandlerVariant>,
     /// A name that no other test has, and that is short enough for a host name.
     unique: String,
+    /// The pods of the pool that this test has.
+    pooled: Arc<Mutex<Vec<PooledPod>>>,
 }
 
 impl Node {
@@ -110,7 +118,19 @@ impl Node {
         let short: String =
             name.rsplit("::").next().unwrap_or(name).replace('_', "-").chars().take(40).collect();
         let unique = format!("{}-{}", short.trim_matches('-'), std::process::id());
-        Ok(Self { cri: Cri::connect().await?, runtime, network: Network::Node, variant: None, unique })
+        Ok(Self {
+            cri: Cri::connect().await?,
+            runtime,
+            network: Network::Node,
+            variant: None,
+            unique,
+            pooled: Arc::default(),
+        })
+    }
+
+    /// Returns this node for pods whose names derive from `unique`.
+    fn named(&self, unique: &str) -> Self {
+        Self { unique: unique.to_owned(), ..self.clone() }
     }
 
     /// Returns this node with another runtime for the pods that are made on it.
@@ -151,6 +171,23 @@ impl Node {
     /// Describes a new pod; `name` need only differ from the names of this test's other pods.
     pub fn pod(&self, name: &str) -> PodBuilder {
         PodBuilder::new(self, name, &self.unique).label(TEST_LABEL, &self.unique)
+    }
+
+    /// An ordinary pod that tests have one after the other, for a test that needs some pod and does nothing to it.
+    pub async fn pooled_pod(&self) -> Result<Pod> {
+        let pooled = PooledPod::start_or_reuse(self).await?;
+        let pod = pooled.on(self);
+        self.pooled.lock().unwrap_or_else(PoisonError::into_inner).push(pooled);
+        Ok(pod)
+    }
+
+    /// Puts the pool's pods that this test has had back, or removes them if it has failed.
+    pub(crate) async fn return_pooled_pods(&self, succeeded: bool) -> Result<()> {
+        let pooled = mem::take(&mut *self.pooled.lock().unwrap_or_else(PoisonError::into_inner));
+        for pod in pooled {
+            if succeeded { pod.put_back(self).await? } else { pod.remove(self).await? }
+        }
+        Ok(())
     }
 
     /// All pods of this test that containerd knows.

@@ -15,7 +15,7 @@ fn topics(events: &[TaskEvent]) -> Vec<&str> {
 fn the_events_of_a_container_come_in_order_however_short_its_life_is() -> Result<()> {
     on_node(async |node| {
         let events = Events::subscribe().await?;
-        let pod = node.pod("events").run().await?;
+        let pod = node.pooled_pod().await?;
         let quick = pod.container("quick").command(["true"]).start().await?;
         quick.wait_for_exit().await?;
         events.wait_for("/tasks/delete", &quick.id, "").await?;

@@ -24,7 +24,7 @@ async fn unconfined(pod: &Pod, name: &str, command: &str) -> Result<Container> {
 #[test]
 fn a_process_in_a_container_can_neither_reach_the_host_service_nor_stand_in_for_the_agent() -> Result<()> {
     on_pericarp(async |node| {
-        let pod = node.pod("impostor").run().await?;
+        let pod = node.pooled_pod().await?;
         let container = unconfined(&pod, "impostor", "sleep 1000000").await?;
         let told = container.shell("peer vsock try").await?;
         let outcome = |what: &str| told.lines().find_map(|line| line.strip_prefix(what)).map(str::to_owned);

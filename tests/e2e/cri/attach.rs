@@ -21,7 +21,7 @@ fn shell(pod: &Pod) -> ContainerBuilder {
 #[test]
 fn attach_reaches_the_containers_own_process() -> Result<()> {
     on_node(async |node| {
-        let pod = node.pod("attach").run().await?;
+        let pod = node.pooled_pod().await?;
         let container = reader(&pod).start().await?;
         let mut first = container.attach(Terminal::No).await?;
         first.write("first\n").await?;
@@ -51,7 +51,7 @@ fn attach_reaches_the_containers_own_process() -> Result<()> {
 #[test]
 fn stdin_that_is_to_be_open_once_ends_with_its_client() -> Result<()> {
     on_node(async |node| {
-        let pod = node.pod("once").run().await?;
+        let pod = node.pooled_pod().await?;
         let container = reader(&pod).with(|config| config.stdin_once = true).start().await?;
         let mut client = container.attach(Terminal::No).await?;
         client.write("something\n").await?;
@@ -67,7 +67,7 @@ fn stdin_that_is_to_be_open_once_ends_with_its_client() -> Result<()> {
 #[test]
 fn a_terminal_outlives_clients_that_are_lost() -> Result<()> {
     on_node(async |node| {
-        let pod = node.pod("lost").run().await?;
+        let pod = node.pooled_pod().await?;
         let container = shell(&pod).start().await?;
         let mut client = container.attach(Terminal::Yes).await?;
         client.write("kept=yes; echo at-$((2 + 2))\n").await?;
@@ -91,7 +91,7 @@ fn a_terminal_outlives_clients_that_are_lost() -> Result<()> {
 #[test]
 fn a_container_with_a_terminal_can_be_attached_to() -> Result<()> {
     on_node(async |node| {
-        let pod = node.pod("tty").run().await?;
+        let pod = node.pooled_pod().await?;
         let container = shell(&pod).start().await?;
         let mut session = container.attach(Terminal::Yes).await?;
         session.write("tty; exit 3\n").await?;

@@ -9,7 +9,7 @@ use pericarp_tests::{BUSYBOX, BUSYBOX_USR1, api, on_node};
 fn a_container_tells_its_exit_code_and_times() -> Result<()> {
     on_node(async |node| {
         let before = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_nanos();
-        let pod = node.pod("exit").run().await?;
+        let pod = node.pooled_pod().await?;
         let container = pod.container("seven").script("sleep 5; exit 7").create().await?;
         let created = container.status().await?;
         assert_eq!(created.state(), api::ContainerState::ContainerCreated);
@@ -43,7 +43,7 @@ fn a_container_tells_its_exit_code_and_times() -> Result<()> {
 #[test]
 fn stopping_a_container_sends_term_first_and_kill_after_the_grace_period() -> Result<()> {
     on_node(async |node| {
-        let pod = node.pod("stop").run().await?;
+        let pod = node.pooled_pod().await?;
         let obedient = pod
             .container("obedient")
             .script("trap 'echo bye; exit 3' TERM; echo ready; while :; do sleep 0.1; done")
@@ -76,7 +76,7 @@ fn stopping_a_container_sends_term_first_and_kill_after_the_grace_period() -> Re
 #[test]
 fn a_container_is_stopped_by_the_signal_of_its_image() -> Result<()> {
     on_node(async |node| {
-        let pod = node.pod("signal").run().await?;
+        let pod = node.pooled_pod().await?;
         let container = pod
             .container("usr1")
             .script("trap 'exit 4' USR1; trap '' TERM; echo ready; while :; do sleep 0.1; done")
@@ -93,7 +93,7 @@ fn a_container_is_stopped_by_the_signal_of_its_image() -> Result<()> {
 #[test]
 fn a_pod_goes_on_when_one_of_its_containers_ends() -> Result<()> {
     on_node(async |node| {
-        let pod = node.pod("restart").run().await?;
+        let pod = node.pooled_pod().await?;
         let stays = pod.idle_container("stays").await?;
         for attempt in 0..2 {
             let container = pod
@@ -141,7 +141,7 @@ fn limits_hold_inside_the_container_and_can_be_changed() -> Result<()> {
 #[test]
 fn a_container_over_its_memory_limit_is_killed_alone() -> Result<()> {
     on_node(async |node| {
-        let pod = node.pod("memory").run().await?;
+        let pod = node.pooled_pod().await?;
         let neighbour = pod.idle_container("neighbour").await?;
         let resources =
             api::LinuxContainerResources { memory_limit_in_bytes: 32 << 20, ..Default::default() };
@@ -158,7 +158,7 @@ fn a_container_over_its_memory_limit_is_killed_alone() -> Result<()> {
 #[test]
 fn stats_of_a_container_count_its_cpu_and_memory() -> Result<()> {
     on_node(async |node| {
-        let pod = node.pod("stats").run().await?;
+        let pod = node.pooled_pod().await?;
         let container = pod
             .container("busy")
             .script("dd if=/dev/zero of=/dev/shm/x bs=1M count=8; while :; do :; done")
@@ -181,7 +181,7 @@ fn stats_of_a_container_count_its_cpu_and_memory() -> Result<()> {
 #[test]
 fn a_container_has_the_environment_user_and_directory_that_were_asked_for() -> Result<()> {
     on_node(async |node| {
-        let pod = node.pod("spec").run().await?;
+        let pod = node.pooled_pod().await?;
         let container = pod
             .container("user")
             .env("ASKED", "a b=c")
@@ -236,7 +236,7 @@ fn a_container_is_confined_unless_it_is_privileged() -> Result<()> {
 #[test]
 fn a_container_sees_the_image_as_it_was_made() -> Result<()> {
     on_node(async |node| {
-        let pod = node.pod("image").run().await?;
+        let pod = node.pooled_pod().await?;
         let container = pod.idle_container("idle").await?;
         let listed = container.shell("cd /odd; stat -c '%n %a %u:%g %F' * | sort").await?;
         let expected = "attributed 644 0:0 regular file

@@ -83,7 +83,7 @@ fn a_mode_or_value_that_nobody_here_understands_is_refused_by_its_name() -> Resu
             });
             says(&refused(node, pod, name).await?, &[said]);
         }
-        let pod = node.pod("odd-container").run().await?;
+        let pod = node.pooled_pod().await?;
         let container = pod
             .container("ipc")
             .with_security(|security| {
@@ -159,7 +159,7 @@ struct FailedStart {
 
 /// Starts a container for each of the commands, in one pod; each has to fail.
 async fn failed_starts(node: &Node, commands: &[&str]) -> Result<Vec<FailedStart>> {
-    let pod = node.pod(&format!("start-{}", node.runtime)).run().await?;
+    let pod = node.pooled_pod().await?;
     let mut failed = Vec::new();
     for (number, command) in commands.iter().enumerate() {
         let container = pod.container(&format!("broken-{number}")).command([*command]).create().await?;
@@ -198,7 +198,7 @@ fn a_command_that_is_not_in_the_image_fails_as_it_does_with_runc() -> Result<()>
 fn a_volume_whose_source_has_gone_is_named() -> Result<()> {
     on_node(async |node| {
         let file = node.file("going", "soon gone\n")?;
-        let pod = node.pod("volume").run().await?;
+        let pod = node.pooled_pod().await?;
         let container = pod.container("user").mount(&file, "/etc/going", true).create().await?;
         std::fs::remove_file(&file)?;
         let error = container.try_start().await.unwrap_err();
@@ -214,7 +214,7 @@ fn a_volume_whose_source_has_gone_is_named() -> Result<()> {
 #[test]
 fn a_specification_that_cannot_be_run_is_refused_with_the_reason() -> Result<()> {
     on_node(async |node| {
-        let pod = node.pod("spec").run().await?;
+        let pod = node.pooled_pod().await?;
         let container = pod
             .container("relative")
             .with(|config| config.working_dir = "not/absolute".to_owned())

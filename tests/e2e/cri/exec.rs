@@ -9,7 +9,7 @@ use tonic::Code;
 #[test]
 fn exec_tells_output_and_exit_code() -> Result<()> {
     on_node(async |node| {
-        let pod = node.pod("exec").run().await?;
+        let pod = node.pooled_pod().await?;
         let container = pod.idle_container("idle").await?;
         let output = container.exec(["sh", "-c", "echo out; echo err >&2; exit 42"]).await?;
         let expected = ExecOutput { stdout: "out\n".to_owned(), stderr: "err\n".to_owned(), exit_code: 42 };
@@ -33,7 +33,7 @@ fn exec_tells_output_and_exit_code() -> Result<()> {
 #[test]
 fn exec_with_a_time_limit_is_ended_at_it() -> Result<()> {
     on_node(async |node| {
-        let pod = node.pod("limit").run().await?;
+        let pod = node.pooled_pod().await?;
         let container = pod.idle_container("idle").await?;
         let start = Instant::now();
         let error = container.try_exec(["sleep", "31337"], Duration::from_secs(1)).await.unwrap_err();
@@ -48,7 +48,7 @@ fn exec_with_a_time_limit_is_ended_at_it() -> Result<()> {
 #[test]
 fn what_a_command_has_started_ends_with_it_at_its_time_limit() -> Result<()> {
     on_pericarp(async |node| {
-        let pod = node.pod("group").run().await?;
+        let pod = node.pooled_pod().await?;
         let container = pod.idle_container("idle").await?;
         let script = "sleep 31337 & (sleep 31338; true) & echo > /dev/shm/started; wait";
         let error = container.try_exec(["sh", "-c", script], Duration::from_secs(3)).await.unwrap_err();
@@ -63,7 +63,7 @@ fn what_a_command_has_started_ends_with_it_at_its_time_limit() -> Result<()> {
 #[test]
 fn exec_of_a_missing_command_or_into_a_dead_container_fails_and_says_so() -> Result<()> {
     on_node(async |node| {
-        let pod = node.pod("missing").run().await?;
+        let pod = node.pooled_pod().await?;
         let container = pod.idle_container("idle").await?;
         let error = container.try_exec(["no-such-command"], Duration::ZERO).await.unwrap_err();
         assert!(error.message().contains("no-such-command"), "{error}");
@@ -80,7 +80,7 @@ fn exec_of_a_missing_command_or_into_a_dead_container_fails_and_says_so() -> Res
 #[test]
 fn exec_passes_every_byte_of_a_large_output() -> Result<()> {
     on_node(async |node| {
-        let pod = node.pod("large").run().await?;
+        let pod = node.pooled_pod().await?;
         let container = pod.idle_container("idle").await?;
         let output = container.exec(["sh", "-c", "seq 300000; seq 100000 >&2"]).await?;
         assert_eq!(output.exit_code, 0);
@@ -93,7 +93,7 @@ fn exec_passes_every_byte_of_a_large_output() -> Result<()> {
 #[test]
 fn a_terminal_echoes_input_has_a_size_and_tells_the_exit_code() -> Result<()> {
     on_node(async |node| {
-        let pod = node.pod("terminal").run().await?;
+        let pod = node.pooled_pod().await?;
         let container = pod.idle_container("idle").await?;
         let mut shell = container.exec_stream(["sh"], Terminal::Yes).await?;
         shell.write("tty; echo a$((1 + 1))b\n").await?;
@@ -120,7 +120,7 @@ fn a_terminal_echoes_input_has_a_size_and_tells_the_exit_code() -> Result<()> {
 #[test]
 fn a_command_without_a_terminal_reads_its_stdin_and_keeps_its_streams_apart() -> Result<()> {
     on_node(async |node| {
-        let pod = node.pod("stdin").run().await?;
+        let pod = node.pooled_pod().await?;
         let container = pod.idle_container("idle").await?;
         let script = "read a; read b; echo got $a $b; echo warned >&2; exit 5";
         let mut session = container.exec_stream(["sh", "-c", script], Terminal::No).await?;

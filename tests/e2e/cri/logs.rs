@@ -9,7 +9,7 @@ use crate::cri::exec::check_sequence;
 #[test]
 fn a_log_holds_both_streams_with_times_and_tags() -> Result<()> {
     on_node(async |node| {
-        let pod = node.pod("log").run().await?;
+        let pod = node.pooled_pod().await?;
         let script = "echo out; sleep 0.2; echo err >&2; sleep 0.2; printf 'no line end'";
         let (_, log) = pod.container("both").script(script).run().await?;
         let found: Vec<_> =
@@ -39,7 +39,7 @@ fn a_log_holds_both_streams_with_times_and_tags() -> Result<()> {
 #[test]
 fn a_log_loses_nothing_of_a_large_output_that_ends_with_its_container() -> Result<()> {
     on_node(async |node| {
-        let pod = node.pod("large-log").run().await?;
+        let pod = node.pooled_pod().await?;
         // The container writes 2 MB to one stream while it writes to the other.
         let padding = "x".repeat(194);
         let script = format!("seq -w 10000 | sed 's/$/{padding}/' & seq 10000 >&2; wait");
@@ -66,7 +66,7 @@ fn a_log_loses_nothing_of_a_large_output_that_ends_with_its_container() -> Resul
 #[test]
 fn a_rotated_log_goes_on_in_a_new_file() -> Result<()> {
     on_node(async |node| {
-        let pod = node.pod("rotate").run().await?;
+        let pod = node.pooled_pod().await?;
         let container = pod
             .container("ticks")
             .script("n=0; while :; do n=$((n+1)); echo $n; sleep 0.1; done")
@@ -88,7 +88,7 @@ fn a_rotated_log_goes_on_in_a_new_file() -> Result<()> {
 fn containers_that_write_at_once_lose_nothing() -> Result<()> {
     const LINES: u32 = 5_000;
     on_node(async |node| {
-        let pod = node.pod("many").run().await?;
+        let pod = node.pooled_pod().await?;
         // All wait to open the gate for reading; while somebody has it open for writing, they can.
         let gate = pod.container("gate").script("mkfifo /dev/shm/gate; sleep infinity").start().await?;
         gate.shell("until [ -p /dev/shm/gate ]; do sleep 0.1; done").await?;

@@ -11,9 +11,9 @@ use pericarp_tests::{Container, Runtime, api, on_node, on_pericarp};
 #[test]
 fn an_empty_dir_in_memory_keeps_its_size_limit() -> Result<()> {
     on_node(async |node| {
-        let pod = node.pod("limit").run().await?;
+        let pod = node.pooled_pod().await?;
         // kubelet mounts it on the node, with the limit as its size.
-        let cache = pod.empty_dir_in_memory("cache", "2m")?;
+        let cache = pod.empty_dir_in_memory("limited", "2m")?;
         let container = pod.container("writer").mount(&cache.path(), "/cache", false).start().await?;
         // Kubernetes' conformance tests look at the type.
         assert_eq!(container.shell("stat -f -c %T /cache").await?, "tmpfs");
@@ -30,8 +30,8 @@ fn an_empty_dir_in_memory_keeps_its_size_limit() -> Result<()> {
 #[test]
 fn containers_share_an_empty_dir_in_memory_with_its_locks_and_sockets() -> Result<()> {
     on_node(async |node| {
-        let pod = node.pod("shared").run().await?;
-        let cache = pod.empty_dir_in_memory("cache", "8m")?;
+        let pod = node.pooled_pod().await?;
+        let cache = pod.empty_dir_in_memory("shared", "8m")?;
         let holder = pod
             .container("holder")
             .mount(&cache.path(), "/shared", false)
@@ -65,8 +65,8 @@ fn containers_share_an_empty_dir_in_memory_with_its_locks_and_sockets() -> Resul
 #[test]
 fn a_sub_path_of_an_empty_dir_in_memory_is_the_same_directory_for_all_containers() -> Result<()> {
     on_node(async |node| {
-        let pod = node.pod("parts").run().await?;
-        let mut cache = pod.empty_dir_in_memory("cache", "8m")?;
+        let pod = node.pooled_pod().await?;
+        let mut cache = pod.empty_dir_in_memory("divided", "8m")?;
         // As kubelet prepares a volume for fsGroup.
         chown(cache.path(), Some(0), Some(4242))?;
         fs::set_permissions(cache.path(), fs::Permissions::from_mode(0o2777))?;
@@ -100,8 +100,8 @@ fn a_sub_path_of_an_empty_dir_in_memory_is_the_same_directory_for_all_containers
 #[test]
 fn an_empty_dir_in_memory_outlives_its_containers() -> Result<()> {
     on_node(async |node| {
-        let pod = node.pod("restarts").run().await?;
-        let mut cache = pod.empty_dir_in_memory("cache", "8m")?;
+        let pod = node.pooled_pod().await?;
+        let mut cache = pod.empty_dir_in_memory("outliving", "8m")?;
         let part = cache.sub_path("main", 1, "part")?;
         let start = async |name: &str| -> Result<Container> {
             let container = pod.container(name).mount(&cache.path(), "/cache", false);
@@ -148,8 +148,8 @@ fn what_a_container_writes_into_memory_counts_as_its_own() -> Result<()> {
 #[test]
 fn a_sub_path_cannot_lead_out_of_an_empty_dir_in_memory() -> Result<()> {
     on_pericarp(async |node| {
-        let pod = node.pod("link").run().await?;
-        let mut cache = pod.empty_dir_in_memory("cache", "1m")?;
+        let pod = node.pooled_pod().await?;
+        let mut cache = pod.empty_dir_in_memory("linked", "1m")?;
         let hostile = pod.container("hostile").mount(&cache.path(), "/cache", false).start().await?;
         hostile
             .shell("ln -s / /cache/absolute; ln -s ../../../proc /cache/relative; ln -s . /cache/inside")

@@ -36,8 +36,8 @@ async fn serve(pod: &Pod, name: &str, address: &str) -> Result<Container> {
 }
 
 /// A pod with one server.
-async fn pod_with_server(node: &Node, name: &str, address: &str) -> Result<(Pod, Container)> {
-    let pod = node.pod(name).run().await?;
+async fn pod_with_server(node: &Node, address: &str) -> Result<(Pod, Container)> {
+    let pod = node.pooled_pod().await?;
     let container = serve(&pod, "server", address).await?;
     Ok((pod, container))
 }
@@ -89,12 +89,12 @@ fn dial(netns: &str, address: &str) -> io::Result<TcpStream> {
 #[test]
 fn a_server_on_either_address_of_localhost_alone_is_reached() -> Result<()> {
     on_node(async |node| {
-        let pod = node.pod("addresses").run().await?;
+        let pod = node.pooled_pod().await?;
         for (name, address) in [("four", "127.0.0.1:8004"), ("six", "[::1]:8006"), ("all", "[::]:8000")] {
             serve(&pod, name, address).await?;
         }
         for port in [8004, 8006, 8000] {
-            assert_eq!(ask(&pod, port, "name").await?, answer("addresses\n"), "port {port}");
+            assert_eq!(ask(&pod, port, "name").await?, answer("pooled\n"), "port {port}");
         }
         if node.runtime == Runtime::Pericarp {
             assert_eq!(pod.info().await?["pericarp"]["portForward"], "works");
@@ -106,7 +106,7 @@ fn a_server_on_either_address_of_localhost_alone_is_reached() -> Result<()> {
 #[test]
 fn fifty_connections_at_once_each_carry_their_own_data() -> Result<()> {
     on_node(async |node| {
-        let (pod, _server) = pod_with_server(node, "fifty", "127.0.0.1:8080").await?;
+        let (pod, _server) = pod_with_server(node, "127.0.0.1:8080").await?;
         let mut forwards = Vec::new();
         for _ in 0..50 {
             let mut forward = pod.forward_port(8080).await?;
@@ -128,7 +128,7 @@ fn fifty_connections_at_once_each_carry_their_own_data() -> Result<()> {
 #[test]
 fn a_large_answer_arrives_whole_and_ends_without_an_error() -> Result<()> {
     on_node(async |node| {
-        let (pod, _server) = pod_with_server(node, "large", "127.0.0.1:8080").await?;
+        let (pod, _server) = pod_with_server(node, "127.0.0.1:8080").await?;
         let answer = ask(&pod, 8080, "source 3000000").await?;
         assert_eq!((answer.data.len(), answer.error.as_str()), (3_000_000, ""));
         assert!(answer.data.iter().all(|byte| *byte == b'p'), "the bytes differ");
@@ -139,7 +139,7 @@ fn a_large_answer_arrives_whole_and_ends_without_an_error() -> Result<()> {
 #[test]
 fn the_end_of_either_sides_data_reaches_the_other() -> Result<()> {
     on_node(async |node| {
-        let (pod, _server) = pod_with_server(node, "ends", "[::]:8080").await?;
+        let (pod, _server) = pod_with_server(node, "[::]:8080").await?;
         let netns = netns_of(node, &pod).await?;
         for address in ["127.0.0.1:8080", "[::1]:8080"] {
             // The client ends its side; the server responds after that.
@@ -165,7 +165,7 @@ fn the_end_of_either_sides_data_reaches_the_other() -> Result<()> {
 #[test]
 fn a_client_that_goes_away_is_seen_by_the_server() -> Result<()> {
     on_node(async |node| {
-        let (pod, server) = pod_with_server(node, "away", "127.0.0.1:8080").await?;
+        let (pod, server) = pod_with_server(node, "127.0.0.1:8080").await?;
         let mut forward = pod.forward_port(8080).await?;
         forward.write(b"echo\nhello").await?;
         assert_eq!(forward.read(5).await?, b"hello");
@@ -180,7 +180,7 @@ fn a_client_that_goes_away_is_seen_by_the_server() -> Result<()> {
 #[test]
 fn a_port_that_nobody_listens_on_is_an_error_and_later_connections_work() -> Result<()> {
     on_node(async |node| {
-        let (pod, _server) = pod_with_server(node, "refused", "127.0.0.1:8080").await?;
+        let (pod, _server) = pod_with_server(node, "127.0.0.1:8080").await?;
         for line in ["", "name"] {
             let refused = ask(&pod, NOBODY, line).await?;
             assert_eq!(refused.data, b"");
@@ -193,7 +193,7 @@ fn a_port_that_nobody_listens_on_is_an_error_and_later_connections_work() -> Res
         assert_ne!(ask(&pod, NOBODY, "").await?.error, "");
         open.write(b"after").await?;
         assert_eq!(open.read(5).await?, b"after");
-        assert_eq!(ask(&pod, 8080, "name").await?, answer("refused\n"));
+        assert_eq!(ask(&pod, 8080, "name").await?, answer("pooled\n"));
         open.close().await
     })
 }

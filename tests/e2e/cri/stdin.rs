@@ -33,7 +33,7 @@ fn megabytes_of_binary_stdin_reach_a_command_and_an_attached_container_unchanged
         let directory = node.directory_for("binary")?;
         fs::write(format!("{directory}/block"), &block)?;
         let sum = format!("head -c {} | md5sum", BLOCK * BLOCKS);
-        let pod = node.pod("binary").run().await?;
+        let pod = node.pooled_pod().await?;
         let container = pod
             .container("reader")
             .script(&format!("{sum}; sleep infinity"))

@@ -12,7 +12,7 @@ fn directories_and_files_of_the_node_are_volumes() -> Result<()> {
         let file = node.file("config/key", "value\n")?;
         let directory = file.trim_end_matches("/key");
         let single = node.file("single", "one file\n")?;
-        let pod = node.pod("volumes").run().await?;
+        let pod = node.pooled_pod().await?;
         let container = pod
             .container("user")
             .mount(directory, "/rw", false)
@@ -47,7 +47,7 @@ fn containers_of_a_pod_can_share_a_volume() -> Result<()> {
     on_node(async |node| {
         let file = node.file("shared/seed", "")?;
         let directory = file.trim_end_matches("/seed");
-        let pod = node.pod("two").run().await?;
+        let pod = node.pooled_pod().await?;
         let writer = pod.container("writer").mount(directory, "/out", false).start().await?;
         let reader = pod.container("reader").mount(directory, "/in", true).start().await?;
         writer.shell("seq 100000 > /out/numbers; mv /out/numbers /out/done").await?;
@@ -72,7 +72,7 @@ fn an_update_of_a_config_map_is_seen_within_a_second() -> Result<()> {
         publish("first")?;
         symlink("..data/key", format!("{volume}/key"))?;
         let turns = node.directory_for("turns")?;
-        let pod = node.pod("live").run().await?;
+        let pod = node.pooled_pod().await?;
         let container = pod
             .container("reader")
             .mount(&volume, "/config", true)
@@ -147,7 +147,7 @@ fn a_volume_in_the_nodes_memory_keeps_its_size_limit() -> Result<()> {
         // It is not where kubelet mounts an emptyDir, so it is not the guest's own in a machine either.
         let path = node.directory_for("memory")?;
         let _memory = TestMount::tmpfs(&path, "2m")?;
-        let pod = node.pod("memory").run().await?;
+        let pod = node.pooled_pod().await?;
         let container = pod.container("writer").mount(&path, "/cache", false).start().await?;
         let output = container.exec(["sh", "-c", "dd if=/dev/zero of=/cache/x bs=64k count=64"]).await?;
         assert!(output.exit_code == 1 && output.stderr.contains("No space left"), "{output:?}");
@@ -159,7 +159,7 @@ fn a_volume_in_the_nodes_memory_keeps_its_size_limit() -> Result<()> {
 #[test]
 fn an_image_is_a_volume() -> Result<()> {
     on_node(async |node| {
-        let pod = node.pod("image").run().await?;
+        let pod = node.pooled_pod().await?;
         let container = pod
             .container("user")
             .with(|config| {
@@ -188,7 +188,7 @@ fn ten_thousand_small_files_are_listed_read_and_removed() -> Result<()> {
         for n in 0..10_000 {
             fs::write(format!("{path}/{n:05}"), n.to_string())?;
         }
-        let pod = node.pod("many").run().await?;
+        let pod = node.pooled_pod().await?;
         let container = pod.container("reader").mount(&path, "/many", false).start().await?;
         assert_eq!(container.shell("cd /many; ls | wc -l; cat 09* | wc -c").await?, "10000\n4000");
         container.shell("cd /many; rm 00*").await?;
@@ -201,7 +201,7 @@ fn ten_thousand_small_files_are_listed_read_and_removed() -> Result<()> {
 fn a_lock_holds_between_the_containers_of_a_pod() -> Result<()> {
     on_node(async |node| {
         let path = node.directory_for("locks")?;
-        let pod = node.pod("locks").run().await?;
+        let pod = node.pooled_pod().await?;
         let holder = pod
             .container("holder")
             .mount(&path, "/shared", false)

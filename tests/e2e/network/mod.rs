@@ -35,7 +35,15 @@ impl Server {
     }
 
     async fn of(pod: PodBuilder) -> Result<Self> {
-        let pod = pod.run().await?;
+        Self::in_pod(pod.run().await?).await
+    }
+
+    /// In a pod that tests have one after the other; its host name is `pooled`.
+    async fn pooled(node: &Node) -> Result<Self> {
+        Self::in_pod(node.pooled_pod().await?).await
+    }
+
+    async fn in_pod(pod: Pod) -> Result<Self> {
         let container = pod.container("server").command(["peer", "serve", "[::]:8080"]).start().await?;
         container.wait_for_output("ready\n").await?;
         let addresses = pod.addresses().await?;

@@ -81,7 +81,7 @@ fn pods_reach_each_other_whatever_runs_them() -> Result<()> {
 #[test]
 fn megabytes_cross_in_both_directions_unchanged() -> Result<()> {
     on_node(async |node| {
-        let server = Server::new(node, "echo").await?;
+        let server = Server::pooled(node).await?;
         let sent: Vec<u8> = (0..4u32 << 20).map(|n| (n.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
         let mut stream = timeout(HANG_LIMIT, TcpStream::connect(server.address()?)).await??;
         stream.write_all(b"echo\n").await?;
@@ -101,9 +101,9 @@ fn megabytes_cross_in_both_directions_unchanged() -> Result<()> {
 #[test]
 fn a_datagram_larger_than_the_mtu_crosses_in_pieces() -> Result<()> {
     on_node(async |node| {
-        let server = Server::new(node, "server").await?;
+        let server = Server::pooled(node).await?;
         let text = "0123456789".repeat(2_000);
-        assert_eq!(ask_by_datagram(server.address()?, &text).await?, format!("server {text}"));
+        assert_eq!(ask_by_datagram(server.address()?, &text).await?, format!("pooled {text}"));
         Ok(())
     })
 }
@@ -111,7 +111,7 @@ fn a_datagram_larger_than_the_mtu_crosses_in_pieces() -> Result<()> {
 #[test]
 fn a_hundred_connections_are_open_at_once() -> Result<()> {
     on_node(async |node| {
-        let server = Server::new(node, "server").await?;
+        let server = Server::pooled(node).await?;
         let address = server.address()?;
         let connect = async |number: u32| {
             let mut stream = TcpStream::connect(address).await?;
@@ -132,10 +132,10 @@ fn a_hundred_connections_are_open_at_once() -> Result<()> {
 #[test]
 fn a_pods_loopback_is_its_own() -> Result<()> {
     on_node(async |node| {
-        let server = Server::new(node, "server").await?;
+        let server = Server::pooled(node).await?;
         for loopback in ["127.0.0.1", "::1"] {
             let loopback: IpAddr = loopback.parse()?;
-            assert_eq!(server.asks("tcp", SocketAddr::new(loopback, super::PORT), "name").await?, "server");
+            assert_eq!(server.asks("tcp", SocketAddr::new(loopback, super::PORT), "name").await?, "pooled");
         }
         Ok(())
     })

@@ -26,7 +26,7 @@ async fn give_bytes(server: &Server) -> Result<()> {
 #[test]
 fn the_pods_statistics_count_its_traffic() -> Result<()> {
     on_node(async |node| {
-        let server = Server::new(node, "server").await?;
+        let server = Server::pooled(node).await?;
         let counted = async || -> Result<(u64, u64)> {
             let stats = server.pod.stats().await?;
             let network = stats.linux.and_then(|linux| linux.network).context("network statistics")?;
@@ -51,7 +51,7 @@ fn the_pods_statistics_count_its_traffic() -> Result<()> {
 #[test]
 fn large_segments_cross_the_machines_device_in_one_piece() -> Result<()> {
     on_pericarp(async |node| {
-        let server = Server::new(node, "server").await?;
+        let server = Server::pooled(node).await?;
         let at_first = device(&server.pod).await?;
         take_bytes(&server).await?;
         let in_between = device(&server.pod).await?;

@@ -70,11 +70,11 @@ fn a_pod_whose_client_gives_up_its_end_is_ended_nonetheless() -> Result<()> {
         {
             let name: String = point.chars().filter(char::is_ascii_alphabetic).collect();
             let pod = node.pod(&name).run().await?;
-            pod.idle_container("idle").await?;
             if removes {
                 pod.stop().await?;
                 give_up_at(point, pod.remove()).await?;
             } else {
+                pod.idle_container("idle").await?;
                 give_up_at(point, pod.stop()).await?;
             }
             wait_until("its machine to end", async || Ok(MachineProcess::of_pod(&pod.id)?.is_none()))

@@ -74,9 +74,10 @@ fn a_pod_whose_end_was_cut_off_is_finished() -> Result<()> {
         {
             let name: String = point.chars().filter(char::is_ascii_alphabetic).take(20).collect();
             let pod = node.pod(&name.to_lowercase()).run().await?;
-            pod.idle_container("idle").await?;
             if removes {
                 pod.stop().await?;
+            } else {
+                pod.idle_container("idle").await?;
             }
             let pending_kill = KilledController::kill_at(point)?;
             let cut_off = if removes { pod.remove().await } else { pod.stop().await };
