@@ -64,7 +64,7 @@ impl fmt::Display for Runtime {
 /// The pods' network on a node: see `tests/node/containerd-config`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Network {
-    /// A bridge with IPv4, and portmap.
+    /// A bridge with IPv4.
     Node,
     /// A bridge with IPv4 and IPv6, an MTU of 1400 bytes, and portmap.
     Dual,

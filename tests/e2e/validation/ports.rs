@@ -3,7 +3,7 @@
 use std::{net::SocketAddr, time::Duration};
 
 use anyhow::{Context, Result};
-use pericarp_tests::{HANG_LIMIT, api, cri::streams::Terminal, on_node};
+use pericarp_tests::{HANG_LIMIT, Network, api, cri::streams::Terminal, on_node};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
@@ -33,9 +33,9 @@ async fn ask(server: SocketAddr) -> Result<String> {
 fn a_containers_port_an_unsafe_sysctl_and_streams_work_in_a_bare_pod() -> Result<()> {
     on_node(async |node| {
         let logs = node.directory_for("logs")?;
-        let pod = node.pod("ports").minimal().with(|config| {
+        let pod = node.with_network(Network::Dual).pod("ports").minimal().with(|config| {
             config.log_directory = logs.clone();
-            // As kubelet's, and also critest's, where the node has no port for it.
+            // As kubelet's, and also critest's, where the node has no port for it; that network's plugins are told.
             config.port_mappings =
                 vec![api::PortMapping { container_port: PORT.into(), ..Default::default() }];
             config.hostname = "test-hostname".to_owned();
