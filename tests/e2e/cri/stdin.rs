@@ -11,8 +11,7 @@ use pericarp_tests::{
 
 /// The bytes of a block. No buffer has this length, so that a mix-up of pieces shows.
 const BLOCK: u32 = 1_000_003;
-/// How many blocks are sent. A hundred would take an emulated node minutes;
-/// `many_megabytes_go_in_and_come_out_in_order` sends as much to the agent.
+/// How many blocks are sent. More would take an emulated node minutes.
 const BLOCKS: u32 = 10;
 
 /// Sends all blocks to a command that prints the checksum of its input, and compares that with a file's checksum.
