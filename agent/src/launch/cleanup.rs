@@ -20,7 +20,7 @@ use super::HELPER_ARGUMENT;
 const DESCRIBED_MAX: usize = 4;
 
 /// What the processes of a launch have done up to now.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Progress {
     /// The CPU time that they have had.
     pub cpu: Duration,
@@ -67,15 +67,23 @@ fn processes(name: &str) -> impl Iterator<Item = (Pid, PathBuf)> {
 
 /// The CPU time that a process has had: the first number in its `schedstat`, in nanoseconds.
 fn cpu_time(process: &Path) -> Duration {
-    let times = fs::read_to_string(process.join("schedstat")).unwrap_or_default();
-    let nanoseconds = times.split(' ').next().and_then(|time| time.parse().ok());
+    let nanoseconds = read_text(process, "schedstat").split(' ').next().and_then(|time| time.parse().ok());
     Duration::from_nanos(nanoseconds.unwrap_or_default())
 }
 
 /// Whether a process is in state R.
 fn is_runnable(process: &Path) -> bool {
-    fs::read_to_string(process.join("status"))
-        .is_ok_and(|status| status.lines().any(|line| line.starts_with("State:\tR")))
+    status_value(&read_text(process, "status"), "State:").starts_with('R')
+}
+
+/// A file of a process in /proc; empty if the process has ended.
+fn read_text(process: &Path, file: &str) -> String {
+    fs::read_to_string(process.join(file)).unwrap_or_default().trim().to_owned()
+}
+
+/// The value after a key in a process's `status`; empty without the key.
+fn status_value<'a>(status: &'a str, key: &str) -> &'a str {
+    status.lines().find_map(|line| line.strip_prefix(key)).unwrap_or_default().trim()
 }
 
 fn command_line(process: &Path) -> Vec<u8> {
@@ -92,10 +100,10 @@ fn has_name(command: &[u8], name: &str) -> bool {
 
 /// The name and state of a process, where it waits in the kernel, and its system call with the arguments.
 fn describe(process: &Path) -> String {
-    let read = |file: &str| fs::read_to_string(process.join(file)).unwrap_or_default().trim().to_owned();
-    let status = read("status");
-    let line = |key: &str| status.lines().find_map(|line| line.strip_prefix(key)).unwrap_or_default().trim();
-    format!("{} is in state {}, {} ({})", line("Name:"), line("State:"), read("wchan"), read("syscall"))
+    let status = read_text(process, "status");
+    let (name, state) = (status_value(&status, "Name:"), status_value(&status, "State:"));
+    let (place, call) = (read_text(process, "wchan"), read_text(process, "syscall"));
+    format!("{name} is in state {state}, {place} ({call})")
 }
 
 #[cfg(test)]
