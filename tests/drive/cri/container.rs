@@ -229,14 +229,17 @@ impl Container {
     /// Waits until the container has exited, by asking for its status as kubelet does. (CRI's event stream is an alpha
     /// feature.)
     pub async fn wait_for_exit(&self) -> Result<api::ContainerStatus> {
-        let mut exited = None;
+        let mut last = None;
         wait_until(&format!("container {} to exit", self.id), async || {
-            let status = self.status().await?;
-            exited = (status.state() == api::ContainerState::ContainerExited).then_some(status);
-            Ok(exited.is_some())
+            let status = self.status().await;
+            // To be told nothing of the container is an error, and none to wait out.
+            let is_over =
+                status.as_ref().map_or(true, |status| status.state() == api::ContainerState::ContainerExited);
+            last = Some(status);
+            Ok(is_over)
         })
         .await?;
-        exited.context("it has exited, but has no status")
+        last.context("it was not asked for its status")?
     }
 
     /// Waits until the container has written exactly `stdout` to its standard output.
