@@ -3,6 +3,7 @@
 use std::{
     collections::HashMap,
     fs,
+    future::pending,
     io::{self, Write as _},
     os::unix::net::UnixStream,
     path::{Path, PathBuf},
@@ -14,10 +15,11 @@ use std::{
 
 use oci_spec::runtime::{LinuxNamespaceType, LinuxResources, Spec};
 use pericarp_protos::id::{ContainerId, ExecId};
+use tokio::sync::Semaphore;
 
 use super::{
     Attachments, ContainerError,
-    exec::{Exec, launch_with_stdio, prepare_stdio},
+    exec::{Exec, STARTING_MAX, launch_with_stdio, prepare_stdio},
     namespaces,
     pause::{PauseControl, PauseError},
     process::{Process, ProcessState},
@@ -46,6 +48,8 @@ pub struct Container {
     pub(super) directory: SocketDirectory,
     /// The number that the next exec gets.
     pub(super) next_exec: AtomicU64,
+    /// Places for execs that are being started.
+    pub(super) starting: Semaphore,
     attachments: tokio::sync::Mutex<Option<Attachments>>,
     execs: Mutex<HashMap<ExecId, Exec>>,
     is_being_deleted: AtomicBool,
@@ -90,6 +94,7 @@ impl Container {
             spec,
             directory,
             next_exec: AtomicU64::new(0),
+            starting: Semaphore::new(STARTING_MAX),
             attachments: tokio::sync::Mutex::new(Some(attachments)),
             execs: Mutex::default(),
             is_being_deleted: AtomicBool::new(false),
@@ -214,7 +219,7 @@ async fn create_init(
             directory: directory.path().to_owned(),
             action: Action::Create(Box::new(spec.clone())),
         };
-        let launched = launch_with_stdio(reaper, &request, stdio, urls.terminal).await?;
+        let launched = launch_with_stdio(reaper, &request, stdio, urls.terminal, pending()).await?;
         if let Some(limits) = cpu_limits {
             cgroup.update(&limits).await.map_err(|error| LaunchError::Container(error.to_string()))?;
         }

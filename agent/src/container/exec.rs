@@ -19,8 +19,13 @@ use crate::{
     stdio::{PreparedStdio, Stdio, Streams, Urls},
 };
 
-/// How long the end of a container waits for the ends of its execs, all of which have been killed.
+/// How long the end of a container waits for the ends of its execs, all of which have been killed, and how long the
+/// deletion of an exec waits for the end of its start.
 const EXECS_LIMIT: Duration = Duration::from_secs(10);
+
+/// How many execs of a container are started at a time; others wait. Each start has a process of the agent's, and a
+/// container can make its starts slow: there would be one more for each of its probes.
+pub const STARTING_MAX: usize = 16;
 
 /// A process that was added to a container.
 pub struct Exec {
@@ -62,10 +67,20 @@ impl Container {
         };
         process.set_state(ProcessState::Starting);
         spec.set_terminal(Some(process.urls.terminal));
-        match self.launch_exec(reaper, streams, &process, spec).await {
+        let launched = tokio::select! {
+            _place = self.starting.acquire() => self.launch_exec(reaper, streams, &process, spec).await,
+            () = process.start_given_up() => {
+                Err(ContainerError::Exec { id: self.id.to_string(), source: LaunchError::Killed })
+            }
+        };
+        match launched {
             Ok((pid, stdio)) => {
                 process.set_stdio(stdio);
                 process.set_state(ProcessState::Running { pid });
+                if process.is_start_given_up() {
+                    // Its exit is reported as that of any other.
+                    let _ = process.signal(libc::SIGKILL.cast_unsigned());
+                }
                 Ok(process)
             }
             Err(error) => {
@@ -94,7 +109,9 @@ impl Container {
                 serial: self.next_exec.fetch_add(1, Ordering::Relaxed),
             },
         };
-        launch_with_stdio(reaper, &request, stdio, process.urls.terminal).await.map_err(|source| {
+        let launched =
+            launch_with_stdio(reaper, &request, stdio, process.urls.terminal, process.start_given_up());
+        launched.await.map_err(|source| {
             let source = explain_chdir_error(source, &working_directory);
             ContainerError::Exec { id: self.id.to_string(), source }
         })
@@ -145,9 +162,14 @@ impl Container {
         self.execs().values().find(has_pid).map(|exec| Arc::clone(&exec.process))
     }
 
-    /// Removes an exec that has ended or has not been started, and returns it.
-    pub fn remove_exec(&self, exec_id: &str) -> Result<Arc<Process>, ContainerError> {
+    /// Removes an exec that has ended or has not been started, and returns it. One that is being started is ended:
+    /// containerd deletes it without killing it when its client has given up.
+    pub async fn remove_exec(&self, exec_id: &str) -> Result<Arc<Process>, ContainerError> {
         let process = self.process(exec_id)?;
+        if process.state() == ProcessState::Starting {
+            process.give_up_start();
+            let _ = tokio::time::timeout(EXECS_LIMIT, process.wait()).await;
+        }
         match process.state() {
             ProcessState::Added | ProcessState::Stopped { .. } => {
                 self.execs().remove(exec_id);
@@ -179,12 +201,13 @@ pub fn prepare_stdio(
         .map_err(|source| ContainerError::Stdio { subject: subject.to_owned(), source })
 }
 
-/// Creates a process and begins to copy its streams. Returns its pid.
+/// Creates a process and begins to copy its streams. Returns its pid. When `killed` resolves, this is given up.
 pub async fn launch_with_stdio(
     reaper: &Reaper,
     request: &Request,
     prepared: PreparedStdio,
     terminal: bool,
+    killed: impl Future<Output = ()>,
 ) -> Result<(i32, Stdio), LaunchError> {
     let (receiver, sender) = if terminal {
         let (receiver, sender) = UnixStream::pair()?;
@@ -193,7 +216,7 @@ pub async fn launch_with_stdio(
         (None, None)
     };
     let (stdio, agent_ends) = prepared.into_ends();
-    let pid = launch::launch(reaper, request, Descriptors { stdio, console: sender }).await?;
+    let pid = launch::launch(reaper, request, Descriptors { stdio, console: sender }, killed).await?;
     let console = receiver.map(|socket| receive_console(&socket)).transpose()?;
     let stdio =
         agent_ends.start_copying(console).map_err(|error| LaunchError::Container(error.to_string()))?;

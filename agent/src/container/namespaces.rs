@@ -1,6 +1,9 @@
 //! The namespaces of a container's spec, and the PID namespace that containers of a pod may share.
 
-use std::path::{Path, PathBuf};
+use std::{
+    future::pending,
+    path::{Path, PathBuf},
+};
 
 use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Spec};
 use pericarp_protos::guest::PID_NAMESPACE;
@@ -45,7 +48,7 @@ pub async fn ensure_shared_pid_namespace(reaper: &Reaper, spec: &Spec) -> Result
             directory: PathBuf::from(DIRECTORIES),
             action: Action::PidNamespace { of_user_namespace },
         };
-        let first = launch::launch(reaper, &request, Descriptors::null()?).await?;
+        let first = launch::launch(reaper, &request, Descriptors::null()?, pending()).await?;
         namespaces::bind_mount(&PathBuf::from(format!("/proc/{first}/ns/pid")), Path::new(PID_NAMESPACE))?;
         *exists = true;
     }

@@ -68,6 +68,8 @@ pub struct Process {
     early_size: Mutex<Option<(u16, u16)>>,
     /// Set when the exit may be reported to callers of `Wait`.
     finished: watch::Sender<Option<Exit>>,
+    /// Set when it has been killed while it was being started.
+    killed: watch::Sender<bool>,
 }
 
 impl Process {
@@ -85,6 +87,7 @@ impl Process {
             stdio: Mutex::new(None),
             early_size: Mutex::new(None),
             finished: watch::channel(None).0,
+            killed: watch::channel(false).0,
         })
     }
 
@@ -117,6 +120,22 @@ impl Process {
             // Unreachable: the sender is in `self`.
             None => std::future::pending().await,
         }
+    }
+
+    /// Gives up its start. If that is over, it is killed as soon as it runs.
+    pub fn give_up_start(&self) {
+        self.killed.send_replace(true);
+    }
+
+    /// Whether its start has been given up.
+    pub fn is_start_given_up(&self) -> bool {
+        *self.killed.borrow()
+    }
+
+    /// Resolves when its start has been given up.
+    pub async fn start_given_up(&self) {
+        // The sender is in `self`, so this does not end before.
+        let _ = self.killed.subscribe().wait_for(|killed| *killed).await;
     }
 
     /// Reports its exit to all callers of [`Self::wait`].
@@ -166,6 +185,10 @@ impl Process {
         let pid = match self.state() {
             ProcessState::Created { pid } | ProcessState::Running { pid } => pid,
             ProcessState::Stopped { .. } => return Err(ContainerError::Finished(self.subject.clone())),
+            ProcessState::Starting if number == libc::SIGKILL.cast_unsigned() => {
+                self.give_up_start();
+                return Ok(());
+            }
             ProcessState::Added | ProcessState::Starting => {
                 return Err(ContainerError::State {
                     subject: self.subject.clone(),

@@ -3,21 +3,32 @@
 //!
 //! The processes that a helper creates are children of the agent (`CLONE_PARENT`), so they do not end with the helper.
 //! A container's process whose helper has died would wait for its start for ever, with the container's streams open.
-//! All processes of a launch have the helper's command line, whose last argument is a name that no other launch has. (A
-//! process of a container that copies the command line is killed as well.)
+//! All processes of a launch have its name on their command lines, which nobody can guess and no other launch has. (A
+//! process that sees another of the same launch can copy it, and is killed as well.)
+//!
+//! Everything here blocks: containers have as many processes as they may, and what reads a process's command line waits
+//! for that process's own changes of its memory.
 
 use std::{
-    fs,
+    fs::{self, File},
+    io::Read as _,
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-use super::HELPER_ARGUMENT;
+use super::{HELPER_ARGUMENT, HOLD_ARGUMENT, PAUSE_ARGUMENT};
 
 /// How many processes are described at most.
 const DESCRIBED_MAX: usize = 4;
+
+/// How much of a command line is read, in bytes: more than a launch's has. A container's may have megabytes.
+const COMMAND_LINE_MAX: u64 = 256;
+
+/// How often the processes of a launch are looked for at most: one that is killed may just have made another.
+const ROUNDS_MAX: usize = 8;
 
 /// What the processes of a launch have done up to now.
 #[derive(Clone, Copy, Debug, Default)]
@@ -47,14 +58,28 @@ impl Progress {
 /// Kills every process of the launch with that name, and returns a description of what they were doing.
 pub fn kill_launch(name: &str) -> String {
     let mut descriptions = Vec::new();
-    for (number, process) in processes(name) {
-        if descriptions.len() < DESCRIBED_MAX {
-            descriptions.push(describe(&process));
+    for round in 0..ROUNDS_MAX {
+        let mut found = false;
+        for (pid, process) in processes(name) {
+            let Some(pidfd) = open(pid, &process, name) else { continue };
+            found = true;
+            if round == 0 && descriptions.len() < DESCRIBED_MAX {
+                descriptions.push(describe(&process));
+            }
+            // This fails if the process has ended in the meantime.
+            let _ = pidfd_send_signal(pidfd, Signal::KILL);
         }
-        // This fails if the process has ended in the meantime.
-        let _ = kill_process(number, Signal::KILL);
+        if !found {
+            break;
+        }
     }
     if descriptions.is_empty() { "none of its processes is left".to_owned() } else { descriptions.join("; ") }
+}
+
+/// Opens a process of the launch with that name, unless another process has its number by now.
+fn open(pid: Pid, process: &Path, name: &str) -> Option<OwnedFd> {
+    let pidfd = pidfd_open(pid, PidfdFlags::empty()).ok()?;
+    has_name(&command_line(process), name).then_some(pidfd)
 }
 
 /// The processes of the launch with that name: their ids and directories.
@@ -86,15 +111,22 @@ fn status_value<'a>(status: &'a str, key: &str) -> &'a str {
     status.lines().find_map(|line| line.strip_prefix(key)).unwrap_or_default().trim()
 }
 
+/// The beginning of a process's command line; empty if the process has ended.
 fn command_line(process: &Path) -> Vec<u8> {
-    // A process that has ended has no command line.
-    fs::read(process.join("cmdline")).unwrap_or_default()
+    let mut line = Vec::new();
+    if let Ok(file) = File::open(process.join("cmdline")) {
+        // What has been read before an error names no process.
+        let _ = file.take(COMMAND_LINE_MAX).read_to_end(&mut line);
+    }
+    line
 }
 
-/// Whether a command line is that of a helper whose launch has this name.
+/// Whether a command line is that of a process of the launch of this name.
 fn has_name(command: &[u8], name: &str) -> bool {
+    const KINDS: [&str; 3] = [HELPER_ARGUMENT, PAUSE_ARGUMENT, HOLD_ARGUMENT];
     let mut arguments = command.split(|byte| *byte == 0).skip(1);
-    arguments.next() == Some(HELPER_ARGUMENT.as_bytes())
+    let kind = arguments.next().unwrap_or_default();
+    KINDS.iter().any(|known| known.as_bytes() == kind)
         && arguments.any(|argument| argument == name.as_bytes())
 }
 
@@ -123,18 +155,24 @@ pub mod tests {
     impl LaunchProcess {
         /// A shell that has a helper's command line, because its script is called as a helper's first argument is.
         pub fn start(script: &str) -> Self {
+            Self::start_with(script, &[])
+        }
+
+        /// A shell as above, with more arguments behind the name.
+        pub fn start_with(script: &str, more: &[String]) -> Self {
             let directory = tempfile::tempdir().unwrap();
             fs::write(directory.path().join(HELPER_ARGUMENT), script).unwrap();
             let name = format!("launch-{}", directory.path().display());
             let mut command = Command::new("sh");
-            command.args([HELPER_ARGUMENT, &name]).current_dir(&directory).stdin(Stdio::piped());
+            command.args([HELPER_ARGUMENT, &name]).args(more).current_dir(&directory).stdin(Stdio::piped());
             Self { child: command.spawn().unwrap(), name, _directory: directory }
         }
     }
 
     impl Drop for LaunchProcess {
         fn drop(&mut self) {
-            self.child.kill().unwrap();
+            // It may have been killed already.
+            let _ = self.child.kill();
             self.child.wait().unwrap();
         }
     }
@@ -142,11 +180,23 @@ pub mod tests {
     #[test]
     fn only_the_processes_of_the_one_making_are_its_own() {
         let helper = b"/pericarp-agent\0container\0" as &[u8];
+        assert!(has_name(b"/proc/self/exe\0pause\0launch-12\0", "launch-12"));
         assert!(has_name(&[helper, b"7\0-\0launch-12\0"].concat(), "launch-12"));
         assert!(!has_name(&[helper, b"7\0-\0launch-123\0"].concat(), "launch-12"));
         assert!(!has_name(b"sleep\0launch-12\0", "launch-12"));
         assert!(!has_name(b"", "launch-12"), "a kernel thread has no command line");
         assert_eq!(kill_launch("launch-of-nobody"), "none of its processes is left");
+    }
+
+    #[test]
+    fn a_process_is_found_by_its_launch_and_killed_whatever_others_have_on_their_command_lines() {
+        let launch = LaunchProcess::start("read line");
+        // A name beyond the bytes that are looked at belongs to nobody.
+        let far = LaunchProcess::start_with("read line", &["x".repeat(1 << 16), launch.name.clone()]);
+        assert_eq!(processes(&launch.name).count(), 1);
+        assert_ne!(kill_launch(&launch.name), "none of its processes is left");
+        drop(launch);
+        assert_eq!(processes(&far.name).count(), 1);
     }
 
     #[test]

@@ -17,9 +17,14 @@ use nix::{
 };
 use oci_spec::runtime::{Process, Spec};
 
+use super::home;
+
 /// Executes programs as runc does, with runc's error texts, which clients look for.
 #[derive(Clone)]
-pub struct GuestExecutor;
+pub struct GuestExecutor {
+    /// The user, in the container.
+    pub uid: u32,
+}
 
 impl Executor for GuestExecutor {
     /// Runs in the container's root, as the container's user, before the process is reported as created. So a command
@@ -29,9 +34,9 @@ impl Executor for GuestExecutor {
     }
 
     fn setup_envs(&self, mut variables: HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {
-        // libcontainer has looked up the container's /etc/passwd. The home of a user who is not there is the root
-        // directory (runc: `libcontainer/init_linux.go`, `getUserHome`).
-        variables.entry("HOME".to_owned()).or_insert_with(|| "/".to_owned());
+        if let Some(home) = variables.get_mut("HOME") {
+            home::look_up(home, self.uid);
+        }
         DefaultExecutor {}.setup_envs(variables)
     }
 

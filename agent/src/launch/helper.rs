@@ -37,7 +37,7 @@ use rustix::{
 use super::{
     Action, BoxError, NO_CONSOLE, Request,
     executor::GuestExecutor,
-    pause,
+    home, pause,
     protocol::{self, NO_PROCESS},
     user_namespace, working_directory,
 };
@@ -49,13 +49,13 @@ const DESCRIPTOR_SOFT_LIMIT: u64 = 1024;
 /// How many bytes of libcontainer's own error messages are passed on.
 const ERROR_LIMIT: u64 = 4096;
 
-/// Creates the namespaces of a pod with a user namespace.
-pub type CreatePodNamespaces = fn(&ConfigureRequest) -> Result<(), BoxError>;
+/// Creates the namespaces of a pod with a user namespace. What it starts gets the name of the launch.
+pub type CreatePodNamespaces = fn(&str, &ConfigureRequest) -> Result<(), BoxError>;
 
 /// Runs the helper. `arguments` are the number of the socket to the agent, the number of the console's socket or `-`,
-/// and a name that the helper does not use (see [`super::cleanup`]).
+/// and the name of its launch (see [`super::cleanup`]).
 pub fn main(arguments: &[String], create_pod_namespaces: CreatePodNamespaces) -> ExitCode {
-    let [channel, console, _] = arguments else { return ExitCode::FAILURE };
+    let [channel, console, name] = arguments else { return ExitCode::FAILURE };
     let Some(channel) = descriptor(channel) else { return ExitCode::FAILURE };
     let console = if console == NO_CONSOLE { None } else { descriptor(console) };
     let mut channel = UnixStream::from(channel);
@@ -73,7 +73,7 @@ pub fn main(arguments: &[String], create_pod_namespaces: CreatePodNamespaces) ->
     }
     let answer = protocol::read(&mut channel)
         .map_err(BoxError::from)
-        .and_then(|request| create(request, console, create_pod_namespaces));
+        .and_then(|request| create(name, request, console, create_pod_namespaces));
     let answer = answer.map_err(|error| describe(&*error, log.ok()));
     match protocol::write(&mut channel, &answer) {
         Ok(()) => ExitCode::SUCCESS,
@@ -91,6 +91,7 @@ fn descriptor(argument: &str) -> Option<OwnedFd> {
 }
 
 fn create(
+    name: &str,
     request: Request,
     console: Option<OwnedFd>,
     create_pod_namespaces: CreatePodNamespaces,
@@ -116,9 +117,9 @@ fn create(
             let _ = fs::remove_file(&socket);
             pid
         }
-        Action::PidNamespace { of_user_namespace } => create_pid_namespace(of_user_namespace),
+        Action::PidNamespace { of_user_namespace } => create_pid_namespace(name, of_user_namespace),
         Action::PodNamespaces(request) => {
-            create_pod_namespaces(&ConfigureRequest::parse_from_bytes(&request)?)?;
+            create_pod_namespaces(name, &ConfigureRequest::parse_from_bytes(&request)?)?;
             Ok(NO_PROCESS)
         }
     }
@@ -177,7 +178,9 @@ struct Arguments<'a> {
 impl Arguments<'_> {
     fn run(self, mut spec: Spec, console: Option<OwnedFd>) -> Result<i32, BoxError> {
         remove_host_settings(&mut spec);
-        let process = spec.process().as_ref().ok_or("the spec has no process")?;
+        let process = spec.process_mut().as_mut().ok_or("the spec has no process")?;
+        home::leave_to_executor(process);
+        let uid = process.user().uid();
         // A missing maximum stands for no limit.
         let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
         let current = maximum.map_or(DESCRIPTOR_SOFT_LIMIT, |maximum| DESCRIPTOR_SOFT_LIMIT.min(maximum));
@@ -185,7 +188,7 @@ impl Arguments<'_> {
         // The agent's own protection from the OOM killer must not be inherited.
         let badness = process.oom_score_adj().unwrap_or(0);
         fs::write("/proc/self/oom_score_adj", badness.to_string())?;
-        if let (None, Some(uid)) = (&console, user_namespace::uid(&spec, process.user().uid())) {
+        if let (None, Some(uid)) = (&console, user_namespace::uid(&spec, uid)) {
             change_owner_of_pipes(uid)?;
         }
         // The processes of a container that this process enters must not be able to trace it.
@@ -211,7 +214,7 @@ impl Arguments<'_> {
             user_ns_config: self.user_namespace,
             cgroup_config: Cgroup::existing(cgroup.as_deref())?.config(self.id),
             detached: true,
-            executor: Box::new(GuestExecutor),
+            executor: Box::new(GuestExecutor { uid }),
             no_pivot: false,
             // Descriptors 0, 1 and 2 are those of the container already.
             stdin: None,
@@ -253,12 +256,12 @@ fn change_owner_of_pipes(uid: u32) -> io::Result<()> {
 }
 
 /// Creates a PID namespace with a first process, whose pid is returned. The namespace exists as long as that process.
-fn create_pid_namespace(of_user_namespace: bool) -> Result<i32, BoxError> {
+fn create_pid_namespace(name: &str, of_user_namespace: bool) -> Result<i32, BoxError> {
     if of_user_namespace {
         user_namespace::enter()?;
     }
     unshare(CloneFlags::CLONE_NEWPID)?;
-    pause::spawn()
+    pause::spawn(name)
 }
 
 /// The text of an error: runc's own for a command that cannot be run, and otherwise the error with its sources and the

@@ -8,6 +8,7 @@
 mod cleanup;
 mod executor;
 pub mod helper;
+mod home;
 pub mod pause;
 mod protocol;
 mod reaper;
@@ -15,7 +16,7 @@ pub mod user_namespace;
 mod working_directory;
 
 use std::{
-    io,
+    fs, io,
     os::fd::{AsRawFd, OwnedFd},
     process::{Command, Stdio},
     sync::atomic::{AtomicU64, Ordering},
@@ -29,7 +30,7 @@ use tokio::{
     time::Instant,
 };
 
-use self::cleanup::Progress;
+use self::{cleanup::Progress, protocol::NO_PROCESS};
 pub use self::{
     protocol::{Action, Request, START_SOCKET},
     reaper::{Exit, Reaper},
@@ -61,6 +62,10 @@ const CPU_LIMIT: Duration = Duration::from_secs(180);
 /// How long a launch may take in all: a container can let the processes of its commands run a little now and then.
 const TIME_LIMIT: Duration = Duration::from_secs(30 * 60);
 
+/// How long the launch of a command in a container may take in all. Whoever asks for one, and gives it up after a
+/// second, asks for another soon.
+const EXEC_TIME_LIMIT: Duration = Duration::from_secs(5 * 60);
+
 /// How often a launch that takes long is looked at.
 const CHECK_INTERVAL: Duration = Duration::from_secs(30);
 
@@ -79,6 +84,12 @@ pub enum LaunchError {
     /// libcontainer has refused or failed. The text is its own.
     #[error("{0}")]
     Container(String),
+    /// The process was killed before there was one.
+    #[error("it was killed before its program ran")]
+    Killed,
+    /// The helper's answer names a process that it cannot have created.
+    #[error("the process that makes containers names a process that is not its own ({0})")]
+    NotItsOwn(i32),
 }
 
 /// The descriptors of a process to be created.
@@ -96,22 +107,49 @@ impl Descriptors {
     }
 }
 
-/// Creates a process and returns its pid in the guest.
+/// Creates a process and returns its pid in the guest. When `killed` resolves, the launch is given up.
 ///
 /// The caller must have subscribed to its exit ([`Reaper::subscribe`]), so that the exit is not missed.
 pub async fn launch(
     reaper: &Reaper,
     request: &Request,
     descriptors: Descriptors,
+    killed: impl Future<Output = ()>,
 ) -> Result<i32, LaunchError> {
+    let name = new_name()?;
+    let launched = launch_as(&name, reaper, request, descriptors, killed).await;
+    if launched.is_err()
+        && let Some(socket) = request.action.own_socket()
+    {
+        // The helper has removed it, unless it was killed.
+        let _ = fs::remove_file(request.directory.join(socket));
+    }
+    launched
+}
+
+/// A name for a launch: no container can guess it, and count its own processes among those of another's launch. It
+/// includes this agent's pid, because tests run several agents on one machine.
+fn new_name() -> io::Result<String> {
     static SERIAL: AtomicU64 = AtomicU64::new(0);
-    // The name includes this agent's pid, because tests run several agents on one machine.
-    let name = format!("launch-{}-{}", std::process::id(), SERIAL.fetch_add(1, Ordering::Relaxed));
+    let mut secret = [0; 8];
+    rustix::rand::getrandom(&mut secret, rustix::rand::GetRandomFlags::empty())?;
+    let (serial, secret) = (SERIAL.fetch_add(1, Ordering::Relaxed), u64::from_ne_bytes(secret));
+    Ok(format!("launch-{}-{serial}-{secret:016x}", std::process::id()))
+}
+
+async fn launch_as(
+    name: &str,
+    reaper: &Reaper,
+    request: &Request,
+    descriptors: Descriptors,
+    killed: impl Future<Output = ()>,
+) -> Result<i32, LaunchError> {
     let (agent_end, helper_end) = std::os::unix::net::UnixStream::pair()?;
-    let pid = spawn_helper(&name, &helper_end.into(), descriptors)?;
+    let pid = spawn_helper(name, &helper_end.into(), descriptors)?;
     let mut exit = reaper.wait_for(pid);
-    let request = serde_json::to_vec(request).map_err(io::Error::from)?;
-    let mut answer = std::pin::pin!(unless_it_hangs(&name, exchange(agent_end, &request)));
+    let message = serde_json::to_vec(request).map_err(io::Error::from)?;
+    let limits = Limits::of(&request.action);
+    let mut answer = std::pin::pin!(unless_it_hangs(name, limits, exchange(agent_end, &message)));
     let answer = tokio::select! {
         biased;
         answer = &mut answer => answer,
@@ -119,15 +157,29 @@ pub async fn launch(
             // The helper has replied. Only its exit was noticed first.
             0 => answer.await,
             status => {
-                cleanup::kill_launch(&name);
+                kill_launch(name).await;
                 return Err(LaunchError::Died(status));
             }
         },
+        () = killed => {
+            kill_launch(name).await;
+            return Err(LaunchError::Killed);
+        }
     };
+    if matches!(request.action, Action::PidNamespace { .. }) && !exit.is_terminated() {
+        // What it has created becomes the agent's own child with its end.
+        let _ = (&mut exit).await;
+    }
     match answer {
-        Ok(Ok(answer)) => answer.map_err(LaunchError::Container),
+        Ok(Ok(Ok(NO_PROCESS))) if matches!(request.action, Action::PodNamespaces(_)) => Ok(NO_PROCESS),
+        Ok(Ok(Ok(created))) if reaper.may_be_new(created) => Ok(created),
+        Ok(Ok(Ok(other))) => {
+            kill_launch(name).await;
+            Err(LaunchError::NotItsOwn(other))
+        }
+        Ok(Ok(Err(text))) => Err(LaunchError::Container(text)),
         Ok(Err(error)) => {
-            cleanup::kill_launch(&name);
+            kill_launch(name).await;
             // The helper's end of the socket is closed before the helper is reaped. Its exit status says more than
             // that. If the exit has been received above, the helper has exited with 0 and without a reply.
             if error.kind() == io::ErrorKind::UnexpectedEof && !exit.is_terminated() {
@@ -136,10 +188,42 @@ pub async fn launch(
             Err(error.into())
         }
         Err(Hung) => {
-            let hanging = cleanup::kill_launch(&name);
+            let hanging = kill_launch(name).await;
             tracing::error!(name, hanging, "no container process in time");
             Err(LaunchError::Timeout(hanging))
         }
+    }
+}
+
+/// Kills every process of a launch and returns a description of what they were doing. Meanwhile the agent goes on.
+async fn kill_launch(name: &str) -> String {
+    let name = name.to_owned();
+    tokio::task::spawn_blocking(move || cleanup::kill_launch(&name)).await.unwrap_or_default()
+}
+
+async fn progress_of_launch(name: &str) -> Progress {
+    let name = name.to_owned();
+    tokio::task::spawn_blocking(move || Progress::of_launch(&name)).await.unwrap_or_default()
+}
+
+/// How long a launch may take.
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    /// Without doing anything.
+    idle: Duration,
+    /// Of CPU time.
+    cpu: Duration,
+    /// In all.
+    total: Duration,
+}
+
+impl Limits {
+    fn of(action: &Action) -> Self {
+        let total = match action {
+            Action::Exec { .. } => EXEC_TIME_LIMIT,
+            Action::Create(_) | Action::PidNamespace { .. } | Action::PodNamespaces(_) => TIME_LIMIT,
+        };
+        Self { idle: IDLE_LIMIT, cpu: CPU_LIMIT, total }
     }
 }
 
@@ -148,7 +232,7 @@ pub async fn launch(
 struct Hung;
 
 /// Waits for the answer of a launch's helper for as long as the launch goes on.
-async fn unless_it_hangs<T>(name: &str, answer: impl Future<Output = T>) -> Result<T, Hung> {
+async fn unless_it_hangs<T>(name: &str, limits: Limits, answer: impl Future<Output = T>) -> Result<T, Hung> {
     let mut answer = std::pin::pin!(answer);
     let start = Instant::now();
     let (mut before, mut last_work) = (Progress::default(), start);
@@ -156,11 +240,11 @@ async fn unless_it_hangs<T>(name: &str, answer: impl Future<Output = T>) -> Resu
         if let Ok(answer) = tokio::time::timeout(CHECK_INTERVAL, &mut answer).await {
             return Ok(answer);
         }
-        let now = Progress::of_launch(name);
+        let now = progress_of_launch(name).await;
         if now.goes_on_since(before) {
             (before, last_work) = (now, Instant::now());
         }
-        if last_work.elapsed() >= IDLE_LIMIT || now.cpu >= CPU_LIMIT || start.elapsed() >= TIME_LIMIT {
+        if last_work.elapsed() >= limits.idle || now.cpu >= limits.cpu || start.elapsed() >= limits.total {
             return Err(Hung);
         }
     }
@@ -216,18 +300,46 @@ mod tests {
 
     use super::{cleanup::tests::LaunchProcess, *};
 
+    /// Far more than any test takes.
+    const NO_LIMIT: Duration = Duration::from_secs(24 * 60 * 60);
+    const NO_LIMITS: Limits = Limits { idle: NO_LIMIT, cpu: NO_LIMIT, total: NO_LIMIT };
+
+    /// How long a launch is waited for that never ends.
+    async fn given_up_after(name: &str, limits: Limits) -> Duration {
+        let start = Instant::now();
+        timeout(2 * NO_LIMIT, unless_it_hangs(name, limits, pending::<()>())).await.unwrap().unwrap_err();
+        start.elapsed()
+    }
+
     #[tokio::test(start_paused = true)]
     async fn a_launch_that_nobody_works_on_is_given_up() {
-        let start = Instant::now();
-        unless_it_hangs("launch-of-nobody", pending::<()>()).await.unwrap_err();
-        assert!((IDLE_LIMIT..IDLE_LIMIT + 2 * CHECK_INTERVAL).contains(&start.elapsed()));
+        let after = given_up_after("launch-of-nobody", Limits { idle: IDLE_LIMIT, ..NO_LIMITS }).await;
+        assert!((IDLE_LIMIT..IDLE_LIMIT + 2 * CHECK_INTERVAL).contains(&after), "{after:?}");
     }
 
     #[tokio::test(start_paused = true)]
     async fn a_launch_that_goes_on_is_waited_for_but_not_for_ever() {
         let busy = LaunchProcess::start("while :; do :; done");
-        let mut waiting = std::pin::pin!(unless_it_hangs(&busy.name, pending::<()>()));
-        timeout(TIME_LIMIT / 2, &mut waiting).await.unwrap_err();
-        waiting.await.unwrap_err();
+        let limits = Limits { idle: IDLE_LIMIT, total: TIME_LIMIT, ..NO_LIMITS };
+        let after = given_up_after(&busy.name, limits).await;
+        assert!((TIME_LIMIT..TIME_LIMIT + 2 * CHECK_INTERVAL).contains(&after), "{after:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_launch_that_uses_up_its_cpu_time_is_given_up() {
+        let busy = LaunchProcess::start("while :; do :; done");
+        let after = given_up_after(&busy.name, Limits { cpu: Duration::from_millis(1), ..NO_LIMITS }).await;
+        assert!(after < NO_LIMIT, "{after:?}");
+    }
+
+    #[test]
+    fn a_command_has_less_time_than_a_container() {
+        let exec = Limits::of(&Action::Exec { spec: Box::default(), serial: 0 });
+        assert!(exec.total < Limits::of(&Action::Create(Box::default())).total);
+    }
+
+    #[test]
+    fn no_two_launches_have_the_same_name() {
+        assert_ne!(new_name().unwrap(), new_name().unwrap());
     }
 }

@@ -31,10 +31,10 @@ const READY: &[u8] = b"ready";
 const ERROR_LIMIT: u64 = 512;
 
 /// Starts the process, which is the first in the PID namespace of this process's children, and waits until it has given
-/// up all that it had.
-pub fn spawn() -> Result<i32, BoxError> {
+/// up all that it had. It belongs to the launch of this name.
+pub fn spawn(name: &str) -> Result<i32, BoxError> {
     let mut pause = Command::new("/proc/self/exe")
-        .arg(PAUSE_ARGUMENT)
+        .args([PAUSE_ARGUMENT, name])
         .env_clear()
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
@@ -51,10 +51,11 @@ pub fn spawn() -> Result<i32, BoxError> {
     Ok(pause.id().cast_signed())
 }
 
-/// The command of a process that keeps the namespaces in which it is started, until it is killed.
-pub fn hold_command() -> Command {
+/// The command of a process that keeps the namespaces in which it is started, until it is killed. It belongs to the
+/// launch of this name.
+pub fn hold_command(name: &str) -> Command {
     let mut command = Command::new("/proc/self/exe");
-    command.arg(HOLD_ARGUMENT).env_clear();
+    command.args([HOLD_ARGUMENT, name]).env_clear();
     command
 }
 

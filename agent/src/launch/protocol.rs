@@ -57,9 +57,14 @@ pub enum Action {
 impl Action {
     /// The name of the socket, in the container's directory, on which libcontainer waits for the start.
     pub fn notify_socket(&self) -> String {
+        self.own_socket().unwrap_or_else(|| START_SOCKET.to_owned())
+    }
+
+    /// The name of that socket, if nobody needs it after the launch.
+    pub fn own_socket(&self) -> Option<String> {
         match self {
-            Self::Exec { serial, .. } => format!("exec-{serial}.sock"),
-            _ => START_SOCKET.to_owned(),
+            Self::Exec { serial, .. } => Some(format!("exec-{serial}.sock")),
+            _ => None,
         }
     }
 }
@@ -113,6 +118,7 @@ mod tests {
         let back: Request = read(wire.as_slice()).unwrap();
         assert_eq!(back.id, "a");
         assert_eq!(back.action.notify_socket(), "exec-7.sock");
+        assert_eq!(Action::Create(Box::default()).own_socket(), None);
     }
 
     #[test]

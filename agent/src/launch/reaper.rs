@@ -8,7 +8,7 @@ use std::{
 
 use rustix::{
     io::Errno,
-    process::{WaitOptions, WaitStatus, wait},
+    process::{Pid, WaitId, WaitIdOptions, WaitOptions, WaitStatus, wait, waitid},
 };
 use tokio::sync::oneshot;
 
@@ -79,6 +79,18 @@ impl Reaper {
         let (sender, receiver) = oneshot::channel();
         self.state().waiting.insert(pid, sender);
         receiver
+    }
+
+    /// Whether a process of this pid can just have been created: it is a child of this process, or was one and has
+    /// been reaped, and nobody knows it yet. Whoever names a pid may not tell the truth.
+    pub fn may_be_new(&self, pid: i32) -> bool {
+        let state = self.state();
+        if pid <= 1 || state.waiting.contains_key(&pid) {
+            return false;
+        }
+        let flags = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        let is_child = Pid::from_raw(pid).is_some_and(|pid| waitid(WaitId::Pid(pid), flags).is_ok());
+        is_child || state.early_exits.iter().any(|early| early.pid == pid)
     }
 
     /// Reaps every child that has exited.
@@ -180,6 +192,24 @@ mod tests {
             let (_, status) = rustix::process::waitpid(Some(pid), WaitOptions::empty()).unwrap().unwrap();
             assert_eq!(exit_code(status), Some(128 + signal.cast_unsigned()));
         }
+    }
+
+    #[test]
+    fn only_an_unknown_child_can_be_new() {
+        let reaper = Reaper::new();
+        let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = child.id().cast_signed();
+        assert!(reaper.may_be_new(pid));
+        let _waiting = reaper.wait_for(pid);
+        assert!(!reaper.may_be_new(pid), "it is another launch's");
+        child.kill().unwrap();
+        child.wait().unwrap();
+        for forged in [-1, 0, 1, std::process::id().cast_signed(), i32::MAX, i32::MIN] {
+            assert!(!reaper.may_be_new(forged), "{forged}");
+        }
+        let _subscription = reaper.subscribe();
+        reaper.record(i32::MAX, 0);
+        assert!(reaper.may_be_new(i32::MAX), "it has ended already");
     }
 
     #[test]

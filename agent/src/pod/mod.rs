@@ -15,6 +15,7 @@ mod sysctls;
 mod volumes;
 
 use std::{
+    future::pending,
     io,
     path::{Path, PathBuf},
     sync::{
@@ -121,7 +122,7 @@ impl Pod {
             directory: PathBuf::from(ETC_DIR),
             action: Action::PodNamespaces(request),
         };
-        launch::launch(&self.reaper, &request, Descriptors::null()?).await?;
+        launch::launch(&self.reaper, &request, Descriptors::null()?, pending()).await?;
         Ok(())
     }
 }

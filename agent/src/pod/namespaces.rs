@@ -35,10 +35,10 @@ const OWNED_NAMESPACES: [(&str, &str, CloneFlags); 3] = [
 ];
 
 /// Creates the pod's namespaces, enters them, and gives them the pod's host name, network and sysctls. This must run in
-/// a helper process.
-pub fn create(request: &ConfigureRequest) -> Result<(), BoxError> {
+/// a helper process, that of the launch of this name.
+pub fn create(launch: &str, request: &ConfigureRequest) -> Result<(), BoxError> {
     let user = request.user_namespace.as_ref().ok_or("the pod has no user namespace")?;
-    create_and_mount(user)?;
+    create_and_mount(launch, user)?;
     let owned: Vec<_> =
         OWNED_NAMESPACES.iter().map(|(_, path, _)| File::open(path)).collect::<io::Result<_>>()?;
     // The runtime must not start threads: a process that has several cannot enter a user namespace.
@@ -53,9 +53,9 @@ pub fn create(request: &ConfigureRequest) -> Result<(), BoxError> {
 }
 
 /// Creates the namespaces with a process in them, and mounts them, so that they stay when that process ends.
-fn create_and_mount(user: &UserNamespace) -> Result<(), BoxError> {
+fn create_and_mount(launch: &str, user: &UserNamespace) -> Result<(), BoxError> {
     let flags = OWNED_NAMESPACES.iter().fold(CloneFlags::CLONE_NEWUSER, |flags, (_, _, kind)| flags | *kind);
-    let mut command = pause::hold_command();
+    let mut command = pause::hold_command(launch);
     let root = Uid::from_raw(user.uids.outside);
     let enter = move || {
         // The directory of message queues belongs to this user, as with runc.

@@ -67,7 +67,7 @@ impl shim_async::Task for TaskService {
         let process = if request.exec_id.is_empty() {
             Arc::clone(&self.delete_container(&request.id).await?.init)
         } else {
-            self.container(&request.id)?.remove_exec(&request.exec_id).map_err(TaskError::from)?
+            self.container(&request.id)?.remove_exec(&request.exec_id).await.map_err(TaskError::from)?
         };
         let mut response = api::DeleteResponse::new();
         response.pid = process.pid().cast_unsigned();

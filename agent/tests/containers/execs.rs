@@ -234,3 +234,92 @@ async fn a_terminal_has_the_size_that_was_asked_for_before_it_was_there() {
     assert!(output.ends_with("sized\r\n"), "{output}");
     assert_eq!(agent.wait("c1", "e1").await, 0);
 }
+
+/// Replaces a file of the root that all containers of an agent share by a FIFO: whoever opens it waits for ever.
+fn make_fifo(agent: &Agent, name: &str) {
+    let path = agent.path().join("rootfs").join(name);
+    let _ = fs::remove_file(&path);
+    nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+}
+
+#[tokio::test]
+async fn a_home_is_looked_up_without_the_libraries_and_pipes_of_the_image() {
+    let agent = Agent::start().await;
+    let root = agent.path().join("rootfs");
+    fs::write(root.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\nalice:x:1000:1000::/home/alice:/bin/sh\n")
+        .unwrap();
+    // glibc would read this first, to learn which library of the image it is to load.
+    make_fifo(&agent, "etc/nsswitch.conf");
+    agent.add_container("c1", &["sleep", "1000"]);
+    agent.create("c1", &[]).await;
+    agent.start_task("c1").await;
+    let home = async |exec: &str, uid: u32, variable: Option<&str>| {
+        let output = agent.stream(&format!("{exec}-stdout")).await;
+        let mut process = process(&["sh", "-c", "echo $HOME"]);
+        process["user"]["uid"] = uid.into();
+        process["env"].as_array_mut().unwrap().extend(variable.map(Value::from));
+        agent.exec("c1", exec, process, &["stdout"]).await.unwrap();
+        String::from_utf8(output.read_to_end().await).unwrap()
+    };
+    assert_eq!(home("e1", 0, None).await, "/root\n");
+    assert_eq!(home("e2", 1000, Some("HOME=")).await, "/home/alice\n");
+    assert_eq!(home("e3", 7, None).await, "/\n");
+    assert_eq!(home("e4", 0, Some("HOME=/own")).await, "/own\n");
+    make_fifo(&agent, "etc/passwd");
+    assert_eq!(home("e5", 0, None).await, "/\n");
+}
+
+#[tokio::test]
+async fn a_start_that_hangs_ends_with_the_exec_and_execs_that_wait_for_it_are_started() {
+    /// As many as are started at a time.
+    const STARTING: usize = 16;
+    let agent = Agent::start().await;
+    agent.add_container("c1", &["sleep", "1000"]);
+    let init = agent.create("c1", &[]).await;
+    agent.start_task("c1").await;
+    // In a frozen cgroup new processes stop half-way.
+    let freeze = format!("/sys/fs/cgroup/pod-{}/c1/cgroup.freeze", agent.pid());
+    fs::write(&freeze, "1").unwrap();
+    let names: Vec<_> = (0..STARTING + 2).map(|n| format!("e{n}")).collect();
+    for name in &names {
+        agent.add_exec("c1", name, process(&["true"]), &[]).await.unwrap();
+    }
+    let starts = futures::future::join_all(names.iter().map(|name| agent.start_exec("c1", name)));
+    let removals = async {
+        let launches = || {
+            let (_, children) = holdings(&agent);
+            let is_helper = |pid: &&String| {
+                let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+                command.split(|byte| *byte == 0).nth(4).is_some_and(|name| name.starts_with(b"launch-"))
+                    && !fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().contains("youki")
+            };
+            children.iter().filter(is_helper).count()
+        };
+        while launches() < STARTING {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        assert_eq!(launches(), STARTING, "the others wait");
+        // One of them waits, the other ones hang.
+        agent.delete("c1", names.last().unwrap()).await.unwrap();
+        for name in &names[..STARTING] {
+            agent.delete("c1", name).await.unwrap();
+        }
+        fs::write(&freeze, "0").unwrap();
+    };
+    let (results, ()) = tokio::join!(starts, removals);
+    for (name, result) in names.iter().zip(results) {
+        if *name == names[STARTING] {
+            result.unwrap();
+        } else {
+            let (code, message) = status(&result.unwrap_err());
+            assert_eq!(code, Code::UNKNOWN, "{name}: {message}");
+            assert!(message.contains("killed before its program ran"), "{name}: {message}");
+        }
+    }
+    assert_eq!(agent.wait("c1", &names[STARTING]).await, 0);
+    let sockets = format!("/proc/{}/root/run/pericarp/containers/c1", agent.pid());
+    let left: Vec<_> = fs::read_dir(sockets).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert!(left.iter().all(|name| !name.to_string_lossy().starts_with("exec-")), "{left:?}");
+    let (_, children) = holdings(&agent);
+    assert_eq!(children, [init.to_string()]);
+}

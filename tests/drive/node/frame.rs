@@ -86,12 +86,17 @@ fn run(isolation: Isolation, limit: Duration, test: impl AsyncFnOnce(&Node) -> R
         let outcome = AssertUnwindSafe(bounded).catch_unwind().await;
         let succeeded = matches!(outcome, Ok(Ok(())));
         let cleanup = async {
-            node.return_pooled_pods(succeeded).await?;
-            node.clean_up().await
+            let returned = node.return_pooled_pods(succeeded).await;
+            node.clean_up().await.and(returned)
         };
-        let cleanup = timeout(TEST_LIMIT, cleanup).await;
+        let cleanup = timeout(TEST_LIMIT, cleanup).await.context("cleaning up ran into its limit");
+        let cleanup = cleanup.and_then(|cleanup| cleanup.context("clean up"));
+        if let (false, Err(error)) = (succeeded, &cleanup) {
+            // What is reported is why the test failed.
+            eprintln!("after the test's failure: {error:?}");
+        }
         outcome.unwrap_or_else(|panic| resume_unwind(panic))?;
-        cleanup.context("cleaning up ran into its limit")?.context("clean up")
+        cleanup
     })
 }
 

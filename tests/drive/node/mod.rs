@@ -184,10 +184,12 @@ impl Node {
     /// Puts the pool's pods that this test has had back, or removes them if it has failed.
     pub(crate) async fn return_pooled_pods(&self, succeeded: bool) -> Result<()> {
         let pooled = mem::take(&mut *self.pooled.lock().unwrap_or_else(PoisonError::into_inner));
+        let mut outcome = Ok(());
         for pod in pooled {
-            if succeeded { pod.put_back(self).await? } else { pod.remove(self).await? }
+            let returned = if succeeded { pod.put_back(self).await } else { pod.remove(self).await };
+            outcome = outcome.and(returned.context("return a pod of the pool"));
         }
-        Ok(())
+        outcome
     }
 
     /// All pods of this test that containerd knows.

@@ -12,7 +12,7 @@ use std::{
     },
 };
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 use super::{Node, Runtime, TEST_LABEL};
 use crate::{Pod, api};
@@ -46,11 +46,19 @@ impl PooledPod {
             idle.iter().position(|pod| pod.handler == handler).map(|index| idle.swap_remove(index))
         };
         if let Some(pod) = idle {
+            ensure!(pod.on(node).is_ready().await?, "a pod of the pool has ended while no test had it");
             return Ok(pod);
         }
         let number = NEXT.fetch_add(1, Ordering::Relaxed);
         let unique = format!("{PREFIX}{}-{number:03}", process::id());
-        let pod = node.named(&unique).pod("pooled").run().await?;
+        let pod = match node.named(&unique).pod("pooled").run().await {
+            Ok(pod) => pod,
+            Err(error) => {
+                // It may exist nevertheless, and nobody would know of it.
+                node.named(&unique).clean_up().await?;
+                return Err(error);
+            }
+        };
         Ok(Self { id: pod.id, config: pod.config, unique, handler })
     }
 
@@ -59,12 +67,23 @@ impl PooledPod {
         Pod { id: self.id.clone(), config: self.config.clone(), node: node.named(&self.unique) }
     }
 
-    /// Empties the pod for the next test. It is removed if it has ended.
+    /// Empties the pod for the next test. If that fails, it is removed.
     pub(super) async fn put_back(self, node: &Node) -> Result<()> {
-        let pod = self.on(node);
-        if !pod.is_ready().await? {
-            return self.remove(node).await;
+        match self.empty(node).await {
+            Ok(()) => {
+                idle().push(self);
+                Ok(())
+            }
+            Err(error) => {
+                self.remove(node).await?;
+                Err(error)
+            }
         }
+    }
+
+    async fn empty(&self, node: &Node) -> Result<()> {
+        let pod = self.on(node);
+        ensure!(pod.is_ready().await?, "the pod has ended in a test that needs it only for its containers");
         let mut runtime = node.cri.runtime();
         let filter = api::ContainerFilter { pod_sandbox_id: pod.id.clone(), ..Default::default() };
         let request = api::ListContainersRequest { filter: Some(filter) };
@@ -75,7 +94,6 @@ impl PooledPod {
         // Its logs, which later containers of the same names would go on writing, and its volumes.
         fs::remove_dir_all(pod.node.directory()).context("remove what a test has left in its pod")?;
         fs::create_dir_all(pod.log_directory())?;
-        idle().push(self);
         Ok(())
     }
 
