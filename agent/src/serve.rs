@@ -53,6 +53,8 @@ pub fn serve_on_sockets(arguments: &[String]) -> ExitCode {
     let (agent, controller) = (PathBuf::from(agent), PathBuf::from(controller));
     let requests = PathBuf::from(requests);
     run(async move {
+        // As PID 1 does, it inherits what its helpers leave.
+        rustix::process::set_child_subreaper(Some(rustix::process::getpid()))?;
         let listener = Listener::Unix(tokio::net::UnixListener::bind(agent)?);
         let requests = Listener::Unix(tokio::net::UnixListener::bind(requests)?);
         spawn_announcement(ControllerAddress::Unix(controller), Instant::now());

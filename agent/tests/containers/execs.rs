@@ -1,6 +1,6 @@
 //! Many execs, and execs that go wrong.
 
-use std::{fs, time::Duration};
+use std::{collections::BTreeSet, fs, time::Duration};
 
 use containerd_shim_protos::{api, events::task::TaskExit, protobuf::Message as _};
 use pericarp_protos::{agent::TaskEvent, ttrpc::Code};
@@ -288,12 +288,12 @@ async fn a_start_that_hangs_ends_with_the_exec_and_execs_that_wait_for_it_are_st
     let removals = async {
         let launches = || {
             let (_, children) = holdings(&agent);
-            let is_helper = |pid: &&String| {
-                let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-                command.split(|byte| *byte == 0).nth(4).is_some_and(|name| name.starts_with(b"launch-"))
-                    && !fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default().contains("youki")
+            let name = |pid: &String| {
+                let command = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+                command.split('\0').find(|argument| argument.starts_with("launch-")).map(str::to_owned)
             };
-            children.iter().filter(is_helper).count()
+            // The first process was created by a launch, too, and has its own command by now.
+            children.iter().filter_map(name).collect::<BTreeSet<_>>().len()
         };
         while launches() < STARTING {
             tokio::time::sleep(Duration::from_millis(20)).await;
@@ -317,7 +317,7 @@ async fn a_start_that_hangs_ends_with_the_exec_and_execs_that_wait_for_it_are_st
         }
     }
     assert_eq!(agent.wait("c1", &names[STARTING]).await, 0);
-    let sockets = format!("/proc/{}/root/run/pericarp/containers/c1", agent.pid());
+    let sockets = format!("/proc/{}/root/run/pericarp/containers/0", agent.pid());
     let left: Vec<_> = fs::read_dir(sockets).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert!(left.iter().all(|name| !name.to_string_lossy().starts_with("exec-")), "{left:?}");
     let (_, children) = holdings(&agent);
