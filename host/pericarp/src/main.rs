@@ -8,7 +8,7 @@ use std::{
     net::TcpListener,
     os::{
         fd::{FromRawFd as _, OwnedFd, RawFd},
-        unix::net::UnixListener,
+        unix::net::{UnixListener, UnixStream},
     },
     path::{Path, PathBuf},
     process::ExitCode,
@@ -18,7 +18,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use clap::{Args, Parser, Subcommand};
 use pericarp_controller::config::Config;
-use pericarp_vmm::{ExitReason, InheritedSockets, MachineConfig, PortForward};
+use pericarp_vmm::{ExitReason, InheritedSockets, MachineConfig, PortForward, VsockSockets};
 
 /// One KVM microVM around every Kubernetes pod.
 #[derive(Parser)]
@@ -45,7 +45,7 @@ enum Command {
         #[command(flatten)]
         control: ControlSocket,
         #[command(flatten)]
-        forward: ForwardSockets,
+        vsock: VsockArguments,
     },
     /// Say whether this node can run Pericarp, and what to do where it cannot. Exits with 1 if anything
     /// has failed.
@@ -66,20 +66,28 @@ struct ControlSocket {
 
 impl ControlSocket {
     fn listener(self) -> anyhow::Result<UnixListener> {
-        match (self.control_fd, self.control_socket) {
-            (Some(fd), _) => Ok(inherited(fd, "the control socket")?.into()),
-            (None, Some(path)) => {
-                UnixListener::bind(&path).with_context(|| format!("cannot listen on {}", path.display()))
-            }
-            (None, None) => bail!("either --control-fd or --control-socket is needed"),
-        }
+        listener(self.control_fd, self.control_socket, "the control socket")
     }
 }
 
-/// Where connections to the pod's localhost come from. Without it, there are none.
+/// What the guest's vsock device is connected with.
 #[derive(Args)]
-struct ForwardSockets {
-    /// An inherited descriptor: a TCP socket that is listening already, for connections to all ports.
+struct VsockArguments {
+    /// An inherited descriptor: a unix socket that is listening already, for programs that connect to the guest.
+    #[arg(long, required_unless_present = "vsock_socket")]
+    vsock_fd: Option<RawFd>,
+    /// A path to make that socket at.
+    #[arg(long, conflicts_with = "vsock_fd")]
+    vsock_socket: Option<PathBuf>,
+    /// An inherited descriptor: a connected unix socket, to which the guest's one connection to the host leads. Without
+    /// it, there is no such connection.
+    #[arg(long)]
+    host_fd: Option<RawFd>,
+    /// A path of a socket to connect to instead.
+    #[arg(long, conflicts_with = "host_fd")]
+    host_socket: Option<PathBuf>,
+    /// An inherited descriptor: a TCP socket that is listening already, for connections to all ports of the pod's
+    /// localhost. Without it, there are none.
     #[arg(long, requires = "steering_fd")]
     forward_fd: Option<RawFd>,
     /// An inherited descriptor to be kept open for as long as connections are to come: the BPF link that leads them to
@@ -88,13 +96,36 @@ struct ForwardSockets {
     steering_fd: Option<RawFd>,
 }
 
-impl ForwardSockets {
-    fn forward(self) -> anyhow::Result<Option<PortForward>> {
-        let Some((listener, steering)) = self.forward_fd.zip(self.steering_fd) else { return Ok(None) };
-        Ok(Some(PortForward {
-            listener: TcpListener::from(inherited(listener, "the socket of forwarded connections")?),
-            steering: inherited(steering, "a BPF link")?,
-        }))
+impl VsockArguments {
+    fn sockets(self) -> anyhow::Result<VsockSockets> {
+        let listener = listener(self.vsock_fd, self.vsock_socket, "the vsock socket")?;
+        let host = match (self.host_fd, self.host_socket) {
+            (Some(fd), _) => Some(inherited(fd, "the guest's connection to the host")?.into()),
+            (None, Some(path)) => {
+                let stream = UnixStream::connect(&path);
+                Some(stream.with_context(|| format!("cannot connect to {}", path.display()))?)
+            }
+            (None, None) => None,
+        };
+        let forward = match self.forward_fd.zip(self.steering_fd) {
+            Some((listener, steering)) => Some(PortForward {
+                listener: TcpListener::from(inherited(listener, "the socket of forwarded connections")?),
+                steering: inherited(steering, "a BPF link")?,
+            }),
+            None => None,
+        };
+        Ok(VsockSockets { listener, host, forward })
+    }
+}
+
+/// A unix socket that listens: an inherited one, or one that is made at a path. The arguments have one of them.
+fn listener(fd: Option<RawFd>, path: Option<PathBuf>, what: &str) -> anyhow::Result<UnixListener> {
+    match (fd, path) {
+        (Some(fd), _) => Ok(inherited(fd, what)?.into()),
+        (None, Some(path)) => {
+            UnixListener::bind(&path).with_context(|| format!("cannot listen on {}", path.display()))
+        }
+        (None, None) => bail!("neither a descriptor nor a path is given for {what}"),
     }
 }
 
@@ -134,7 +165,7 @@ fn run(process_start_ns: u64) -> anyhow::Result<ExitCode> {
     }
     match Arguments::parse().command {
         Command::Serve { config } => serve(config.as_deref())?,
-        Command::Vmm { config, control, forward } => vmm(&config, control, forward, process_start_ns)?,
+        Command::Vmm { config, control, vsock } => vmm(&config, control, vsock, process_start_ns)?,
         Command::Check(arguments) => {
             let good = check::run(&arguments, Path::new(CONFIG)).context("cannot print what was found")?;
             return Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE });
@@ -160,7 +191,7 @@ fn serve(path: Option<&Path>) -> anyhow::Result<()> {
 fn vmm(
     config: &Path,
     control: ControlSocket,
-    forward: ForwardSockets,
+    vsock: VsockArguments,
     process_start_ns: u64,
 ) -> anyhow::Result<()> {
     let log = pericarp_vmm::Log::to_stderr().context("cannot write the machine's log")?;
@@ -172,7 +203,7 @@ fn vmm(
     let text = fs::read_to_string(config).with_context(|| format!("cannot read {}", config.display()))?;
     let config: MachineConfig = serde_json::from_str(&text)
         .with_context(|| format!("{} is not a machine's description", config.display()))?;
-    let inherited = InheritedSockets { control: control.listener()?, forward: forward.forward()? };
+    let inherited = InheritedSockets { control: control.listener()?, vsock: vsock.sockets()? };
     let reason = pericarp_vmm::run(&config, inherited, process_start_ns)?;
     match reason {
         ExitReason::GuestReset | ExitReason::Shutdown => {

@@ -122,15 +122,14 @@ pub struct ConsoleConfig {
     pub limit_bytes: u64,
 }
 
-/// virtio-vsock with a unix socket for the guest, as in Firecracker.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// The ports of virtio-vsock. The sockets behind them are opened by whoever starts the machine.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VsockConfig {
-    /// The socket that host programs connect to (`CONNECT <port>\n` → `OK <port>\n`). The guest's
-    /// connections to host port P go to the socket `<path>_<P>`.
-    pub path: PathBuf,
-    /// Host ports that the guest may connect to; all others are refused.
-    pub host_ports: Vec<u32>,
+    /// The host's port that the guest may connect to, once. Without it, or without a stream that the machine inherits,
+    /// it may connect to none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host_port: Option<u32>,
     /// The guest's port that takes connections to the pod's localhost. Without it, or without a listener that the
     /// machine inherits, there are no such connections.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -154,7 +153,7 @@ mod tests {
     #[test]
     fn a_machine_written_before_it_could_grow_does_not_and_has_slots() {
         let written = r#"{"id": "a", "kernel": "/k", "initramfs": "/i", "vcpus": 2, "memory_mib": 512,
-            "console": {"path": "/c", "limit_bytes": 1}, "vsock": {"path": "/v", "host_ports": []}}"#;
+            "console": {"path": "/c", "limit_bytes": 1}, "vsock": {}}"#;
         let config: MachineConfig = serde_json::from_str(written).unwrap();
         assert_eq!((config.vcpus_max(), config.memory_max_mib()), (2, 512));
         assert_eq!(config.disk_slots, MachineConfig::DISK_SLOTS);

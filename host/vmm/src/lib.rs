@@ -30,4 +30,4 @@ pub use error::{Error, ExitReason};
 pub use log::{LAST_WORDS, Log};
 pub use machine::{InheritedSockets, monotonic_ns, run};
 pub use probe::{ProbeError, probe};
-pub use virtio::vsock::PortForward;
+pub use virtio::vsock::{PortForward, VsockSockets};

@@ -35,7 +35,7 @@ use crate::{
         net::Net,
         register_page::{self, RegisterPage},
         rng::Rng,
-        vsock::{PortForward, Vsock},
+        vsock::{Vsock, VsockSockets},
     },
 };
 
@@ -44,8 +44,8 @@ use crate::{
 pub struct InheritedSockets {
     /// A listening socket on which [`Machine`](pericarp_protos::vmm_blocking::Machine) is served once the vCPUs run.
     pub control: UnixListener,
-    /// The listener for connections to the pod's localhost, if port-forward is possible.
-    pub forward: Option<PortForward>,
+    /// What the guest's vsock device is connected with.
+    pub vsock: VsockSockets,
 }
 
 /// Starts a machine and waits for its end.
@@ -75,7 +75,7 @@ pub fn run(
     register_memory(&vm, &memory)?;
     let factory = VcpuFactory::new(&kvm, vm.clone(), config.vcpus_max(), config.nested_virtualization)?;
     let vcpus = (0..config.vcpus).map(|id| factory.create(id)).collect::<Result<Vec<_>, _>>()?;
-    let devices = make_boot_devices(config, inherited.forward)?;
+    let devices = make_boot_devices(config, inherited.vsock)?;
     let device_counters = device_counters(&devices);
     let bus = Arc::new(make_bus(config, &slot_plan, &vm, &memory, devices)?);
     let kvm_ready_ns = monotonic_ns();
@@ -120,8 +120,6 @@ pub fn run(
     };
     let _server = service.serve(inherited.control).map_err(Error::Control)?;
     let Ok(reason) = received_reasons.recv() else { unreachable!("the control service holds a sender") };
-    // Connections to the socket end with the process; its name would stay.
-    let _ = std::fs::remove_file(&config.vsock.path);
     Ok(reason)
 }
 
@@ -181,12 +179,9 @@ fn register_regions(
 }
 
 /// The devices that the machine starts with, in the order of their slots.
-fn make_boot_devices(
-    config: &MachineConfig,
-    forward: Option<PortForward>,
-) -> Result<Vec<Box<dyn Device>>, Error> {
+fn make_boot_devices(config: &MachineConfig, vsock: VsockSockets) -> Result<Vec<Box<dyn Device>>, Error> {
     let mut devices: Vec<Box<dyn Device>> =
-        vec![Box::new(Vsock::new(&config.vsock, forward)?), Box::new(Rng::default())];
+        vec![Box::new(Vsock::new(config.vsock, vsock)?), Box::new(Rng::default())];
     if let Some(share) = &config.share {
         devices.push(Box::new(Fs::new(share)?));
     }

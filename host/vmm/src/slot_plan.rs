@@ -78,7 +78,7 @@ mod tests {
             disk_slots,
             nested_virtualization: false,
             console: ConsoleConfig { path: "/c".into(), limit_bytes: 1 },
-            vsock: VsockConfig { path: "/v".into(), host_ports: Vec::new(), forward_port: None },
+            vsock: VsockConfig::default(),
             share: share.then(|| ShareConfig { tag: "s".into(), directory: "/s".into() }),
             nets: vec![net; nets],
         }

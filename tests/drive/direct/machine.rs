@@ -105,7 +105,7 @@ impl DirectMachine {
         fs::create_dir(path.join("share/out"))?;
         let (sender, mut ready) = mpsc::channel(1);
         let host = Arc::new(FakeHost { ready: Mutex::new(Some(sender)), ..FakeHost::default() });
-        let socket = path.join(format!("vsock.sock_{HOST_PORT}"));
+        let socket = path.join("host.sock");
         let mut server = Server::new()
             .bind(&format!("unix://{}", socket.display()))?
             .register_service(create_boot(Arc::clone(&host) as Arc<_>));
@@ -118,6 +118,10 @@ impl DirectMachine {
             .arg(path.join("machine.json"))
             .arg("--control-socket")
             .arg(path.join("vmm.sock"))
+            .arg("--vsock-socket")
+            .arg(path.join("vsock.sock"))
+            .arg("--host-socket")
+            .arg(&socket)
             .stdin(Stdio::null())
             .spawn()?;
         let ready = timeout(HANG_LIMIT, ready.recv()).await;
@@ -256,7 +260,7 @@ fn configuration(path: &Path, change: &Value) -> Result<Value> {
         "vcpus": 1,
         "memory_mib": 256,
         "console": { "path": path.join("console.log"), "limit_bytes": 1 << 20 },
-        "vsock": { "path": path.join("vsock.sock"), "host_ports": [HOST_PORT] },
+        "vsock": { "host_port": HOST_PORT },
         "share": { "tag": SHARE_TAG, "directory": path.join("share") },
     });
     let config_object = config.as_object_mut().context("an object")?;

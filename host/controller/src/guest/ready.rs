@@ -3,19 +3,15 @@
 //! Nobody but the agent is in the guest before its first container, which there cannot be before this. So whoever says
 //! it is the agent, and afterwards nobody is listened to any more.
 
-use std::{io, os::unix::net::UnixListener, time::Duration};
+use std::{io, os::unix::net::UnixStream, time::Duration};
 
 use pericarp_protos::{
     host::ReadyRequest,
     protobuf::Message as _,
     ttrpc::proto::{Request, Response},
 };
-use tokio::net::UnixStream;
 
 use super::frames;
-
-/// For a connection's one request.
-const REQUEST_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// What the agent says of itself.
 #[derive(Debug, PartialEq, Eq)]
@@ -26,24 +22,25 @@ pub struct Ready {
     pub kernel: String,
 }
 
-/// Waits for the word, and hears no other: the listener is closed with the first that is valid.
-pub async fn receive(listener: UnixListener) -> io::Result<Ready> {
-    listener.set_nonblocking(true)?;
-    let listener = tokio::net::UnixListener::from_std(listener)?;
-    loop {
-        let (connection, _) = listener.accept().await?;
-        match tokio::time::timeout(REQUEST_TIMEOUT, hear(connection)).await {
-            Ok(Ok(ready)) => return Ok(ready),
-            Ok(Err(error)) => tracing::debug!(%error, "a guest's first word is not understood"),
-            Err(_) => tracing::debug!("a guest has connected and says nothing"),
+/// Waits for the word on the guest's only connection to the host, which is closed afterwards.
+pub async fn receive(connection: UnixStream) -> io::Result<Ready> {
+    connection.set_nonblocking(true)?;
+    let mut connection = tokio::net::UnixStream::from_std(connection)?;
+    match hear(&mut connection).await {
+        // Its machine has ended, or the agent has, and then the guest ends: whoever waits for that knows more of it.
+        Err(error)
+            if matches!(error.kind(), io::ErrorKind::UnexpectedEof | io::ErrorKind::ConnectionReset) =>
+        {
+            std::future::pending().await
         }
+        ready => ready,
     }
 }
 
-async fn hear(mut connection: UnixStream) -> io::Result<Ready> {
-    let (header, request) = frames::read_request(&mut connection).await?;
+async fn hear(connection: &mut tokio::net::UnixStream) -> io::Result<Ready> {
+    let (header, request) = frames::read_request(connection).await?;
     let ready = parse(&request)?;
-    frames::write_response(&mut connection, &header, Ok(Response::default())).await?;
+    frames::write_response(connection, &header, Ok(Response::default())).await?;
     Ok(ready)
 }
 
@@ -60,31 +57,41 @@ fn parse(request: &Request) -> io::Result<Ready> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write as _;
+
     use pericarp_protos::{
         host::BootClient,
-        ttrpc::{asynchronous::Client, context},
+        ttrpc::{
+            asynchronous::{Client, transport::Socket},
+            context,
+        },
     };
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
     use super::*;
 
     #[tokio::test]
-    async fn the_first_valid_word_is_heard_and_then_nobody_is_listened_to() {
-        let directory = tempfile::tempdir().unwrap();
-        let path = directory.path().join("socket");
-        let receiving = tokio::spawn(receive(UnixListener::bind(&path).unwrap()));
-        // Neither nonsense nor silence ends it.
-        let mut nonsense = UnixStream::connect(&path).await.unwrap();
-        nonsense.write_all(&[0xff; 64]).await.unwrap();
-        // It may be reset instead, because not all that it said was read.
-        assert!(nonsense.read_u8().await.is_err());
-        drop(UnixStream::connect(&path).await.unwrap());
-        let agent = BootClient::new(Client::connect(&format!("unix://{}", path.display())).await.unwrap());
+    async fn the_word_is_heard_and_nothing_that_follows_it() {
+        let (agent, host) = UnixStream::pair().unwrap();
+        let receiving = tokio::spawn(receive(host));
+        agent.set_nonblocking(true).unwrap();
+        let agent = tokio::net::UnixStream::from_std(agent).unwrap();
+        let agent = BootClient::new(Client::new(Socket::new(agent)));
         let request =
             ReadyRequest { since_init_ns: 5, kernel_release: "6".repeat(1000), ..ReadyRequest::default() };
         agent.ready(context::with_timeout(0), &request).await.unwrap();
         let ready = receiving.await.unwrap().unwrap();
         assert_eq!(ready, Ready { since_init: Duration::from_nanos(5), kernel: "6".repeat(128) });
-        assert_eq!(UnixStream::connect(&path).await.unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
+        agent.ready(context::with_timeout(0), &request).await.unwrap_err();
+    }
+
+    #[tokio::test]
+    async fn nonsense_is_an_error_and_an_end_is_left_to_who_waits_for_the_machine() {
+        let (mut agent, host) = UnixStream::pair().unwrap();
+        agent.write_all(&[0xff; 64]).unwrap();
+        receive(host).await.unwrap_err();
+        let (agent, host) = UnixStream::pair().unwrap();
+        drop(agent);
+        let receiving = tokio::time::timeout(Duration::from_millis(20), receive(host));
+        receiving.await.unwrap_err();
     }
 }

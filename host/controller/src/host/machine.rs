@@ -5,7 +5,7 @@ use std::{
     fs::{self, File, OpenOptions, Permissions},
     io,
     os::{
-        fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd},
+        fd::{AsFd as _, AsRawFd as _, OwnedFd},
         unix::{
             fs::{OpenOptionsExt as _, PermissionsExt as _},
             net::UnixListener,
@@ -24,7 +24,7 @@ use pericarp_protos::{
         ResizeResponse, Segment, StatusRequest, StatusResponse, WaitMemoryRequest,
     },
 };
-use pericarp_vmm::{MachineConfig, PortForward};
+use pericarp_vmm::{InheritedSockets, MachineConfig, PortForward, VsockSockets};
 use rustix::process::{
     Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
 };
@@ -85,14 +85,13 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
 }
 
 impl Machine {
-    /// Starts `pericarp vmm` in the pod's directory. `control` is the socket that it serves, `forward` where
-    /// connections to the pod's localhost come from; `entrance` the `cgroup.procs` of the cgroup that it belongs to.
-    /// After an error there is no process. Blocks for as long as the kernel takes to start one.
+    /// Starts `pericarp vmm` in the pod's directory. It alone has the sockets from then on. `entrance` is the
+    /// `cgroup.procs` of the cgroup that it belongs to. After an error there is no process. Blocks for as long as the
+    /// kernel takes to start one.
     pub fn spawn(
         directory: &Path,
         config: &MachineConfig,
-        control: &UnixListener,
-        forward: Option<&PortForward>,
+        sockets: InheritedSockets,
         entrance: Option<File>,
     ) -> io::Result<Machine> {
         let path = directory.join(file::CONFIG);
@@ -111,17 +110,20 @@ impl Machine {
             .stdout(Stdio::null())
             .stderr(log);
         // A descriptor without the flag that closes it on exec exists only in the child.
-        let mut inherited = Vec::new();
-        let mut hand_down = |argument, fd: BorrowedFd<'_>| {
-            let fd = fd.try_clone_to_owned()?;
+        let mut inherited: Vec<OwnedFd> = Vec::new();
+        let mut hand_down = |argument, fd: OwnedFd| {
             command.arg(argument).arg(fd.as_raw_fd().to_string());
             inherited.push(fd);
-            io::Result::Ok(())
         };
-        hand_down("--control-fd", control.as_fd())?;
+        let InheritedSockets { control, vsock: VsockSockets { listener, host, forward } } = sockets;
+        hand_down("--control-fd", control.into());
+        hand_down("--vsock-fd", listener.into());
+        if let Some(host) = host {
+            hand_down("--host-fd", host.into());
+        }
         if let Some(PortForward { listener, steering }) = forward {
-            hand_down("--forward-fd", listener.as_fd())?;
-            hand_down("--steering-fd", steering.as_fd())?;
+            hand_down("--forward-fd", listener.into());
+            hand_down("--steering-fd", steering);
         }
         let enter = move || {
             if let Some(entrance) = &entrance {

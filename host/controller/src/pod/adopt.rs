@@ -281,7 +281,7 @@ fn resume(environment: &Arc<Environment>, record: Record, machine: Machine) -> i
     }
     pod.progress.resume(read_progress(&pod)?);
     // One of an older version leaves it open to every process in the guest.
-    match fs::remove_file(pod.files.host_service()) {
+    match fs::remove_file(pod.files.older_host_service()) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }

@@ -40,8 +40,8 @@ impl PodFiles {
         self.directory.join(file::VSOCK)
     }
 
-    /// Where the agent's first word arrives.
-    pub fn host_service(&self) -> PathBuf {
+    /// Where a guest of an older version could connect to the host. Newer ones have one connection, without a name.
+    pub fn older_host_service(&self) -> PathBuf {
         self.directory.join(format!("{}_{}", file::VSOCK, guest::HOST_PORT))
     }
 

@@ -3,7 +3,7 @@
 use std::{
     fs::DirBuilder,
     io,
-    os::unix::{fs::DirBuilderExt as _, net::UnixListener},
+    os::unix::{fs::DirBuilderExt as _, net::UnixStream},
     pin::pin,
     sync::Arc,
     time::Duration,
@@ -11,7 +11,8 @@ use std::{
 
 use pericarp_protos::{guest, ttrpc};
 use pericarp_vmm::{
-    ConsoleConfig, MachineConfig, NetConfig, PortForward, ShareConfig, VsockConfig, monotonic_ns,
+    ConsoleConfig, InheritedSockets, MachineConfig, NetConfig, PortForward, ShareConfig, VsockConfig,
+    VsockSockets, monotonic_ns,
 };
 use thiserror::Error;
 use tokio::time::{Instant, sleep};
@@ -19,6 +20,7 @@ use tokio::time::{Instant, sleep};
 use super::{
     Pod,
     boot_queue::BootPlace,
+    files::PodFiles,
     life::Running,
     owned::Resource,
     record::Stage,
@@ -74,6 +76,10 @@ pub enum StartError {
          much to do; the last it printed: {console:?}"
     )]
     Starved { seconds: u64, worked_ms: u128, console: String },
+    #[error(
+        "the first word of the guest's agent is not understood; initramfs and controller have to be of one version"
+    )]
+    FirstWord(#[source] io::Error),
     #[error("the guest's agent cannot be reached")]
     Connect(#[source] io::Error),
     #[error("the guest's agent does not make the guest into the pod")]
@@ -84,10 +90,20 @@ fn make(what: &'static str) -> impl FnOnce(io::Error) -> StartError {
     move |source| StartError::Make { what, source }
 }
 
-/// What a machine inherits and a guest connects to.
+/// What a machine inherits, and the end of the guest's connection to the host that stays here.
 struct Sockets {
-    control: UnixListener,
-    host_service: UnixListener,
+    of_machine: InheritedSockets,
+    guest: UnixStream,
+}
+
+impl Sockets {
+    fn make(files: &PodFiles) -> Result<Self, StartError> {
+        let control = machine::bind(&files.control()).map_err(make("control socket"))?;
+        let listener = machine::bind(&files.vsock()).map_err(make("vsock socket"))?;
+        let (guest, host) = UnixStream::pair().map_err(make("connection to its guest"))?;
+        let vsock = VsockSockets { listener, host: Some(host), forward: None };
+        Ok(Self { of_machine: InheritedSockets { control, vsock }, guest })
+    }
 }
 
 impl PodTask {
@@ -106,7 +122,7 @@ impl PodTask {
         let begun = Instant::now();
         self.publish(|status| status.marks.queued = monotonic_ns());
         self.make_directory().await?;
-        let (mut network, sockets, cgroup) = self.make_surroundings().await?;
+        let (mut network, mut sockets, cgroup) = self.make_surroundings().await?;
         let forward = take_forward(&pod, &mut network);
         self.publish(|status| {
             status.interfaces = network.status();
@@ -116,11 +132,11 @@ impl PodTask {
             });
             status.marks.network = monotonic_ns();
         });
+        sockets.of_machine.vsock.forward = forward.and_then(Result::ok);
         let nets = std::mem::take(&mut network.nets);
-        let (pid, host_service) =
-            self.make_machine(nets, sockets, forward.and_then(Result::ok), cgroup).await?;
+        let pid = self.make_machine(nets, sockets.of_machine, cgroup).await?;
         let (ready, ready_at) = tokio::select! {
-            ready = pod.wait_until_ready(pid, host_service, place) => ready?,
+            ready = pod.wait_until_ready(pid, sockets.guest, place) => ready?,
             () = caller.closed() => return Err(StartError::GivenUp),
         };
         FaultPoint::GuestReady.reached();
@@ -172,10 +188,9 @@ impl PodTask {
                 what: "share",
                 source: io::Error::other(chain(&error)),
             })?;
-            let control = machine::bind(&files.control()).map_err(make("control socket"))?;
-            let host_service = machine::bind(&files.host_service()).map_err(make("host service socket"))?;
+            let sockets = Sockets::make(&files)?;
             let cgroup = Cgroup::make(&parent, &id).map_err(make("cgroup"))?;
-            Ok::<_, StartError>((Sockets { control, host_service }, cgroup))
+            Ok::<_, StartError>((sockets, cgroup))
         });
         let netns = pod.spec.netns.clone().unwrap_or_default();
         let network = network::set_up(&netns, pod.size.vcpus);
@@ -187,21 +202,18 @@ impl PodTask {
         Ok((network, sockets, cgroup))
     }
 
-    /// Makes the machine, and has it watched. Returns its process id and where its guest's first word arrives.
+    /// Makes the machine, and has it watched. Returns its process id.
     async fn make_machine(
         &mut self,
         nets: Vec<NetConfig>,
-        sockets: Sockets,
-        forward: Option<PortForward>,
+        sockets: InheritedSockets,
         cgroup: Option<Cgroup>,
-    ) -> Result<(u32, UnixListener), StartError> {
+    ) -> Result<u32, StartError> {
         let config = self.pod.machine_config(nets);
         let directory = self.pod.files.directory().to_owned();
-        let Sockets { control, host_service } = sockets;
         let spawned = self.pod.blocking.run(move || {
             let entrance = cgroup.map(|cgroup| cgroup.entrance()).transpose()?;
-            // What is for port-forward is the machine's alone, and ends with it.
-            Machine::spawn(&directory, &config, &control, forward.as_ref(), entrance)
+            Machine::spawn(&directory, &config, sockets, entrance)
         });
         let machine = spawned.await.map_err(make("machine process"))?;
         let pid = machine.pid();
@@ -214,7 +226,7 @@ impl PodTask {
         // From here a controller that starts after a crash finds the machine's process on record.
         self.record(Stage::Starting).await?;
         FaultPoint::MachineRecorded.reached();
-        Ok((pid, host_service))
+        Ok(pid)
     }
 
     /// Puts the pod on record as it is now.
@@ -272,11 +284,7 @@ impl Pod {
                 path: self.files.console(),
                 limit_bytes: config.console_limit_kib << 10,
             },
-            vsock: VsockConfig {
-                path: self.files.vsock(),
-                host_ports: vec![guest::HOST_PORT],
-                forward_port: Some(guest::FORWARD_PORT),
-            },
+            vsock: VsockConfig { host_port: Some(guest::HOST_PORT), forward_port: Some(guest::FORWARD_PORT) },
             share: Some(ShareConfig {
                 tag: guest::SHARE_TAG.into(),
                 directory: self.files.share_directory(),
@@ -290,26 +298,24 @@ impl Pod {
     async fn wait_until_ready(
         &self,
         machine: u32,
-        listener: UnixListener,
+        guest: UnixStream,
         place: BootPlace,
     ) -> Result<(Ready, u64), StartError> {
         let mut place = Some(place);
         // A machine that is throttled, or hangs, has little use for its place: others get it when a boot should be
         // over.
         let mut turn_over = pin!(sleep(self.environment.config.ready_timeout()));
-        let mut ready = pin!(ready::receive(listener));
+        let mut ready = pin!(ready::receive(guest));
         let mut too_long = pin!(self.start_takes_too_long(machine));
         let ready = loop {
             tokio::select! {
-                ready = &mut ready => break ready.map_err(make("host service"))?,
+                ready = &mut ready => break ready.map_err(StartError::FirstWord)?,
                 _ended = self.wait() => return Err(self.machine_ended().await),
                 error = &mut too_long => return Err(error),
                 () = &mut turn_over, if place.is_some() => place = None,
             }
         };
-        let at = monotonic_ns();
-        std::fs::remove_file(self.files.host_service()).map_err(make("host service"))?;
-        Ok((ready, at))
+        Ok((ready, monotonic_ns()))
     }
 
     async fn machine_ended(&self) -> StartError {

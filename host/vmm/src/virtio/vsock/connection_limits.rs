@@ -1,5 +1,4 @@
-//! How many connections there may be at a time, by who makes them: none of the three kinds can use up what the others
-//! need.
+//! How many connections there may be at a time, by who makes them: forwarded ones cannot use up what the others need.
 
 use std::sync::{
     Arc,
@@ -8,11 +7,8 @@ use std::sync::{
 
 /// Most connections at a time, those included whose host program has not yet said which port it wants.
 pub const CONNECTIONS_MAX: usize = 1024;
-/// Most of them that the guest makes. Its agent makes four.
-pub const FROM_GUEST_MAX: usize = 128;
-/// Most of them that are forwarded to the pod's localhost. What these two leave is for host programs alone:
-/// containerd's calls and streams, and the controller's health checks, without which the controller would end the
-/// machine.
+/// Most of them that are forwarded to the pod's localhost. What these leave is for host programs alone: containerd's
+/// calls and streams, and the controller's health checks, without which the controller would end the machine.
 pub const FORWARDED_MAX: usize = 640;
 
 /// Who makes a connection.
@@ -20,7 +16,7 @@ pub const FORWARDED_MAX: usize = 640;
 pub enum Initiator {
     /// A host program that has connected to the device's unix socket.
     HostProgram,
-    /// The guest, which connects to a host port.
+    /// The guest, which connects to the host once.
     Guest,
     /// A client of the pod's localhost on the host.
     PortForward,
@@ -30,7 +26,6 @@ pub enum Initiator {
 #[derive(Default)]
 pub struct ConnectionLimits {
     all: Arc<AtomicUsize>,
-    from_guest: Arc<AtomicUsize>,
     forwarded: Arc<AtomicUsize>,
 }
 
@@ -43,8 +38,7 @@ impl ConnectionLimits {
     /// Counts one more connection; `None` if as many exist as may.
     pub fn try_acquire(&self, initiator: Initiator) -> Option<ConnectionPermit> {
         let own_limit = match initiator {
-            Initiator::HostProgram => None,
-            Initiator::Guest => Some((&self.from_guest, FROM_GUEST_MAX)),
+            Initiator::HostProgram | Initiator::Guest => None,
             Initiator::PortForward => Some((&self.forwarded, FORWARDED_MAX)),
         };
         let limits: Vec<_> = [(&self.all, CONNECTIONS_MAX)].into_iter().chain(own_limit).collect();

@@ -1,10 +1,11 @@
 //! virtio-vsock (virtio 1.2, section 5.10) with unix sockets for the host's side, as in Firecracker. The host needs no
-//! vhost module, and file permissions decide who may reach the guest.
+//! vhost module, and file permissions decide who may reach the guest. The device opens none of them itself
+//! ([`VsockSockets`]).
 //!
-//! * A host program connects to [`VsockConfig::path`], sends `CONNECT <port>\n`, and receives `OK <host port>\n` once
-//!   the guest has accepted the connection.
-//! * When the guest connects to host port P, the device connects to `<path>_<P>`, if P is among
-//!   [`VsockConfig::host_ports`].
+//! * A host program connects to the listener, sends `CONNECT <port>\n`, and receives `OK <host port>\n` once the guest
+//!   has accepted the connection.
+//! * The guest's first connection to [`VsockConfig::host_port`] is the stream that the machine has inherited. There is no
+//!   second, and none to any other port.
 //! * Connections to localhost in the pod's network namespace go to the guest's [`VsockConfig::forward_port`]:
 //!   see [`port_forward`].
 //!
@@ -24,10 +25,8 @@ mod token;
 mod worker;
 
 use std::{
-    fs::Permissions,
     io,
-    os::unix::{fs::PermissionsExt as _, net::UnixListener},
-    path::PathBuf,
+    os::unix::net::{UnixListener, UnixStream},
 };
 
 use thiserror::Error;
@@ -43,17 +42,40 @@ use crate::{config::VsockConfig, memory::GuestMemory};
 /// Receive, transmit and event queue.
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
 
-/// The device's sockets cannot be opened.
+/// The device's sockets cannot be used.
 #[derive(Debug, Error)]
-pub enum VsockError {
-    #[error("cannot listen on the vsock socket {path}")]
-    Listen {
-        path: PathBuf,
-        #[source]
-        source: io::Error,
-    },
-    #[error("the inherited listener of forwarded connections cannot be used")]
-    PortForward(#[source] io::Error),
+#[error("the inherited {what} cannot be used")]
+pub struct VsockError {
+    what: &'static str,
+    #[source]
+    source: io::Error,
+}
+
+/// The host's side of the guest's vsock. Whoever starts the machine opens all of it.
+#[derive(Debug)]
+pub struct VsockSockets {
+    /// Where host programs connect. A connection that is made before the guest is up waits.
+    pub listener: UnixListener,
+    /// What the guest's one connection to the host is connected with.
+    pub host: Option<UnixStream>,
+    /// Where connections to the pod's localhost arrive.
+    pub forward: Option<PortForward>,
+}
+
+impl VsockSockets {
+    /// The device's thread waits for none of them.
+    fn set_nonblocking(&self) -> Result<(), VsockError> {
+        let failed = |what| move |source| VsockError { what, source };
+        self.listener.set_nonblocking(true).map_err(failed("listener of host programs"))?;
+        if let Some(host) = &self.host {
+            host.set_nonblocking(true).map_err(failed("stream to the host"))?;
+        }
+        if let Some(forward) = &self.forward {
+            let set = forward.listener.set_nonblocking(true);
+            set.map_err(failed("listener of forwarded connections"))?;
+        }
+        Ok(())
+    }
 }
 
 /// Counted by the worker, read by the control service.
@@ -70,38 +92,22 @@ struct Counters {
 /// The guest's vsock device.
 pub struct Vsock {
     config: VsockConfig,
-    /// Goes to the worker when the device is activated.
-    listener: Option<UnixListener>,
-    /// Goes to the worker when the device is activated.
-    forward: Option<PortForward>,
+    /// Go to the worker when the device is activated.
+    sockets: Option<VsockSockets>,
     counters: Counters,
     worker: Option<RunningWorker>,
 }
 
 impl Vsock {
-    /// Listens on the socket, which only its owner may connect to. A connection that is made before the guest is up
-    /// waits.
-    pub fn new(config: &VsockConfig, forward: Option<PortForward>) -> Result<Self, VsockError> {
-        let error = |source| VsockError::Listen { path: config.path.clone(), source };
-        let listener = UnixListener::bind(&config.path).map_err(error)?;
-        std::fs::set_permissions(&config.path, Permissions::from_mode(0o600)).map_err(error)?;
-        listener.set_nonblocking(true).map_err(error)?;
-        if let Some(forward) = &forward {
-            forward.listener.set_nonblocking(true).map_err(VsockError::PortForward)?;
-        }
-        Ok(Self {
-            config: config.clone(),
-            listener: Some(listener),
-            forward,
-            counters: Counters::default(),
-            worker: None,
-        })
+    /// Makes the device of these sockets.
+    pub fn new(config: VsockConfig, sockets: VsockSockets) -> Result<Self, VsockError> {
+        sockets.set_nonblocking()?;
+        Ok(Self { config, sockets: Some(sockets), counters: Counters::default(), worker: None })
     }
 
     fn start(&mut self, memory: GuestMemory, queues: [ActiveQueue; 3]) -> io::Result<()> {
-        let listener = self.listener.take().ok_or(io::ErrorKind::NotConnected)?;
-        let forward = self.forward.take();
-        let mux = Mux::new(self.config.clone(), listener, forward, self.counters.clone())?;
+        let sockets = self.sockets.take().ok_or(io::ErrorKind::NotConnected)?;
+        let mux = Mux::new(self.config, sockets, self.counters.clone())?;
         let worker = super::start_worker("vsock", |stop| {
             let worker = Worker::new(memory, queues, mux, stop)?;
             Ok(move || worker.run())

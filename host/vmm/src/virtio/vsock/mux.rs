@@ -8,15 +8,14 @@ use std::{
         fd::AsRawFd,
         unix::net::{UnixListener, UnixStream},
     },
-    path::PathBuf,
     time::{Duration, Instant},
 };
 
-use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::net::RecvFlags;
 use vmm_sys_util::epoll::EventSet;
 
 use super::{
-    Counters,
+    Counters, VsockSockets,
     connection::{BUF_ALLOC, Connection, State},
     connection_limits::{ConnectionLimits, ConnectionPermit, Initiator},
     packet::{Header, Operation, Ports},
@@ -56,8 +55,9 @@ enum AcceptOutcome {
 
 /// All streams of a machine.
 pub struct Mux {
-    config: VsockConfig,
     listener: UnixListener,
+    /// What the guest's connection to the host is connected with, until it has made that, and the port.
+    host: Option<(UnixStream, u32)>,
     /// Connections to the pod's localhost, and the guest's port that takes them.
     forward: Option<(PortForward, u32)>,
     wait_context: WaitContext<Token>,
@@ -81,13 +81,9 @@ pub struct Mux {
 }
 
 impl Mux {
-    /// Watches the listeners, which must not block. `forward` is used only if the configuration names a port for it.
-    pub fn new(
-        config: VsockConfig,
-        listener: UnixListener,
-        forward: Option<PortForward>,
-        counters: Counters,
-    ) -> io::Result<Self> {
+    /// Watches the listeners. None of the sockets may block. One for which the configuration has no port is not used.
+    pub fn new(config: VsockConfig, sockets: VsockSockets, counters: Counters) -> io::Result<Self> {
+        let VsockSockets { listener, host, forward } = sockets;
         let wait_context = WaitContext::new()?;
         wait_context.add_for(&listener, LISTENER_EVENTS, Token::Listener(Listener::HostPrograms))?;
         let forward = forward.zip(config.forward_port);
@@ -99,8 +95,8 @@ impl Mux {
             )?;
         }
         Ok(Self {
-            config,
             listener,
+            host: host.zip(config.host_port),
             forward,
             wait_context,
             handshakes: HashMap::new(),
@@ -386,23 +382,13 @@ impl Mux {
         }
     }
 
-    /// Connects the guest to the program that serves a host port.
+    /// Connects the guest with the host, which it may be once.
     fn connect_to_host(&mut self, request: &Header) -> io::Result<()> {
-        if !self.config.host_ports.contains(&request.ports.host) {
+        if self.host.as_ref().is_none_or(|(_, port)| *port != request.ports.host) {
             return Err(io::ErrorKind::ConnectionRefused.into());
         }
         let permit = self.limits.try_acquire(Initiator::Guest).ok_or(io::ErrorKind::QuotaExceeded)?;
-        let mut path = self.config.path.clone().into_os_string();
-        path.push(format!("_{}", request.ports.host));
-        let socket = rustix::net::socket_with(
-            AddressFamily::UNIX,
-            SocketType::STREAM,
-            SocketFlags::NONBLOCK | SocketFlags::CLOEXEC,
-            None,
-        )?;
-        // A unix socket connects at once, or not at all (its queue is full).
-        rustix::net::connect(&socket, &SocketAddrUnix::new(PathBuf::from(path))?)?;
-        let stream = UnixStream::from(socket);
+        let (stream, _) = self.host.take().ok_or(io::ErrorKind::ConnectionRefused)?;
         let id = self.watch_stream(&stream)?;
         self.insert(id, Connection::from_guest(request, stream, permit));
         Ok(())

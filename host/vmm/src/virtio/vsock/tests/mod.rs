@@ -22,7 +22,7 @@ use crate::{
     virtio::{
         testing::{Buffer, RING_SIZE, Ring, guest_memory},
         vsock::{
-            Counters, PortForward,
+            Counters, PortForward, VsockSockets,
             connection::BUF_ALLOC,
             packet::{Operation, Ports, SHUTDOWN_BOTH, SHUTDOWN_SEND, reversed},
         },
@@ -45,6 +45,8 @@ type Packet = (Header, Vec<u8>);
 /// A guest, its device and the host's side.
 struct Harness {
     directory: TempDir,
+    /// The host's end of the stream that the guest may connect to.
+    host: Option<UnixStream>,
     worker: Worker,
     memory: GuestMemory,
     receive: Ring,
@@ -78,12 +80,15 @@ impl Harness {
         let path = directory.path().join("vsock.sock");
         let listener = UnixListener::bind(&path).unwrap();
         listener.set_nonblocking(true).unwrap();
-        let config = VsockConfig { path, host_ports: vec![HOST_PORT], forward_port: Some(FORWARD_PORT) };
-        let mux = Mux::new(config, listener, forward, Counters::default()).unwrap();
+        let (ours, host) = UnixStream::pair().unwrap();
+        host.set_nonblocking(true).unwrap();
+        let config = VsockConfig { host_port: Some(HOST_PORT), forward_port: Some(FORWARD_PORT) };
+        let sockets = VsockSockets { listener, host: Some(host), forward };
+        let mux = Mux::new(config, sockets, Counters::default()).unwrap();
         let queues = [receive_queue, transmit_queue, event_queue];
         let stop = EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let worker = Worker::new(memory.clone(), queues, mux, &stop).unwrap();
-        Self { directory, worker, memory, receive, transmit, buffers: HashMap::new() }
+        Self { directory, host: Some(ours), worker, memory, receive, transmit, buffers: HashMap::new() }
     }
 
     fn give_buffer(&mut self, address: u64) {
@@ -169,15 +174,12 @@ impl Harness {
         (stream, ports)
     }
 
-    /// A stream from the guest to a host program that listens.
+    /// The guest's stream to the host.
     fn accepted(&mut self) -> (UnixStream, Ports) {
-        let path = self.directory.path().join(format!("vsock.sock_{HOST_PORT}"));
-        let listener = UnixListener::bind(path).unwrap();
         let ports = Ports { host: HOST_PORT, guest: 5000 };
         self.send(packet(ports, Operation::Request), &[]);
-        let (stream, _) = listener.accept().unwrap();
         assert_eq!(self.operations(), [Operation::Response]);
-        (stream, ports)
+        (self.host.take().unwrap(), ports)
     }
 }
 
