@@ -4,8 +4,11 @@
 //! * [`streaming`], [`transfer`]: containerd's stdio streams as the agent serves them (ttrpc).
 //! * [`sandbox`], [`cri`] (feature `grpc`): what containerd asks of the controller, and CRI's messages.
 //!
+//! * [`descriptors`]: how open files reach a machine.
+//!
 //! The Task API itself comes from the `containerd-shim-protos` crate.
 
+pub mod descriptors;
 pub mod guest;
 pub mod id;
 

@@ -45,6 +45,8 @@ enum Command {
         #[command(flatten)]
         control: ControlSocket,
         #[command(flatten)]
+        descriptors: DescriptorSocket,
+        #[command(flatten)]
         vsock: VsockArguments,
     },
     /// Say whether this node can run Pericarp, and what to do where it cannot. Exits with 1 if anything
@@ -67,6 +69,29 @@ struct ControlSocket {
 impl ControlSocket {
     fn listener(self) -> anyhow::Result<UnixListener> {
         listener(self.control_fd, self.control_socket, "the control socket")
+    }
+}
+
+/// Where the machine takes the files of disks that are inserted while it runs.
+#[derive(Args)]
+#[group(required = true, multiple = false)]
+struct DescriptorSocket {
+    /// An inherited descriptor: a unix socket (SOCK_SEQPACKET) that is listening already.
+    #[arg(long)]
+    descriptors_fd: Option<RawFd>,
+    /// A path to make that socket at.
+    #[arg(long)]
+    descriptors_socket: Option<PathBuf>,
+}
+
+impl DescriptorSocket {
+    fn listener(self) -> anyhow::Result<OwnedFd> {
+        match (self.descriptors_fd, self.descriptors_socket) {
+            (Some(fd), _) => inherited(fd, "the descriptors' socket"),
+            (None, Some(path)) => pericarp_protos::descriptors::listen_at(&path)
+                .with_context(|| format!("cannot listen on {}", path.display())),
+            (None, None) => bail!("either --descriptors-fd or --descriptors-socket is needed"),
+        }
     }
 }
 
@@ -165,7 +190,19 @@ fn run(process_start_ns: u64) -> anyhow::Result<ExitCode> {
     }
     match Arguments::parse().command {
         Command::Serve { config } => serve(config.as_deref())?,
-        Command::Vmm { config, control, vsock } => vmm(&config, control, vsock, process_start_ns)?,
+        Command::Vmm { config, control, descriptors, vsock } => {
+            vmm(
+                &config,
+                || {
+                    Ok(InheritedSockets {
+                        control: control.listener()?,
+                        descriptors: descriptors.listener()?,
+                        vsock: vsock.sockets()?,
+                    })
+                },
+                process_start_ns,
+            )?;
+        }
         Command::Check(arguments) => {
             let good = check::run(&arguments, Path::new(CONFIG)).context("cannot print what was found")?;
             return Ok(if good { ExitCode::SUCCESS } else { ExitCode::FAILURE });
@@ -190,8 +227,7 @@ fn serve(path: Option<&Path>) -> anyhow::Result<()> {
 
 fn vmm(
     config: &Path,
-    control: ControlSocket,
-    vsock: VsockArguments,
+    open: impl FnOnce() -> anyhow::Result<InheritedSockets>,
     process_start_ns: u64,
 ) -> anyhow::Result<()> {
     let log = pericarp_vmm::Log::to_stderr().context("cannot write the machine's log")?;
@@ -203,8 +239,7 @@ fn vmm(
     let text = fs::read_to_string(config).with_context(|| format!("cannot read {}", config.display()))?;
     let config: MachineConfig = serde_json::from_str(&text)
         .with_context(|| format!("{} is not a machine's description", config.display()))?;
-    let inherited = InheritedSockets { control: control.listener()?, vsock: vsock.sockets()? };
-    let reason = pericarp_vmm::run(&config, inherited, process_start_ns)?;
+    let reason = pericarp_vmm::run(&config, open()?, process_start_ns)?;
     match reason {
         ExitReason::GuestReset | ExitReason::Shutdown => {
             tracing::info!(%reason, "{}", pericarp_vmm::LAST_WORDS);

@@ -1,9 +1,7 @@
 //! The service on the control socket: what the controller can ask of a running machine (`protos/vmm.proto`).
 
 use std::{
-    io,
     os::{fd::IntoRawFd as _, unix::net::UnixListener},
-    path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard,
         atomic::{AtomicU8, Ordering},
@@ -27,8 +25,9 @@ use crate::{
     lock::unpoisoned,
     memory::{self, GuestMemory},
     memory_hotplug::{MemoryHotplug, MemoryRequestError},
+    received_descriptors::ReceivedDescriptors,
     vcpu::Vcpus,
-    virtio::{blk::DiskError, mem::WaitError},
+    virtio::mem::WaitError,
 };
 
 /// Most calls that are served at the same time; others wait. The controller is the only client.
@@ -50,6 +49,8 @@ pub struct ControlService {
     /// which the guest keeps busy cannot delay a response.
     pub counters: Vec<NamedCounters>,
     pub disks: Disks,
+    /// The files of disks that are to be inserted.
+    pub descriptors: ReceivedDescriptors,
     pub memory_hotplug: MemoryHotplug,
     /// Takes the reason for the machine's end, when it is to shut down.
     pub exit_reasons: Sender<ExitReason>,
@@ -104,10 +105,13 @@ impl Machine for ControlService {
         _context: &TtrpcContext,
         request: InsertDiskRequest,
     ) -> ttrpc::Result<InsertDiskResponse> {
-        let paths: Vec<_> = request.segments.into_iter().map(|segment| PathBuf::from(segment.path)).collect();
+        let files = self.descriptors.take(request.ticket).ok_or_else(|| {
+            let message = format!("no files have arrived under ticket {}", request.ticket);
+            status(Code::FAILED_PRECONDITION, message)
+        })?;
         let (device, extents) = self
             .disks
-            .insert(&paths, request.read_only, &request.serial)
+            .insert(files, request.read_only, &request.serial)
             .map_err(|error| status(insert_code(&error), error.to_string()))?;
         let extents = extents
             .into_iter()
@@ -196,11 +200,6 @@ fn insert_code(error: &InsertError) -> Code {
     match error {
         InsertError::NoSlot(_) => Code::RESOURCE_EXHAUSTED,
         InsertError::Slot(_) => Code::INTERNAL,
-        InsertError::Disk(DiskError::Open { source, .. }) => match source.kind() {
-            io::ErrorKind::NotFound => Code::NOT_FOUND,
-            io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => Code::PERMISSION_DENIED,
-            _ => Code::INVALID_ARGUMENT,
-        },
         InsertError::Disk(_) => Code::INVALID_ARGUMENT,
     }
 }

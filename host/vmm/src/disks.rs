@@ -4,7 +4,7 @@ use std::{
     collections::{BTreeMap, btree_map::Entry},
     io,
     ops::Range,
-    path::PathBuf,
+    os::fd::OwnedFd,
     sync::{Arc, Condvar, Mutex, MutexGuard},
     time::Duration,
 };
@@ -79,12 +79,12 @@ impl Disks {
     /// Inserts a disk into a free slot. Returns the slot's number and where on the disk the segments are.
     pub fn insert(
         &self,
-        paths: &[PathBuf],
+        files: Vec<OwnedFd>,
         read_only: bool,
         serial: &str,
     ) -> Result<(u32, Vec<Extent>), InsertError> {
         let slot = self.reserve().ok_or(InsertError::NoSlot(self.slots.len()))?;
-        match self.insert_into(slot, paths, read_only, serial) {
+        match self.insert_into(slot, files, read_only, serial) {
             Ok((extents, counters)) => {
                 self.occupied_slots().insert(slot, SlotState::Disk(counters));
                 Ok((slot, extents))
@@ -107,11 +107,11 @@ impl Disks {
     fn insert_into(
         &self,
         slot: u32,
-        paths: &[PathBuf],
+        files: Vec<OwnedFd>,
         read_only: bool,
         serial: &str,
     ) -> Result<(Vec<Extent>, NamedCounters), InsertError> {
-        let disk = Blk::new(slot, paths, read_only, serial)?;
+        let disk = Blk::new(slot, files, read_only, serial)?;
         let extents = disk.extents();
         let counters = (disk.name().to_owned(), disk.counters());
         self.bus.slot(slot).insert(Box::new(disk))?;
@@ -214,6 +214,10 @@ mod tests {
         })
     }
 
+    fn open(file: &Path) -> Vec<OwnedFd> {
+        vec![fs::File::open(file).unwrap().into()]
+    }
+
     fn is_open(file: &Path) -> bool {
         let descriptors = fs::read_dir("/proc/self/fd").unwrap();
         descriptors.flatten().any(|entry| fs::read_link(entry.path()).is_ok_and(|target| target == file))
@@ -227,7 +231,7 @@ mod tests {
         fs::write(&file, vec![0; 4096]).unwrap();
         let bus = bus(directory.path());
         let disks = Disks::new(bus.clone(), 0..1);
-        let (slot, _) = disks.insert(std::slice::from_ref(&file), true, "d").unwrap();
+        let (slot, _) = disks.insert(open(&file), true, "d").unwrap();
         assert_eq!(disks.devices(), [slot]);
         // As when the guest, or a request that takes long, keeps the device busy.
         let busy = bus.slot(slot);
@@ -235,7 +239,7 @@ mod tests {
             assert_eq!(disks.remove(slot, SHORT), Removal::StillOpen);
             assert!(is_open(&file));
             assert_eq!(disks.devices(), [slot]);
-            let error = disks.insert(std::slice::from_ref(&file), true, "e").unwrap_err();
+            let error = disks.insert(open(&file), true, "e").unwrap_err();
             assert!(matches!(error, InsertError::NoSlot(1)), "{error}");
         }
         drop(busy);
@@ -244,7 +248,7 @@ mod tests {
         assert!(!is_open(&file));
         assert_eq!(disks.remove(slot, SHORT), Removal::NoDisk);
         assert_eq!(disks.devices(), [0; 0]);
-        let (slot, _) = disks.insert(std::slice::from_ref(&file), true, "f").unwrap();
+        let (slot, _) = disks.insert(open(&file), true, "f").unwrap();
         assert_eq!(disks.remove(slot, Duration::MAX), Removal::Closed);
         assert!(!is_open(&file));
     }

@@ -20,6 +20,7 @@ mod machine;
 mod memory;
 mod memory_hotplug;
 mod probe;
+mod received_descriptors;
 mod slot_plan;
 mod vcpu;
 mod virtio;

@@ -2,7 +2,7 @@
 
 use std::{
     fmt::Write as _,
-    os::unix::net::UnixListener,
+    os::{fd::OwnedFd, unix::net::UnixListener},
     sync::{Arc, Mutex, atomic::AtomicU8, mpsc},
 };
 
@@ -26,6 +26,7 @@ use crate::{
     error::{Error, ExitReason, refused},
     memory::{self, GuestMemory},
     memory_hotplug::{HotplugRegion, MemoryHotplug},
+    received_descriptors::ReceivedDescriptors,
     slot_plan::SlotPlan,
     vcpu::{VcpuFactory, Vcpus},
     virtio::{
@@ -44,6 +45,8 @@ use crate::{
 pub struct InheritedSockets {
     /// A listening socket on which [`Machine`](pericarp_protos::vmm_blocking::Machine) is served once the vCPUs run.
     pub control: UnixListener,
+    /// A listening socket on which files of disks arrive ([`pericarp_protos::descriptors`]).
+    pub descriptors: OwnedFd,
     /// What the guest's vsock device is connected with.
     pub vsock: VsockSockets,
 }
@@ -116,6 +119,8 @@ pub fn run(
             None => MemoryHotplug::disabled(boot_bytes),
         },
         disks: Disks::new(bus, slot_plan.disks),
+        descriptors: ReceivedDescriptors::receive_from(inherited.descriptors)
+            .map_err(|source| Error::Io { what: "the thread that takes descriptors", source })?,
         exit_reasons,
     };
     let _server = service.serve(inherited.control).map_err(Error::Control)?;

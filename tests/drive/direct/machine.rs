@@ -118,6 +118,8 @@ impl DirectMachine {
             .arg(path.join("machine.json"))
             .arg("--control-socket")
             .arg(path.join("vmm.sock"))
+            .arg("--descriptors-socket")
+            .arg(path.join("descriptors.sock"))
             .arg("--vsock-socket")
             .arg(path.join("vsock.sock"))
             .arg("--host-socket")

@@ -1,17 +1,19 @@
 //! Hotplug of disks, processors and memory, on machines that a test runs without containerd.
 
 use std::{
-    fs,
+    fs::{self, File},
+    os::fd::AsFd,
     path::{Path, PathBuf},
     process::Command,
+    sync::atomic::{AtomicU64, Ordering},
 };
 
 use anyhow::{Context as _, Result, ensure};
 use pericarp_protos::{
-    agent,
+    agent, descriptors,
     host::{Disk, Layers, Node, Part, disk::Use},
     vmm::{
-        InsertDiskRequest, InsertDiskResponse, RemoveDiskRequest, ResizeRequest, Segment, StatusRequest,
+        InsertDiskRequest, InsertDiskResponse, RemoveDiskRequest, ResizeRequest, StatusRequest,
         WaitMemoryRequest,
     },
 };
@@ -34,12 +36,13 @@ async fn insert(
     read_only: bool,
     serial: &str,
 ) -> Result<InsertDiskResponse> {
+    static TICKET: AtomicU64 = AtomicU64::new(1);
+    let open = |path: &&Path| File::options().read(true).write(!read_only).open(path);
+    let files = paths.iter().map(open).collect::<Result<Vec<_>, _>>()?;
+    let files: Vec<_> = files.iter().map(AsFd::as_fd).collect();
     let mut request = InsertDiskRequest::new();
-    for path in paths {
-        let mut segment = Segment::new();
-        path.to_str().context("a path")?.clone_into(&mut segment.path);
-        request.segments.push(segment);
-    }
+    request.ticket = TICKET.fetch_add(1, Ordering::Relaxed);
+    descriptors::give(&machine.file("descriptors.sock"), request.ticket, &files)?;
     request.read_only = read_only;
     request.serial = serial.to_owned();
     Ok(machine.control.insert_disk(call_context(), &request).await?)
@@ -191,8 +194,9 @@ fn a_disk_is_taken_from_a_guest_that_still_uses_it() -> Result<()> {
         insert(&machine, &[&raw], true, "3").await?;
         let error = insert(&machine, &[&raw], true, "4").await.unwrap_err().to_string();
         ensure!(error.contains("slots"), "{error}");
-        let error = insert(&machine, &[Path::new("/no/such/file")], true, "").await.unwrap_err().to_string();
-        ensure!(error.contains("slots") || error.contains("/no/such/file"), "{error}");
+        let without_files = machine.control.insert_disk(call_context(), &InsertDiskRequest::new()).await;
+        let error = without_files.unwrap_err().to_string();
+        ensure!(error.contains("no files have arrived"), "{error}");
         Ok(())
     })
 }

@@ -18,10 +18,11 @@ use std::{
 };
 
 use pericarp_protos::{
+    descriptors,
     ttrpc::{self, asynchronous::Client, context},
     vmm::{
         InsertDiskRequest, InsertDiskResponse, MachineClient, RemoveDiskRequest, ResizeRequest,
-        ResizeResponse, Segment, StatusRequest, StatusResponse, WaitMemoryRequest,
+        ResizeResponse, StatusRequest, StatusResponse, WaitMemoryRequest,
     },
 };
 use pericarp_vmm::{InheritedSockets, MachineConfig, PortForward, VsockSockets};
@@ -35,6 +36,7 @@ use tokio::io::{Interest, unix::AsyncFd};
 pub mod file {
     pub const CONFIG: &str = "machine.json";
     pub const CONTROL: &str = "vmm.sock";
+    pub const DESCRIPTORS: &str = "descriptors.sock";
     pub const VSOCK: &str = "vsock.sock";
     pub const CONSOLE: &str = "console.log";
     pub const LOG: &str = "vmm.log";
@@ -84,6 +86,13 @@ pub fn bind(path: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
+/// Binds the socket through which a machine is given descriptors, for the controller's user alone.
+pub fn bind_descriptors(path: &Path) -> io::Result<OwnedFd> {
+    let listener = descriptors::listen_at(path)?;
+    fs::set_permissions(path, Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+
 impl Machine {
     /// Starts `pericarp vmm` in the pod's directory. It alone has the sockets from then on. `entrance` is the
     /// `cgroup.procs` of the cgroup that it belongs to. After an error there is no process. Blocks for as long as the
@@ -115,8 +124,10 @@ impl Machine {
             command.arg(argument).arg(fd.as_raw_fd().to_string());
             inherited.push(fd);
         };
-        let InheritedSockets { control, vsock: VsockSockets { listener, host, forward } } = sockets;
+        let InheritedSockets { control, descriptors, vsock: VsockSockets { listener, host, forward } } =
+            sockets;
         hand_down("--control-fd", control.into());
+        hand_down("--descriptors-fd", descriptors);
         hand_down("--vsock-fd", listener.into());
         if let Some(host) = host {
             hand_down("--host-fd", host.into());
@@ -262,16 +273,14 @@ impl MachineControl {
         self.connect().await?.status(context::with_duration(CONTROL_TIMEOUT), &StatusRequest::default()).await
     }
 
-    /// Puts the files, one after the other, into it as one disk.
+    /// Puts the files that were given to it under a ticket into it as one disk, one after the other.
     pub async fn insert_disk(
         &self,
-        files: &[PathBuf],
+        ticket: u64,
         read_only: bool,
         serial: String,
     ) -> ttrpc::Result<InsertDiskResponse> {
-        let segment = |file: &PathBuf| Segment { path: file.display().to_string(), ..Segment::default() };
-        let segments = files.iter().map(segment).collect();
-        let request = InsertDiskRequest { segments, read_only, serial, ..InsertDiskRequest::default() };
+        let request = InsertDiskRequest { ticket, read_only, serial, ..InsertDiskRequest::default() };
         self.connect().await?.insert_disk(context::with_duration(CONTROL_TIMEOUT), &request).await
     }
 

@@ -3,11 +3,21 @@
 //! Which disks are whose is on record in the pod's directory, so that another controller can take them out.
 
 use std::{
-    fs, io,
+    fs::{self, File},
+    io,
+    os::{
+        fd::AsFd,
+        unix::fs::{FileTypeExt as _, OpenOptionsExt as _},
+    },
     path::{Path, PathBuf},
+    sync::{
+        OnceLock,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use pericarp_protos::{
+    descriptors,
     guest::SHARE_DIR,
     host::{Disk, Layers, Node, Part, disk::Use},
     id::ContainerId,
@@ -34,6 +44,23 @@ const SERIAL_ID: usize = 16;
 /// A container cannot have its disks.
 #[derive(Debug, Error)]
 pub enum DiskError {
+    #[error("cannot open {path} for {what}")]
+    Open {
+        path: PathBuf,
+        what: String,
+        #[source]
+        source: io::Error,
+    },
+    #[error("the machine cannot be given the files of the disk for {what}")]
+    Give {
+        what: String,
+        #[source]
+        source: io::Error,
+    },
+    #[error(
+        "the machine of this pod is of an earlier version, which cannot be given the disk for {what}; replace the pod"
+    )]
+    OlderMachine { what: String },
     #[error("the machine cannot be given the disk for {what}")]
     Insert {
         what: String,
@@ -114,7 +141,11 @@ impl Pod {
         read_only: bool,
         what: &str,
     ) -> Result<Option<InsertDiskResponse>, DiskError> {
-        match self.control.insert_disk(files, read_only, serial(container, number)).await {
+        let (files, socket) = (files.to_owned(), self.files.descriptors());
+        let (ticket, of) = (next_ticket(), what.to_owned());
+        // Opening may wait for a server.
+        self.blocking.run(move || give(&socket, ticket, &files, read_only, of)).await?;
+        match self.control.insert_disk(ticket, read_only, serial(container, number)).await {
             Ok(inserted) => {
                 FaultPoint::DiskInserted.reached();
                 self.record_disk(container, inserted.device)?;
@@ -157,6 +188,47 @@ impl Pod {
     fn record_disk(&self, container: &ContainerId, device: u32) -> Result<(), DiskError> {
         add_to_record(&self.files.disk_records(), container, device).map_err(DiskError::Record)
     }
+}
+
+/// A number that no other set of files has which may still wait in a machine: an earlier controller may have left some.
+fn next_ticket() -> u64 {
+    static NEXT: OnceLock<AtomicU64> = OnceLock::new();
+    NEXT.get_or_init(|| AtomicU64::new(pericarp_vmm::monotonic_ns())).fetch_add(1, Ordering::Relaxed)
+}
+
+/// Opens files for a machine and gives them to it. Blocks.
+fn give(
+    socket: &Path,
+    ticket: u64,
+    files: &[PathBuf],
+    read_only: bool,
+    what: String,
+) -> Result<(), DiskError> {
+    let mut opened = Vec::with_capacity(files.len());
+    for path in files {
+        match open(path, read_only) {
+            Ok(file) => opened.push(file),
+            Err(source) => return Err(DiskError::Open { path: path.clone(), what, source }),
+        }
+    }
+    let opened: Vec<_> = opened.iter().map(AsFd::as_fd).collect();
+    descriptors::give(socket, ticket, &opened).map_err(|source| match source.kind() {
+        io::ErrorKind::NotFound => DiskError::OlderMachine { what },
+        _ => DiskError::Give { what, source },
+    })
+}
+
+/// Opens a regular file or a block device.
+fn open(path: &Path, read_only: bool) -> io::Result<File> {
+    let check = |kind: fs::FileType| {
+        let error = || io::Error::other("it is neither a regular file nor a block device");
+        (kind.is_file() || kind.is_block_device()).then_some(()).ok_or_else(error)
+    };
+    // This is checked before the file is opened, because opening might wait (a FIFO) or have an effect (a device).
+    check(path.metadata()?.file_type())?;
+    let file = fs::OpenOptions::new().read(true).write(!read_only).custom_flags(libc::O_NOCTTY).open(path)?;
+    check(file.metadata()?.file_type())?;
+    Ok(file)
 }
 
 /// Puts a disk that has just been inserted on record as a container's.
@@ -229,6 +301,32 @@ mod tests {
         let volume = |minor| BlockVolume { path: "/dev/x".into(), major: 253, minor, read_only: false };
         assert_eq!(device_node(directory.path(), &volume(7)).unwrap(), Path::new("/dev/mapper/data"));
         assert_eq!(device_node(directory.path(), &volume(8)).unwrap_err().kind(), io::ErrorKind::NotFound);
+    }
+
+    #[test]
+    fn only_files_and_block_devices_are_opened_for_a_machine() {
+        let directory = tempfile::tempdir().unwrap();
+        let at = |name: &str| directory.path().join(name);
+        fs::write(at("file"), "content").unwrap();
+        rustix::fs::mknodat(
+            rustix::fs::CWD,
+            at("fifo"),
+            rustix::fs::FileType::Fifo,
+            rustix::fs::Mode::from_raw_mode(0o600),
+            0,
+        )
+        .unwrap();
+        for (path, read_only) in [(at("file"), true), (at("file"), false)] {
+            open(&path, read_only).unwrap();
+        }
+        for path in [directory.path().to_owned(), at("fifo"), "/dev/null".into(), at("missing")] {
+            let given = give(&at("socket"), 1, std::slice::from_ref(&path), true, "its image layers".into());
+            let error = given.unwrap_err();
+            assert!(matches!(error, DiskError::Open { .. }), "{error}");
+            assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
+        }
+        let error = give(&at("socket"), 1, &[at("file")], true, "its image layers".into()).unwrap_err();
+        assert!(matches!(error, DiskError::OlderMachine { .. }), "{error}");
     }
 
     #[test]

@@ -35,6 +35,11 @@ impl PodFiles {
         self.directory.join(file::CONTROL)
     }
 
+    /// Where the machine takes descriptors.
+    pub fn descriptors(&self) -> PathBuf {
+        self.directory.join(file::DESCRIPTORS)
+    }
+
     /// The machine's vsock socket.
     pub fn vsock(&self) -> PathBuf {
         self.directory.join(file::VSOCK)

@@ -99,10 +99,12 @@ struct Sockets {
 impl Sockets {
     fn make(files: &PodFiles) -> Result<Self, StartError> {
         let control = machine::bind(&files.control()).map_err(make("control socket"))?;
+        let descriptors =
+            machine::bind_descriptors(&files.descriptors()).map_err(make("descriptors' socket"))?;
         let listener = machine::bind(&files.vsock()).map_err(make("vsock socket"))?;
         let (guest, host) = UnixStream::pair().map_err(make("connection to its guest"))?;
         let vsock = VsockSockets { listener, host: Some(host), forward: None };
-        Ok(Self { of_machine: InheritedSockets { control, vsock }, guest })
+        Ok(Self { of_machine: InheritedSockets { control, descriptors, vsock }, guest })
     }
 }
 

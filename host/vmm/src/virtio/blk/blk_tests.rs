@@ -15,10 +15,14 @@ const HEADER: u64 = 0x10_0000;
 const DATA: u64 = 0x20_0000;
 const STATUS: u64 = 0x30_0000;
 
+fn open(file: &tempfile::NamedTempFile) -> Vec<OwnedFd> {
+    vec![file.reopen().unwrap().into()]
+}
+
 fn disk(read_only: bool) -> (Blk, tempfile::NamedTempFile) {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(&[9; 4096]).unwrap();
-    (Blk::new(5, &[file.path().to_owned()], read_only, "serial").unwrap(), file)
+    (Blk::new(5, open(&file), read_only, "serial").unwrap(), file)
 }
 
 /// A read of the first sector, laid out as Linux's driver does.
@@ -54,9 +58,8 @@ fn the_configuration_tells_size_limits_and_what_can_be_done() {
 #[test]
 fn a_serial_number_that_is_too_long_is_refused() {
     let (_, file) = disk(true);
-    let paths = [file.path().to_owned()];
-    assert!(Blk::new(0, &paths, true, "12345678901234567890").is_ok());
-    let error = Blk::new(0, &paths, true, "123456789012345678901").map(drop).unwrap_err();
+    assert!(Blk::new(0, open(&file), true, "12345678901234567890").is_ok());
+    let error = Blk::new(0, open(&file), true, "123456789012345678901").map(drop).unwrap_err();
     assert!(error.to_string().contains("123456789012345678901"), "{error}");
 }
 

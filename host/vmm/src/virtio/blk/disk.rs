@@ -1,15 +1,15 @@
 //! The contents of a disk: files and block devices of the host, one after the other.
 
 use std::{
-    fs::{File, OpenOptions},
+    fs::File,
     io::{self, Seek as _, SeekFrom},
     os::{
-        fd::AsRawFd as _,
-        unix::fs::{FileTypeExt as _, OpenOptionsExt as _},
+        fd::{AsRawFd as _, OwnedFd},
+        unix::fs::FileTypeExt as _,
     },
-    path::{Path, PathBuf},
 };
 
+use pericarp_protos::descriptors;
 use thiserror::Error;
 
 use super::{SERIAL_SIZE, iovecs::IoVecs};
@@ -19,23 +19,23 @@ pub const SECTOR: u64 = 512;
 /// Each segment starts at a multiple of this many bytes, because file systems want their blocks aligned.
 const ALIGNMENT: u64 = 4096;
 /// Most segments of a disk. overlayfs takes no more layers.
-pub const SEGMENTS_MAX: usize = 500;
+pub const SEGMENTS_MAX: usize = descriptors::SET_MAX;
 
-/// A disk cannot be opened.
+/// A disk cannot be made of its segments, which are counted from 1.
 #[derive(Debug, Error)]
 pub enum DiskError {
     #[error("a disk needs 1 to {SEGMENTS_MAX} segments; {0} are asked for")]
     Segments(usize),
     #[error("a disk's serial number has at most {SERIAL_SIZE} bytes; {0:?} is longer")]
     Serial(String),
-    #[error("cannot open {path}: {source}")]
-    Open { path: PathBuf, source: io::Error },
-    #[error("{path} is neither a regular file nor a block device")]
-    Kind { path: PathBuf },
-    #[error("{path} is empty")]
-    Empty { path: PathBuf },
-    #[error("the segments up to {path} are larger than a disk can be")]
-    TooLarge { path: PathBuf },
+    #[error("cannot look at segment {number}: {source}")]
+    Look { number: usize, source: io::Error },
+    #[error("segment {number} is neither a regular file nor a block device")]
+    Kind { number: usize },
+    #[error("segment {number} is empty")]
+    Empty { number: usize },
+    #[error("the segments up to {number} are larger than a disk can be")]
+    TooLarge { number: usize },
 }
 
 /// Where a segment is on its disk, in bytes.
@@ -64,20 +64,22 @@ enum DiskRange<'a> {
 }
 
 impl Disk {
-    /// Opens the files and block devices at `paths` as the disk's segments.
-    pub fn open(paths: &[PathBuf], read_only: bool) -> Result<Self, DiskError> {
-        if paths.is_empty() || paths.len() > SEGMENTS_MAX {
-            return Err(DiskError::Segments(paths.len()));
+    /// Makes a disk of open files and block devices, its segments. They must be open for writing unless it is read-only.
+    pub fn new(files: Vec<OwnedFd>, read_only: bool) -> Result<Self, DiskError> {
+        let count = files.len();
+        if count == 0 || count > SEGMENTS_MAX {
+            return Err(DiskError::Segments(count));
         }
-        let mut segments = Vec::with_capacity(paths.len());
+        let mut segments = Vec::with_capacity(count);
         let mut end = 0u64;
         let mut block_size = 512;
-        for path in paths {
-            let (file, length) = open(path, read_only)?;
-            if let ([_], Some(size)) = (paths, logical_block_size(&file)) {
+        for (number, file) in (1..).zip(files) {
+            let mut file = File::from(file);
+            let length = length(&mut file, number)?;
+            if let (1, Some(size)) = (count, logical_block_size(&file)) {
                 block_size = size;
             }
-            let too_large = || DiskError::TooLarge { path: path.clone() };
+            let too_large = || DiskError::TooLarge { number };
             let offset = end.checked_next_multiple_of(ALIGNMENT).ok_or_else(too_large)?;
             end = offset
                 .checked_add(length)
@@ -166,29 +168,18 @@ impl Disk {
     }
 }
 
-/// Opens one segment. Returns its length in bytes too.
-fn open(path: &Path, read_only: bool) -> Result<(File, u64), DiskError> {
-    let failed = |source| DiskError::Open { path: path.into(), source };
-    let is_disk = |kind: std::fs::FileType| kind.is_file() || kind.is_block_device();
-    // This is checked before the file is opened, because opening might wait (a FIFO) or have an effect (a device).
-    if !is_disk(path.metadata().map_err(failed)?.file_type()) {
-        return Err(DiskError::Kind { path: path.into() });
-    }
-    let mut file = OpenOptions::new()
-        .read(true)
-        .write(!read_only)
-        .custom_flags(libc::O_CLOEXEC | libc::O_NOCTTY)
-        .open(path)
-        .map_err(failed)?;
-    if !is_disk(file.metadata().map_err(failed)?.file_type()) {
-        return Err(DiskError::Kind { path: path.into() });
+/// The length of a segment in bytes.
+fn length(file: &mut File, number: usize) -> Result<u64, DiskError> {
+    let failed = |source| DiskError::Look { number, source };
+    let kind = file.metadata().map_err(failed)?.file_type();
+    if !(kind.is_file() || kind.is_block_device()) {
+        return Err(DiskError::Kind { number });
     }
     // The end is found by seeking, because a block device's metadata has no size.
-    let length = file.seek(SeekFrom::End(0)).map_err(failed)?;
-    if length == 0 {
-        return Err(DiskError::Empty { path: path.into() });
+    match file.seek(SeekFrom::End(0)).map_err(failed)? {
+        0 => Err(DiskError::Empty { number }),
+        length => Ok(length),
     }
-    Ok((file, length))
 }
 
 /// The logical block size of a block device in bytes; `None` for any other file.

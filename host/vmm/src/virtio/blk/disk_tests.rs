@@ -1,4 +1,4 @@
-use std::io::Write as _;
+use std::{io::Write as _, path::Path};
 
 use vm_memory::{Bytes as _, GuestAddress};
 
@@ -11,9 +11,12 @@ fn file(contents: &[u8]) -> tempfile::NamedTempFile {
     file
 }
 
+fn open(path: &Path, read_only: bool) -> OwnedFd {
+    File::options().read(true).write(!read_only).open(path).unwrap().into()
+}
+
 fn disk(files: &[&tempfile::NamedTempFile], read_only: bool) -> Disk {
-    let paths: Vec<_> = files.iter().map(|file| file.path().to_owned()).collect();
-    Disk::open(&paths, read_only).unwrap()
+    Disk::new(files.iter().map(|file| open(file.path(), read_only)).collect(), read_only).unwrap()
 }
 
 /// Buffers of these lengths, the first at 1 MiB and the others 64 KiB apart.
@@ -92,13 +95,17 @@ fn what_is_no_disk_is_refused_by_its_name() {
         0,
     )
     .unwrap();
-    let missing = directory.path().join("missing");
-    let empty = file(&[]);
-    for path in [directory.path(), &fifo, Path::new("/dev/null"), &missing, empty.path()] {
-        let error = Disk::open(&[path.to_owned()], true).map(drop).unwrap_err();
-        assert!(error.to_string().contains(path.to_str().unwrap()), "{error}");
+    let (some, empty) = (file(&[1]), file(&[]));
+    // One that can be opened without anybody at its other end.
+    let fifo: OwnedFd = File::options().read(true).write(true).open(fifo).unwrap().into();
+    let others = [directory.path(), Path::new("/dev/null"), empty.path()].map(|path| open(path, true));
+    for other in others.into_iter().chain([fifo]) {
+        let error = Disk::new(vec![open(some.path(), true), other], true).map(drop).unwrap_err();
+        assert!(error.to_string().contains("segment 2"), "{error}");
     }
-    assert!(matches!(Disk::open(&[], true), Err(DiskError::Segments(0))));
+    assert!(matches!(Disk::new(Vec::new(), true), Err(DiskError::Segments(0))));
+    let many = (0..=SEGMENTS_MAX).map(|_| open(some.path(), true)).collect();
+    assert!(matches!(Disk::new(many, true), Err(DiskError::Segments(_))));
 }
 
 #[test]
@@ -106,7 +113,7 @@ fn segments_too_large_together_are_refused() {
     let huge = tempfile::NamedTempFile::new().unwrap();
     // Not every file system has files of this size.
     if huge.as_file().set_len(i64::MAX as u64 - 4096).is_ok() {
-        let paths = [huge.path().to_owned(), huge.path().to_owned()];
-        assert!(matches!(Disk::open(&paths, true), Err(DiskError::TooLarge { .. })));
+        let twice = vec![open(huge.path(), true), open(huge.path(), true)];
+        assert!(matches!(Disk::new(twice, true), Err(DiskError::TooLarge { number: 2 })));
     }
 }

@@ -12,7 +12,7 @@ mod iovecs;
 mod request;
 mod worker;
 
-use std::{path::PathBuf, sync::Arc};
+use std::{os::fd::OwnedFd, sync::Arc};
 
 pub use self::disk::{DiskError, Extent};
 use self::{
@@ -63,8 +63,8 @@ pub struct Blk {
 }
 
 impl Blk {
-    /// Opens a disk's segments. `index` distinguishes the machine's disks.
-    pub fn new(index: u32, paths: &[PathBuf], read_only: bool, serial: &str) -> Result<Self, DiskError> {
+    /// Makes a disk of its segments. `index` distinguishes the machine's disks.
+    pub fn new(index: u32, files: Vec<OwnedFd>, read_only: bool, serial: &str) -> Result<Self, DiskError> {
         let mut bytes = [0; SERIAL_SIZE];
         bytes
             .get_mut(..serial.len())
@@ -72,7 +72,7 @@ impl Blk {
             .copy_from_slice(serial.as_bytes());
         Ok(Self {
             name: format!("disk{index}"),
-            disk: Arc::new(Disk::open(paths, read_only)?),
+            disk: Arc::new(Disk::new(files, read_only)?),
             serial: bytes,
             worker: None,
             counters: Counters::default(),

@@ -24,7 +24,7 @@ impl Guest {
         for sector in 0..16u8 {
             file.write_all(&[sector; 512]).unwrap();
         }
-        let disk = Disk::open(&[file.path().to_owned()], read_only).unwrap();
+        let disk = Disk::new(vec![file.reopen().unwrap().into()], read_only).unwrap();
         Self { memory: guest_memory(), disk, file, counters: Counters::default() }
     }
 
