@@ -74,8 +74,12 @@ pub fn give(path: &Path, ticket: u64, descriptors: &[BorrowedFd<'_>]) -> io::Res
     }
 }
 
-/// Takes a set from a connection, and its ticket. `keep` has it when it is answered. Blocks for at most some seconds.
-pub fn take(connection: impl AsFd, keep: impl FnOnce(u64, Vec<OwnedFd>)) -> io::Result<()> {
+/// Takes a set from a connection, and its ticket. `keep` has it when it is answered; what it returns undoes that, if
+/// nobody is there any more to take the answer. Blocks for at most some seconds.
+pub fn take<Undo: FnOnce()>(
+    connection: impl AsFd,
+    keep: impl FnOnce(u64, Vec<OwnedFd>) -> Undo,
+) -> io::Result<()> {
     set_limits(&connection)?;
     let mut descriptors = Vec::new();
     let mut ticket = None;
@@ -86,8 +90,11 @@ pub fn take(connection: impl AsFd, keep: impl FnOnce(u64, Vec<OwnedFd>)) -> io::
             return Err(io::Error::new(io::ErrorKind::InvalidData, "the messages are not those of one set"));
         }
         if left == 0 {
-            keep(number, descriptors);
-            send(&connection, &RECEIVED, SendFlags::NOSIGNAL)?;
+            let undo = keep(number, descriptors);
+            if let Err(error) = send(&connection, &RECEIVED, SendFlags::NOSIGNAL) {
+                undo();
+                return Err(error.into());
+            }
             return Ok(());
         }
     }
@@ -108,10 +115,12 @@ fn take_message(connection: impl AsFd) -> io::Result<(u64, usize, Vec<OwnedFd>)>
         })
         .flatten()
         .collect();
-    if received.bytes != HEADER
-        || descriptors.is_empty()
-        || received.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC)
-    {
+    if received.flags.contains(ReturnFlags::CTRUNC) {
+        return Err(io::Error::other(
+            "some of the descriptors cannot be had; the limit of open files may be reached",
+        ));
+    }
+    if received.bytes != HEADER || descriptors.is_empty() || received.flags.contains(ReturnFlags::TRUNC) {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "not a message with descriptors"));
     }
     let (ticket, left) = header.split_at(8);
@@ -154,7 +163,10 @@ mod tests {
         thread::scope(|scope| {
             let machine = scope.spawn(|| {
                 let mut taken = None;
-                take(accept(&listener).unwrap(), |ticket, set| taken = Some((ticket, set)))?;
+                take(accept(&listener).unwrap(), |ticket, set| {
+                    taken = Some((ticket, set));
+                    || ()
+                })?;
                 let (ticket, set) = taken.unwrap();
                 Ok((ticket, set.into_iter().map(content).collect()))
             });
@@ -207,6 +219,39 @@ mod tests {
     }
 
     #[test]
+    fn neither_side_waits_for_ever_for_the_other() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let listener = listen_at(&path).unwrap();
+        let file = file("x");
+        let start = std::time::Instant::now();
+        // Nobody takes what is given, and nobody gives anything.
+        give(&path, 1, &[file.as_fd()]).unwrap_err();
+        let _silent = connect_to(&path);
+        let _given = accept(&listener).unwrap();
+        take(accept(&listener).unwrap(), |_, _| -> fn() { panic!("nothing was given") }).unwrap_err();
+        assert!(start.elapsed() >= 2 * TIME_LIMIT, "{:?}", start.elapsed());
+    }
+
+    #[test]
+    fn what_is_given_by_somebody_who_has_gone_is_not_kept() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("socket");
+        let listener = listen_at(&path).unwrap();
+        let stream = connect_to(&path);
+        let file = file("x");
+        let set = [file.as_fd()];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        control.push(SendAncillaryMessage::ScmRights(&set));
+        sendmsg(&stream, &[io::IoSlice::new(&[0; HEADER])], &mut control, SendFlags::empty()).unwrap();
+        drop(stream);
+        let undone = std::cell::Cell::new(false);
+        take(accept(&listener).unwrap(), |_, _| || undone.set(true)).unwrap_err();
+        assert!(undone.get());
+    }
+
+    #[test]
     fn a_message_of_another_form_is_refused() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
@@ -233,7 +278,9 @@ mod tests {
                 }
                 sendmsg(&stream, &[io::IoSlice::new(bytes)], &mut control, SendFlags::empty()).unwrap();
             }
-            let taken = take(accept(&listener).unwrap(), |_, _| panic!("{messages:?} is taken for a set"));
+            let taken = take(accept(&listener).unwrap(), |_, _| -> fn() {
+                panic!("{messages:?} is taken for a set")
+            });
             assert_eq!(taken.unwrap_err().kind(), io::ErrorKind::InvalidData, "{messages:?}");
         }
     }

@@ -1,8 +1,8 @@
 //! What the agent asks of the controller.
 //!
-//! The agent reports once that it is ready, on a connection to the host. Any process in the guest may connect to the
-//! host, so for all other calls the controller connects to the guest, at [`REQUESTS_PORT`]. The agent listens on that
-//! port before there is any other process.
+//! The agent reports once that it is ready, on the only connection to the host that the guest may make. For all other
+//! calls the controller connects to the guest, at [`REQUESTS_PORT`]. The agent listens on that port before there is any
+//! other process.
 //!
 //! [`REQUESTS_PORT`]: pericarp_protos::guest::REQUESTS_PORT
 

@@ -76,7 +76,7 @@ impl ControlSocket {
 #[derive(Args)]
 #[group(required = true, multiple = false)]
 struct DescriptorSocket {
-    /// An inherited descriptor: a unix socket (SOCK_SEQPACKET) that is listening already.
+    /// An inherited descriptor: a unix socket (`SOCK_SEQPACKET`) that is listening already.
     #[arg(long)]
     descriptors_fd: Option<RawFd>,
     /// A path to make that socket at.

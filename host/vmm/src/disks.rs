@@ -14,6 +14,7 @@ use thiserror::Error;
 use crate::{
     bus::Bus,
     lock::unpoisoned,
+    threads::{ThreadKind, ThreadSpawner},
     virtio::{
         Counter, Device as _,
         blk::{Blk, DiskError, Extent},
@@ -38,6 +39,7 @@ pub type NamedCounters = (String, Vec<(&'static str, Counter)>);
 /// The disks of a machine.
 pub struct Disks {
     bus: Arc<Bus>,
+    threads: ThreadSpawner,
     /// The numbers of the slots for disks.
     slots: Range<u32>,
     occupied: Arc<OccupiedSlots>,
@@ -72,8 +74,8 @@ enum SlotState {
 
 impl Disks {
     /// A machine without disks, which may be inserted into `slots` of the bus.
-    pub fn new(bus: Arc<Bus>, slots: Range<u32>) -> Self {
-        Self { bus, slots, occupied: Arc::default() }
+    pub fn new(bus: Arc<Bus>, threads: ThreadSpawner, slots: Range<u32>) -> Self {
+        Self { bus, threads, slots, occupied: Arc::default() }
     }
 
     /// Inserts a disk into a free slot. Returns the slot's number and where on the disk the segments are.
@@ -151,7 +153,7 @@ impl Disks {
             unpoisoned(occupied.by_slot.lock()).remove(&slot);
             occupied.removed.notify_all();
         };
-        std::thread::Builder::new().name(format!("close{slot}")).spawn(remove).map(drop)
+        self.threads.spawn(ThreadKind::Unprivileged, &format!("close{slot}"), remove).map(drop)
     }
 
     /// The counters of all disks. Reading them waits for no device.
@@ -188,7 +190,7 @@ mod tests {
         virtio::{
             device_slot::{DeviceEventRegistrar, DeviceEvents, DeviceSlot},
             register_page::{self, RegisterPage},
-            testing::guest_memory,
+            testing::{guest_memory, threads},
         },
     };
 
@@ -203,10 +205,10 @@ mod tests {
     }
 
     /// A machine with one slot.
-    fn bus(directory: &Path) -> Arc<Bus> {
+    fn bus(directory: &Path, threads: &ThreadSpawner) -> Arc<Bus> {
         let config = ConsoleConfig { path: directory.join("console"), limit_bytes: 100 };
         let page = RegisterPage::new(register_page::allocate(1).unwrap(), 0);
-        let slot = DeviceSlot::new(0, page, guest_memory(), Arc::new(NoRegistrar));
+        let slot = DeviceSlot::new(0, page, guest_memory(), threads.clone(), Arc::new(NoRegistrar));
         Arc::new(Bus {
             slots: vec![Mutex::new(slot)],
             console: Mutex::new(Console::open(&config, EventFd::new(0).unwrap()).unwrap()),
@@ -229,8 +231,9 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().canonicalize().unwrap().join("disk");
         fs::write(&file, vec![0; 4096]).unwrap();
-        let bus = bus(directory.path());
-        let disks = Disks::new(bus.clone(), 0..1);
+        let threads = threads();
+        let bus = bus(directory.path(), &threads);
+        let disks = Disks::new(bus.clone(), threads, 0..1);
         let (slot, _) = disks.insert(open(&file), true, "d").unwrap();
         assert_eq!(disks.devices(), [slot]);
         // As when the guest, or a request that takes long, keeps the device busy.

@@ -22,6 +22,7 @@ mod memory_hotplug;
 mod probe;
 mod received_descriptors;
 mod slot_plan;
+mod threads;
 mod vcpu;
 mod virtio;
 

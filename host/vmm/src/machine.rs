@@ -28,6 +28,7 @@ use crate::{
     memory_hotplug::{HotplugRegion, MemoryHotplug},
     received_descriptors::ReceivedDescriptors,
     slot_plan::SlotPlan,
+    threads::{ThreadKind, ThreadSpawner, renounce_privileges},
     vcpu::{VcpuFactory, Vcpus},
     virtio::{
         Device,
@@ -80,7 +81,11 @@ pub fn run(
     let vcpus = (0..config.vcpus).map(|id| factory.create(id)).collect::<Result<Vec<_>, _>>()?;
     let devices = make_boot_devices(config, inherited.vsock)?;
     let device_counters = device_counters(&devices);
-    let bus = Arc::new(make_bus(config, &slot_plan, &vm, &memory, devices)?);
+    renounce_privileges()
+        .map_err(|source| Error::Io { what: "process unable to gain privileges", source })?;
+    let threads = ThreadSpawner::start()
+        .map_err(|source| Error::Io { what: "the thread that starts others", source })?;
+    let bus = Arc::new(make_bus(config, &slot_plan, &vm, &memory, &threads, devices)?);
     let kvm_ready_ns = monotonic_ns();
 
     let cmdline = cmdline(config, &slot_plan);
@@ -89,9 +94,18 @@ pub fn run(
     registers::enter_kernel(boot_vcpu, entry)?;
     let kernel_loaded_ns = monotonic_ns();
 
+    // Everything is open. The threads that serve calls are started by the library, and inherit from this one.
+    let restricted = ThreadKind::Unprivileged.restrict();
+    restricted.map_err(|source| Error::Io { what: "threads without privileges", source })?;
     let (exit_reasons, received_reasons) = mpsc::channel();
     let vcpus_started_ns = monotonic_ns();
-    let mut running = Vcpus { factory, bus: bus.clone(), exit_reasons: exit_reasons.clone(), count: 0 };
+    let mut running = Vcpus {
+        factory,
+        bus: bus.clone(),
+        threads: threads.clone(),
+        exit_reasons: exit_reasons.clone(),
+        count: 0,
+    };
     for vcpu in vcpus {
         running.run(vcpu)?;
     }
@@ -118,8 +132,8 @@ pub fn run(
             Some((region, slot)) => MemoryHotplug::new(boot_bytes, region, bus.clone(), slot),
             None => MemoryHotplug::disabled(boot_bytes),
         },
-        disks: Disks::new(bus, slot_plan.disks),
-        descriptors: ReceivedDescriptors::receive_from(inherited.descriptors)
+        disks: Disks::new(bus, threads.clone(), slot_plan.disks),
+        descriptors: ReceivedDescriptors::receive_from(inherited.descriptors, &threads)
             .map_err(|source| Error::Io { what: "the thread that takes descriptors", source })?,
         exit_reasons,
     };
@@ -202,6 +216,7 @@ fn make_bus(
     slot_plan: &SlotPlan,
     vm: &Arc<VmFd>,
     memory: &GuestMemory,
+    threads: &ThreadSpawner,
     devices: Vec<Box<dyn Device>>,
 ) -> Result<Bus, Error> {
     let console = Console::open(&config.console, interrupt_line(vm, SERIAL_IRQ)?)
@@ -215,7 +230,7 @@ fn make_bus(
         .map(|index| {
             let registrar: Arc<dyn DeviceEventRegistrar> = vm.clone();
             let page = RegisterPage::new(pages.clone(), index);
-            DeviceSlot::new(index, page, memory.clone(), registrar)
+            DeviceSlot::new(index, page, memory.clone(), threads.clone(), registrar)
         })
         .collect();
     for (slot, device) in slots.iter_mut().zip(devices) {

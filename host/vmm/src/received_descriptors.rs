@@ -6,65 +6,100 @@ use std::{
     os::fd::OwnedFd,
     sync::{Arc, Mutex},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use pericarp_protos::descriptors;
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+    net::{SocketFlags, accept_with},
+};
 
-use crate::lock::unpoisoned;
+use crate::{
+    lock::unpoisoned,
+    threads::{ThreadKind, ThreadSpawner},
+};
 
 /// Sets that wait for their call. The controller makes one call at a time; what a controller that was killed has left
 /// is closed when as many have followed.
 const SETS_MAX: usize = 4;
 
+/// How long a set waits for its call, which follows it at once. A controller that was killed makes none, and what it has
+/// left must not stay open: a volume could not be detached from the host.
+const WAIT_MAX: Duration = Duration::from_secs(10);
+
 /// How long no connection is taken after one could not be: descriptors may be short.
 const PAUSE: Duration = Duration::from_millis(100);
 
-/// Sets of descriptors by their tickets, the oldest first.
+/// Descriptors that belong together.
+struct Set {
+    ticket: u64,
+    descriptors: Vec<OwnedFd>,
+    received: Instant,
+}
+
+/// Sets of descriptors, the oldest first.
 #[derive(Clone, Default)]
-pub struct ReceivedDescriptors(Arc<Mutex<VecDeque<(u64, Vec<OwnedFd>)>>>);
+pub struct ReceivedDescriptors(Arc<Mutex<VecDeque<Set>>>);
 
 impl ReceivedDescriptors {
     /// Starts to take descriptors from a listener, on a thread of its own.
-    pub fn receive_from(listener: OwnedFd) -> io::Result<Self> {
+    pub fn receive_from(listener: OwnedFd, threads: &ThreadSpawner) -> io::Result<Self> {
         let received = Self::default();
-        let receiver = received.clone();
+        let shared = received.clone();
         let receive = move || {
             loop {
-                match rustix::net::accept_with(&listener, rustix::net::SocketFlags::CLOEXEC) {
-                    Ok(connection) => receiver.receive(connection),
-                    Err(rustix::io::Errno::INTR | rustix::io::Errno::CONNABORTED) => {}
-                    Err(error) => {
-                        tracing::warn!(%error, "cannot take a connection with descriptors");
-                        thread::sleep(PAUSE);
-                    }
+                if let Err(error) = shared.receive_next(&listener) {
+                    tracing::warn!(%error, "descriptors are not taken");
+                    thread::sleep(PAUSE);
                 }
             }
         };
-        thread::Builder::new().name("descriptors".into()).spawn(receive)?;
+        threads.spawn(ThreadKind::Unprivileged, "descriptors", receive)?;
         Ok(received)
     }
 
-    fn receive(&self, connection: OwnedFd) {
-        if let Err(error) = descriptors::take(connection, |ticket, set| self.insert(ticket, set)) {
-            tracing::warn!(%error, "descriptors are not taken");
-        }
+    /// Takes a set from the next connection, and closes sets that have waited too long.
+    fn receive_next(&self, listener: &OwnedFd) -> io::Result<()> {
+        let wait = self.close_expired(Instant::now());
+        let timeout = wait.map(Timespec::try_from).transpose().map_err(io::Error::other)?;
+        let mut connections = [PollFd::new(listener, PollFlags::IN)];
+        match poll(&mut connections, timeout.as_ref()) {
+            Ok(0) | Err(Errno::INTR) => return Ok(()),
+            ready => ready?,
+        };
+        let connection = match accept_with(listener, SocketFlags::CLOEXEC) {
+            Err(Errno::INTR | Errno::CONNABORTED) => return Ok(()),
+            connection => connection?,
+        };
+        descriptors::take(connection, |ticket, descriptors| {
+            self.insert(Set { ticket, descriptors, received: Instant::now() });
+            move || drop(self.take(ticket))
+        })
     }
 
-    fn insert(&self, ticket: u64, set: Vec<OwnedFd>) {
+    fn insert(&self, set: Set) {
         let mut sets = unpoisoned(self.0.lock());
-        sets.retain(|(other, _)| *other != ticket);
+        sets.retain(|other| other.ticket != set.ticket);
         if sets.len() == SETS_MAX {
             sets.pop_front();
         }
-        sets.push_back((ticket, set));
+        sets.push_back(set);
     }
 
-    /// Takes the set with a ticket; `None` if it has not arrived.
+    /// Closes what has waited too long. Returns how long the oldest of the others may still wait.
+    fn close_expired(&self, now: Instant) -> Option<Duration> {
+        let mut sets = unpoisoned(self.0.lock());
+        sets.retain(|set| now.duration_since(set.received) < WAIT_MAX);
+        sets.front().map(|oldest| WAIT_MAX.saturating_sub(now.duration_since(oldest.received)))
+    }
+
+    /// Takes the set with a ticket; `None` if it has not arrived, or has waited too long.
     pub fn take(&self, ticket: u64) -> Option<Vec<OwnedFd>> {
         let mut sets = unpoisoned(self.0.lock());
-        let index = sets.iter().position(|(other, _)| *other == ticket)?;
-        sets.remove(index).map(|(_, set)| set)
+        let index = sets.iter().position(|set| set.ticket == ticket)?;
+        sets.remove(index).map(|set| set.descriptors)
     }
 }
 
@@ -73,12 +108,14 @@ mod tests {
     use std::os::fd::AsFd as _;
 
     use super::*;
+    use crate::virtio::testing::threads;
 
     #[test]
     fn a_set_is_taken_once_by_its_ticket() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("socket");
-        let received = ReceivedDescriptors::receive_from(descriptors::listen_at(&path).unwrap()).unwrap();
+        let received =
+            ReceivedDescriptors::receive_from(descriptors::listen_at(&path).unwrap(), &threads()).unwrap();
         let file = tempfile::tempfile().unwrap();
         for ticket in [7, 8] {
             descriptors::give(&path, ticket, &[file.as_fd(), file.as_fd()]).unwrap();
@@ -92,14 +129,34 @@ mod tests {
     #[test]
     fn sets_that_nobody_asks_for_do_not_pile_up() {
         let received = ReceivedDescriptors::default();
-        let set = || vec![OwnedFd::from(tempfile::tempfile().unwrap())];
+        let set = |ticket, count| {
+            let file = || OwnedFd::from(tempfile::tempfile().unwrap());
+            let descriptors = std::iter::repeat_with(file).take(count).collect();
+            Set { ticket, descriptors, received: Instant::now() }
+        };
         for ticket in 0..10 {
-            received.insert(ticket, set());
+            received.insert(set(ticket, 1));
         }
         // One that is given again replaces the first.
-        received.insert(9, [set(), set()].into_iter().flatten().collect());
+        received.insert(set(9, 2));
         assert!(received.take(5).is_none());
         let left: Vec<_> = (6..10).map(|ticket| received.take(ticket).unwrap().len()).collect();
         assert_eq!(left, [1, 1, 1, 2]);
+    }
+
+    #[test]
+    fn a_set_that_nobody_asks_for_is_closed() {
+        let received = ReceivedDescriptors::default();
+        let now = Instant::now();
+        let set = |ticket, age| {
+            let descriptors = vec![OwnedFd::from(tempfile::tempfile().unwrap())];
+            Set { ticket, descriptors, received: now.checked_sub(age).unwrap() }
+        };
+        received.insert(set(1, WAIT_MAX));
+        received.insert(set(2, WAIT_MAX / 2));
+        assert_eq!(received.close_expired(now), Some(WAIT_MAX / 2));
+        assert!(received.take(1).is_none());
+        assert!(received.take(2).is_some());
+        assert_eq!(received.close_expired(now), None);
     }
 }

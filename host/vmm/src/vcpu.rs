@@ -12,6 +12,7 @@ use crate::{
     arch::current::{cpuid, registers},
     bus::{Bus, PortWrite},
     error::{Error, ExitReason, refused},
+    threads::{ThreadKind, ThreadSpawner},
 };
 
 /// Makes a machine's vCPUs, each in its state after a reset.
@@ -46,6 +47,7 @@ impl VcpuFactory {
 pub struct Vcpus {
     pub factory: VcpuFactory,
     pub bus: Arc<Bus>,
+    pub threads: ThreadSpawner,
     /// Takes the reason for the machine's end.
     pub exit_reasons: Sender<ExitReason>,
     /// Number of vCPUs that run.
@@ -70,7 +72,7 @@ impl Vcpus {
 
     /// Starts the thread of the next vCPU.
     pub fn run(&mut self, vcpu: VcpuFd) -> Result<(), Error> {
-        spawn_vcpu_thread(self.count, vcpu, self.bus.clone(), self.exit_reasons.clone())
+        spawn_vcpu_thread(&self.threads, self.count, vcpu, self.bus.clone(), self.exit_reasons.clone())
             .map_err(|source| Error::Io { what: "vCPU threads", source })?;
         self.count += 1;
         Ok(())
@@ -82,12 +84,13 @@ impl Vcpus {
 /// Nothing stops a vCPU from outside except the end of the process: the threads of a machine end with it, which needs
 /// neither a signal nor a handshake.
 fn spawn_vcpu_thread(
+    threads: &ThreadSpawner,
     id: u8,
     mut vcpu: VcpuFd,
     bus: Arc<Bus>,
     exit_reasons: Sender<ExitReason>,
 ) -> io::Result<JoinHandle<()>> {
-    std::thread::Builder::new().name(format!("vcpu{id}")).spawn(move || {
+    threads.spawn(ThreadKind::Unprivileged, &format!("vcpu{id}"), move || {
         let reason = run(&mut vcpu, &bus);
         // There is no receiver any more only if the machine is ending already.
         let _ = exit_reasons.send(reason);

@@ -46,9 +46,6 @@ fn a_process_in_a_container_can_neither_reach_the_host_service_nor_stand_in_for_
         }
         // It is the host's port, not the guest's: to have it in the guest is worth nothing.
         pod.idle_container("next").await?;
-        let sockets = std::fs::read_dir(format!("/run/pericarp/{}", pod.id))?;
-        let names: Vec<_> = sockets.map(|entry| Ok(entry?.file_name())).collect::<Result<_>>()?;
-        ensure!(!names.iter().any(|name| name.to_string_lossy().contains("1025")), "{names:?}");
         Ok(())
     })
 }

@@ -3,6 +3,7 @@
 mod devices;
 pub mod disks;
 mod guest_kernel;
+mod jail;
 mod process;
 pub mod resize;
 mod starvation;

@@ -4,7 +4,7 @@
 //! it, so that the pod's limits hold for the machine and `PodSandboxStats` counts it.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{self, File},
     io,
     path::{Path, PathBuf},
 };
@@ -30,9 +30,9 @@ impl Cgroup {
         Ok(Some(Cgroup { path }))
     }
 
-    /// What a process writes "0" to in order to enter.
-    pub fn entrance(&self) -> io::Result<File> {
-        OpenOptions::new().write(true).open(self.path.join("cgroup.procs"))
+    /// The cgroup's directory, in which a process can be started.
+    pub fn directory(&self) -> io::Result<File> {
+        File::open(&self.path)
     }
 }
 

@@ -5,18 +5,17 @@ use std::{
     fs::{self, File, OpenOptions, Permissions},
     io,
     os::{
-        fd::{AsFd as _, AsRawFd as _, OwnedFd},
+        fd::{AsFd as _, OwnedFd},
         unix::{
             fs::{OpenOptionsExt as _, PermissionsExt as _},
             net::UnixListener,
-            process::CommandExt as _,
         },
     },
     path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
     time::Duration,
 };
 
+use pericarp_jail::{JailedChild, JailedCommand};
 use pericarp_protos::{
     descriptors,
     ttrpc::{self, asynchronous::Client, context},
@@ -26,8 +25,9 @@ use pericarp_protos::{
     },
 };
 use pericarp_vmm::{InheritedSockets, MachineConfig, PortForward, VsockSockets};
-use rustix::process::{
-    Pid, PidfdFlags, Signal, WaitId, WaitIdOptions, pidfd_open, pidfd_send_signal, waitid,
+use rustix::{
+    fs::{OFlags, fcntl_getfl, fcntl_setfl},
+    process::{Pid, Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid},
 };
 use serde::{Deserialize, Serialize};
 use tokio::io::{Interest, unix::AsyncFd};
@@ -44,6 +44,9 @@ pub mod file {
     pub const STATE: &str = "state.json";
     pub const PROGRESS: &str = "progress.json";
 }
+
+/// The environment variable that decides what a machine logs.
+const LOG_FILTER: &str = "PERICARP_LOG";
 
 /// Limit of every call to a machine's control socket.
 const CONTROL_TIMEOUT: Duration = Duration::from_secs(2);
@@ -94,70 +97,51 @@ pub fn bind_descriptors(path: &Path) -> io::Result<OwnedFd> {
 }
 
 impl Machine {
-    /// Starts `pericarp vmm` in the pod's directory. It alone has the sockets from then on. `entrance` is the
-    /// `cgroup.procs` of the cgroup that it belongs to. After an error there is no process. Blocks for as long as the
-    /// kernel takes to start one.
+    /// Starts `pericarp vmm` in the pod's directory. It alone has the sockets from then on. `cgroup` is the directory
+    /// of the cgroup that it belongs to. After an error there is no process. Blocks for as long as the kernel takes to
+    /// start one.
     pub fn spawn(
         directory: &Path,
         config: &MachineConfig,
         sockets: InheritedSockets,
-        entrance: Option<File>,
+        cgroup: Option<File>,
     ) -> io::Result<Machine> {
         let path = directory.join(file::CONFIG);
         fs::write(&path, serde_json::to_vec_pretty(config)?)?;
         // The machine reads it when it is full, to keep the newest half.
         let log = directory.join(file::LOG);
         let log = OpenOptions::new().create(true).read(true).append(true).mode(0o600).open(log)?;
-        let mut command = Command::new("/proc/self/exe");
-        command
-            .arg0("pericarp")
-            .arg("vmm")
-            .arg("--config")
-            .arg(&path)
-            .current_dir("/")
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log);
-        // A descriptor without the flag that closes it on exec exists only in the child.
-        let mut inherited: Vec<OwnedFd> = Vec::new();
-        let mut hand_down = |argument, fd: OwnedFd| {
-            command.arg(argument).arg(fd.as_raw_fd().to_string());
-            inherited.push(fd);
-        };
+        let mut command = JailedCommand::new("/proc/self/exe", "pericarp", log)?;
+        command.argument("vmm")?.argument("--config")?.argument(&path)?;
+        if let Some(filter) = std::env::var_os(LOG_FILTER) {
+            command.variable(LOG_FILTER, filter)?;
+        }
         let InheritedSockets { control, descriptors, vsock: VsockSockets { listener, host, forward } } =
             sockets;
-        hand_down("--control-fd", control.into());
-        hand_down("--descriptors-fd", descriptors);
-        hand_down("--vsock-fd", listener.into());
+        command
+            .hand_down("--control-fd", control)?
+            .hand_down("--descriptors-fd", descriptors)?
+            .hand_down("--vsock-fd", listener)?;
         if let Some(host) = host {
-            hand_down("--host-fd", host.into());
+            command.hand_down("--host-fd", host)?;
         }
         if let Some(PortForward { listener, steering }) = forward {
-            hand_down("--forward-fd", listener.into());
-            hand_down("--steering-fd", steering);
+            command.hand_down("--forward-fd", listener)?.hand_down("--steering-fd", steering)?;
         }
-        let enter = move || {
-            if let Some(entrance) = &entrance {
-                rustix::io::write(entrance, b"0")?;
-            }
-            // A session of its own: what is sent to the controller's group does not reach it.
-            rustix::process::setsid()?;
-            for fd in &inherited {
-                rustix::io::fcntl_setfd(fd, rustix::io::FdFlags::empty())?;
-            }
-            Ok(())
-        };
-        // SAFETY: between fork and exec, only system calls are made; nothing is allocated or locked.
-        unsafe { command.pre_exec(enter) };
-        Machine::attend(Unattended(Some(command.spawn()?)), |pid| Ok(pidfd_open(pid, PidfdFlags::NONBLOCK)?))
+        if let Some(cgroup) = cgroup {
+            command.cgroup(cgroup.into());
+        }
+        Machine::attend(Unattended(Some(command.spawn()?)), Unattended::share)
     }
 
-    /// Takes care of a child, `open` being how a descriptor of it is had: a child that is not waited for keeps its pid,
-    /// so it cannot be another process's.
-    fn attend(mut child: Unattended, open: impl FnOnce(Pid) -> io::Result<OwnedFd>) -> io::Result<Machine> {
-        let pid = child.pid();
-        let machine = Machine::new(pid, open(pid)?)?;
-        // From here it is watched and ended by its descriptor.
+    /// Takes care of a machine that was just started, `share` being how its pid and a descriptor of it are had.
+    fn attend(
+        mut child: Unattended,
+        share: impl FnOnce(&Unattended) -> io::Result<(Pid, OwnedFd)>,
+    ) -> io::Result<Machine> {
+        let (pid, pidfd) = share(&child)?;
+        let machine = Machine::new(pid, pidfd)?;
+        // From here it is watched and ended by whoever has the machine.
         child.0 = None;
         Ok(machine)
     }
@@ -192,20 +176,24 @@ impl Machine {
 }
 
 /// A machine's process that nobody could end or wait for yet. It is ended with this.
-struct Unattended(Option<Child>);
+struct Unattended(Option<JailedChild>);
 
 impl Unattended {
-    fn pid(&self) -> Pid {
-        // It is there until somebody else takes care, which is after this has been asked.
-        self.0.as_ref().map_or(rustix::process::getpid(), Pid::from_child)
+    /// Its pid, and another descriptor of it, which does not block.
+    fn share(&self) -> io::Result<(Pid, OwnedFd)> {
+        let gone = || io::Error::from(io::ErrorKind::NotFound);
+        let child = self.0.as_ref().ok_or_else(gone)?;
+        let pidfd = child.pidfd.try_clone()?;
+        fcntl_setfl(&pidfd, fcntl_getfl(&pidfd)? | OFlags::NONBLOCK)?;
+        Ok((Pid::from_raw(child.pid).ok_or_else(gone)?, pidfd))
     }
 }
 
 impl Drop for Unattended {
     fn drop(&mut self) {
-        let Some(child) = &mut self.0 else { return };
-        if let Err(error) = child.kill().and_then(|()| child.wait()) {
-            tracing::error!(pid = child.id(), %error, "cannot end a machine that nobody attends to");
+        let Some(child) = &self.0 else { return };
+        if let Err(error) = kill(&child.pidfd).and_then(|()| reap(&child.pidfd)) {
+            tracing::error!(pid = child.pid, %error, "cannot end a machine that nobody attends to");
         }
     }
 }
@@ -385,16 +373,19 @@ mod tests {
         assert_eq!((Exit::Code(3).status(), Exit::Signal(9).status()), (3, 137));
     }
 
-    /// A process, as a machine is before anybody has a descriptor of it.
-    fn unattended() -> Unattended {
-        Unattended(Some(Command::new("sleep").arg("60").spawn().unwrap()))
+    /// A process, as a machine is before anybody attends to it, and its directory in /proc.
+    fn unattended() -> (Unattended, PathBuf) {
+        let mut command = JailedCommand::new("/bin/sleep", "sleep", tempfile::tempfile().unwrap()).unwrap();
+        command.argument("60").unwrap();
+        let child = command.spawn().unwrap();
+        let process = PathBuf::from(format!("/proc/{}", child.pid));
+        assert!(process.exists());
+        (Unattended(Some(child)), process)
     }
 
     #[tokio::test]
     async fn a_machine_of_which_no_descriptor_can_be_had_is_ended() {
-        let child = unattended();
-        let process = PathBuf::from(format!("/proc/{}", child.pid()));
-        assert!(process.exists());
+        let (child, process) = unattended();
         let error = Machine::attend(child, |_| Err(rustix::io::Errno::MFILE.into())).err().unwrap();
         assert_eq!(error.raw_os_error(), Some(libc::EMFILE));
         assert!(!process.exists(), "neither it nor its exit status is left");
@@ -402,10 +393,9 @@ mod tests {
 
     #[tokio::test]
     async fn a_machine_that_is_watched_outlives_who_started_it() {
-        let open = |pid| Ok(pidfd_open(pid, PidfdFlags::NONBLOCK)?);
-        let machine = Machine::attend(unattended(), open).unwrap();
+        let (child, process) = unattended();
+        let machine = Machine::attend(child, Unattended::share).unwrap();
         let to_end_it = machine.pidfd.get_ref().try_clone().unwrap();
-        let process = PathBuf::from(format!("/proc/{}", machine.pid()));
         drop(machine);
         assert!(process.exists());
         kill(&to_end_it).unwrap();
@@ -414,8 +404,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_killed_process_is_reported_with_its_signal() {
-        let open = |pid| Ok(pidfd_open(pid, PidfdFlags::NONBLOCK)?);
-        let machine = Machine::attend(unattended(), open).unwrap();
+        let machine = Machine::attend(unattended().0, Unattended::share).unwrap();
         kill(machine.pidfd.get_ref()).unwrap();
         assert_eq!(machine.exited().await.unwrap(), Exit::Signal(9));
     }

@@ -12,7 +12,7 @@ use std::{
 };
 
 use pericarp_protos::id::SandboxId;
-use pericarp_vmm::MachineConfig;
+use serde::Deserialize;
 use tokio::{sync::Semaphore, task::JoinSet};
 
 use super::{
@@ -217,14 +217,23 @@ fn record_of_visible(
     stage: Stage,
     default_size: Size,
 ) -> io::Result<Record> {
-    let size = fs::read(directory.join(file::CONFIG))
-        .ok()
-        .and_then(|text| serde_json::from_slice::<MachineConfig>(&text).ok())
-        .map(|config| Size { vcpus: config.vcpus, memory_mib: config.memory_mib });
-    let mut record = Record::new(PodSpec::unknown(id.clone(), NAMESPACE), size.unwrap_or(default_size));
+    let size = machine_size(directory).unwrap_or(default_size);
+    let mut record = Record::new(PodSpec::unknown(id.clone(), NAMESPACE), size);
     record.stage = stage;
     record.owned = owned_in(directory, None, cgroup::find(id)?, machine);
     Ok(record)
+}
+
+/// The size with which a pod's machine was started, by this version or another.
+fn machine_size(directory: &Path) -> Option<Size> {
+    #[derive(Deserialize)]
+    struct OfAnyVersion {
+        vcpus: u8,
+        memory_mib: u32,
+    }
+    let OfAnyVersion { vcpus, memory_mib } =
+        serde_json::from_slice(&fs::read(directory.join(file::CONFIG)).ok()?).ok()?;
+    Some(Size { vcpus, memory_mib })
 }
 
 /// What a pod owns, put together from what is known of it.

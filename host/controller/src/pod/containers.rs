@@ -258,14 +258,16 @@ impl PodTask {
         // After the volumes: for them there is no other way.
         let root = match rootfs {
             RootFs::Mounted(mount) => SharedRoot::Mounted(mount),
-            RootFs::Images { layers, mounted } => match (pod.insert_layers(id, &layers).await?, mounted) {
-                (Some(disk), _) => {
-                    disks.push(disk);
-                    SharedRoot::Disks(layers.writable)
+            RootFs::Images { layers, mounted } => {
+                match (pod.insert_layers(id, &layers, mounted.is_some()).await?, mounted) {
+                    (Some(disk), _) => {
+                        disks.push(disk);
+                        SharedRoot::Disks(layers.writable)
+                    }
+                    (None, Some(mount)) => SharedRoot::Mounted(mount),
+                    (None, None) => return Err(ContainerError::NoSlotForLayers),
                 }
-                (None, Some(mount)) => SharedRoot::Mounted(mount),
-                (None, None) => return Err(ContainerError::NoSlotForLayers),
-            },
+            }
         };
         let (share, container, volumes) = (pod.files.share(), id.clone(), translated.volumes.clone());
         let namespace = pod.user_namespace().await?;

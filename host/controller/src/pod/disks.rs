@@ -85,13 +85,17 @@ pub enum DiskError {
 
 impl Pod {
     /// Puts image layers into the machine as one disk. `None`: there is no room for it, and the layers have to be
-    /// mounted on the host.
+    /// mounted on the host. `can_be_mounted`: whether they can.
     pub(super) async fn insert_layers(
         &self,
         container: &ContainerId,
         layers: &ImageLayers,
+        can_be_mounted: bool,
     ) -> Result<Option<Disk>, DiskError> {
-        let inserted = self.insert(container, 0, &layers.images, true, "its image layers").await?;
+        let inserted = match self.insert(container, 0, &layers.images, true, "its image layers").await {
+            Err(DiskError::OlderMachine { .. }) if can_be_mounted => return Ok(None),
+            inserted => inserted?,
+        };
         let Some(InsertDiskResponse { device, extents, .. }) = inserted else {
             self.caused_by_guest(|| {
                 tracing::info!(pod = self.id(), %container, "no free slot for the layers; they go through the share");
@@ -316,8 +320,10 @@ mod tests {
             0,
         )
         .unwrap();
-        for (path, read_only) in [(at("file"), true), (at("file"), false)] {
-            open(&path, read_only).unwrap();
+        for read_only in [true, false] {
+            let file = open(&at("file"), read_only).unwrap();
+            let flags = rustix::fs::fcntl_getfl(&file).unwrap();
+            assert_eq!(flags.contains(rustix::fs::OFlags::RDWR), !read_only);
         }
         for path in [directory.path().to_owned(), at("fifo"), "/dev/null".into(), at("missing")] {
             let given = give(&at("socket"), 1, std::slice::from_ref(&path), true, "its image layers".into());

@@ -214,8 +214,8 @@ impl PodTask {
         let config = self.pod.machine_config(nets);
         let directory = self.pod.files.directory().to_owned();
         let spawned = self.pod.blocking.run(move || {
-            let entrance = cgroup.map(|cgroup| cgroup.entrance()).transpose()?;
-            Machine::spawn(&directory, &config, sockets, entrance)
+            let cgroup = cgroup.map(|cgroup| cgroup.directory()).transpose()?;
+            Machine::spawn(&directory, &config, sockets, cgroup)
         });
         let machine = spawned.await.map_err(make("machine process"))?;
         let pid = machine.pid();

@@ -20,6 +20,7 @@ use super::{
 use crate::{
     arch::current::layout::{DEVICE_SIZE, DEVICES, FIRST_IRQ},
     memory::GuestMemory,
+    threads::ThreadSpawner,
 };
 
 /// A device cannot be put into its slot.
@@ -62,6 +63,7 @@ pub struct DeviceSlot {
     index: u32,
     page: RegisterPage,
     memory: GuestMemory,
+    threads: ThreadSpawner,
     registrar: Arc<dyn DeviceEventRegistrar>,
     occupant: Option<Occupant>,
 }
@@ -89,10 +91,11 @@ impl DeviceSlot {
         index: u32,
         page: RegisterPage,
         memory: GuestMemory,
+        threads: ThreadSpawner,
         registrar: Arc<dyn DeviceEventRegistrar>,
     ) -> Self {
         MmioDevice::publish_placeholder(&page);
-        Self { index, page, memory, registrar, occupant: None }
+        Self { index, page, memory, threads, registrar, occupant: None }
     }
 
     /// Puts a device into the slot, which is empty still after an error.
@@ -104,8 +107,8 @@ impl DeviceSlot {
         let interrupt = event()?;
         let irqfd = interrupt.try_clone().map_err(SlotError::Events)?;
         let acknowledged = event()?;
-        let device = MmioDevice::new(device, self.memory.clone(), self.page.clone(), irqfd)
-            .map_err(SlotError::Events)?;
+        let (memory, threads, page) = (self.memory.clone(), self.threads.clone(), self.page.clone());
+        let device = MmioDevice::new(device, memory, threads, page, irqfd).map_err(SlotError::Events)?;
         let occupant = Occupant { device, interrupt, acknowledged };
         if let Err(error) = self.registrar.register(self.index, &occupant.events()) {
             self.registrar.unregister(self.index, &occupant.events());
@@ -215,7 +218,10 @@ mod tests {
 
     fn slot(registrar: &Arc<FakeRegistrar>) -> (DeviceSlot, RegisterPage) {
         let page = RegisterPage::new(register_page::allocate(4).unwrap(), 3);
-        (DeviceSlot::new(3, page.clone(), testing::guest_memory(), registrar.clone()), page)
+        (
+            DeviceSlot::new(3, page.clone(), testing::guest_memory(), testing::threads(), registrar.clone()),
+            page,
+        )
     }
 
     #[test]

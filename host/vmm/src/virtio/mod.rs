@@ -34,7 +34,10 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT as _, QueueT as _};
 use vm_memory::{Bytes as _, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::memory::GuestMemory;
+use crate::{
+    memory::GuestMemory,
+    threads::{ThreadKind, ThreadSpawner},
+};
 
 /// Device types (virtio 1.2, section 5).
 pub mod device_type {
@@ -107,6 +110,8 @@ pub struct Activation {
     /// The queues, one for each of [`Device::queue_sizes`], whose rings lie in memory; `None` for each that the driver
     /// has not made ready.
     pub queues: Vec<Option<ActiveQueue>>,
+    /// Starts the device's threads.
+    pub threads: ThreadSpawner,
 }
 
 /// The queues of a device that needs all of its `N` queues.
@@ -262,13 +267,14 @@ pub type RunningWorker = (std::thread::JoinHandle<()>, EventFd);
 /// Starts a thread for the function that `prepare` returns. That function has to return when the event that `prepare`
 /// is given becomes readable.
 pub fn start_worker<Work: FnOnce() + Send + 'static>(
+    threads: &ThreadSpawner,
+    kind: ThreadKind,
     name: &str,
     prepare: impl FnOnce(&EventFd) -> io::Result<Work>,
 ) -> io::Result<RunningWorker> {
     let stop = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
     let work = prepare(&stop)?;
-    let thread = std::thread::Builder::new().name(name.to_owned()).spawn(work)?;
-    Ok((thread, stop))
+    Ok((threads.spawn(kind, name, work)?, stop))
 }
 
 /// Tells a device's worker to stop and waits until it has. Afterwards nothing touches the queues.

@@ -7,7 +7,10 @@ use vm_memory::{Bytes as _, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{ActiveQueue, Interrupt};
-use crate::memory::{self, GuestMemory};
+use crate::{
+    memory::{self, GuestMemory},
+    threads::ThreadSpawner,
+};
 
 const DESCRIPTOR_NEXT: u16 = 1;
 const DESCRIPTOR_WRITABLE: u16 = 2;
@@ -15,6 +18,11 @@ const AVAILABLE: u64 = 0x1000;
 const USED: u64 = 0x2000;
 /// Bytes that a ring takes in guest memory.
 pub const RING_SIZE: u64 = 0x4000;
+
+/// What starts a device's threads.
+pub fn threads() -> ThreadSpawner {
+    ThreadSpawner::start().unwrap()
+}
 
 /// 16 MiB of guest memory.
 pub fn guest_memory() -> GuestMemory {

@@ -8,7 +8,7 @@ use vm_memory::{Bytes as _, GuestAddress};
 use super::*;
 use crate::virtio::{
     F_VERSION_1,
-    testing::{Buffer, Ring, guest_memory},
+    testing::{Buffer, Ring, guest_memory, threads},
 };
 
 const HEADER: u64 = 0x10_0000;
@@ -69,8 +69,13 @@ fn requests_are_served_until_the_device_stops_and_then_the_file_is_closed() {
     let memory = guest_memory();
     let (mut ring, queue) = Ring::new(&memory, 0x8000, 128);
     let (notify, interrupt) = (queue.notified.try_clone().unwrap(), queue.interrupt.clone());
-    disk.activate(Activation { memory: memory.clone(), features: F_VERSION_1, queues: vec![Some(queue)] })
-        .unwrap();
+    disk.activate(Activation {
+        memory: memory.clone(),
+        features: F_VERSION_1,
+        queues: vec![Some(queue)],
+        threads: threads(),
+    })
+    .unwrap();
     for _ in 0..3 {
         memory.write_slice(&[0; 512], GuestAddress(DATA)).unwrap();
         let head = ring.add(&chain());
@@ -96,8 +101,13 @@ fn a_guest_that_never_stops_asking_cannot_keep_the_device() {
     let memory = guest_memory();
     let (mut ring, queue) = Ring::new(&memory, 0x8000, 128);
     let notify = queue.notified.try_clone().unwrap();
-    disk.activate(Activation { memory: memory.clone(), features: F_VERSION_1, queues: vec![Some(queue)] })
-        .unwrap();
+    disk.activate(Activation {
+        memory: memory.clone(),
+        features: F_VERSION_1,
+        queues: vec![Some(queue)],
+        threads: threads(),
+    })
+    .unwrap();
     let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
     let stopping = stop.clone();
     let counters = disk.counters.clone();
@@ -130,8 +140,13 @@ fn a_broken_queue_stops_the_worker_and_nothing_else() {
     let memory = guest_memory();
     let (mut ring, queue) = Ring::new(&memory, 0x8000, 128);
     let notify = queue.notified.try_clone().unwrap();
-    disk.activate(Activation { memory: memory.clone(), features: F_VERSION_1, queues: vec![Some(queue)] })
-        .unwrap();
+    disk.activate(Activation {
+        memory: memory.clone(),
+        features: F_VERSION_1,
+        queues: vec![Some(queue)],
+        threads: threads(),
+    })
+    .unwrap();
     // More than the ring has entries for.
     ring.set_available(1000);
     notify.write(1).unwrap();

@@ -31,7 +31,7 @@ const NOBODY: u32 = 65534;
 
 /// The capabilities that are needed to execute the guest's requests on files below the share, whoever owns them. They
 /// are not enough to make devices, to exceed limits of disk space, or to set attributes that the host trusts.
-fn required_capabilities() -> CapabilitySet {
+pub fn required_capabilities() -> CapabilitySet {
     CapabilitySet::CHOWN
         | CapabilitySet::DAC_OVERRIDE
         | CapabilitySet::FOWNER

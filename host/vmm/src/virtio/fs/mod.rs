@@ -10,7 +10,7 @@
 //! [`xattrs`] keeps the host's extended attributes from the guest.
 
 mod checked_fs;
-mod credentials;
+pub mod credentials;
 mod names;
 mod request;
 mod staging;
@@ -33,7 +33,7 @@ use super::{
     ActivateError, Activation, Counter, Device, F_EVENT_IDX, RunningWorker, all_queues, device_type,
     read_config_bytes,
 };
-use crate::config::ShareConfig;
+use crate::{config::ShareConfig, threads::ThreadKind};
 
 /// `VIRTIO_F_INDIRECT_DESC`: large requests take one entry of the ring.
 const F_INDIRECT_DESC: u64 = 1 << 28;
@@ -162,7 +162,7 @@ impl Device for Fs {
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let queues = all_queues(activation.queues)?;
         let (server, requests) = (self.server.clone(), self.requests.clone());
-        let worker = super::start_worker("fs", |stop| {
+        let worker = super::start_worker(&activation.threads, ThreadKind::Fs, "fs", |stop| {
             let worker = worker::Worker::new(activation.memory, queues, server, requests, stop)?;
             Ok(move || worker.run())
         });

@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{
     checked_fs::CheckedFs,
-    credentials::{self, FsCredentials},
+    credentials::FsCredentials,
     request::{self, REPLY_HEADER_SIZE},
     staging::{Staging, StagingError},
 };
@@ -79,10 +79,6 @@ impl Worker {
     pub fn run(mut self) {
         if let Err(error) = unshare_fs_attributes() {
             tracing::error!(%error, "fs: cannot give the device's thread its own working directory; the device stops");
-            return;
-        }
-        if let Err(error) = credentials::restrict_capabilities() {
-            tracing::error!(%error, "fs: cannot restrict the thread's capabilities; the device stops");
             return;
         }
         loop {

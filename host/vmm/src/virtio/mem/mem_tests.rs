@@ -3,7 +3,7 @@ use crate::{
     memory,
     virtio::{
         F_VERSION_1,
-        testing::{Buffer, Ring},
+        testing::{Buffer, Ring, threads},
     },
 };
 
@@ -27,7 +27,12 @@ fn guest() -> Guest {
     let (ring, queue) = Ring::new(&memory, 0x8000, QUEUE_SIZE);
     assert!(!state.is_active());
     device
-        .activate(Activation { memory: memory.clone(), features: F_VERSION_1, queues: vec![Some(queue)] })
+        .activate(Activation {
+            memory: memory.clone(),
+            features: F_VERSION_1,
+            queues: vec![Some(queue)],
+            threads: threads(),
+        })
         .unwrap();
     assert!(state.is_active());
     Guest { memory, device, state, ring }

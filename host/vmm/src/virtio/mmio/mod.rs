@@ -19,7 +19,10 @@ use super::{
     ActivateError, Activation, ActiveQueue, Device, F_EVENT_IDX, F_VERSION_1, Interrupt,
     register_page::{self, RegisterPage},
 };
-use crate::memory::{GuestMemory, to_usize};
+use crate::{
+    memory::{GuestMemory, to_usize},
+    threads::ThreadSpawner,
+};
 
 /// The value of [`register::MAGIC_VALUE`].
 const MAGIC: u32 = u32::from_le_bytes(*b"virt");
@@ -50,6 +53,7 @@ enum State {
 pub struct MmioDevice {
     device: Box<dyn Device>,
     memory: GuestMemory,
+    threads: ThreadSpawner,
     /// Where the guest reads the registers.
     page: RegisterPage,
     state: State,
@@ -65,11 +69,12 @@ pub struct MmioDevice {
 }
 
 impl MmioDevice {
-    /// Puts a device behind the transport. `irqfd` raises its interrupt; in `page` the guest reads its registers. Fails
-    /// if the process has no file descriptors left for the queues.
+    /// Puts a device behind the transport. `threads` starts its threads; `irqfd` raises its interrupt; in `page` the
+    /// guest reads its registers. Fails if the process has no file descriptors left for the queues.
     pub fn new(
         device: Box<dyn Device>,
         memory: GuestMemory,
+        threads: ThreadSpawner,
         page: RegisterPage,
         irqfd: EventFd,
     ) -> std::io::Result<Self> {
@@ -83,6 +88,7 @@ impl MmioDevice {
         let device = Self {
             device,
             memory,
+            threads,
             page,
             state,
             interrupt,
@@ -344,6 +350,7 @@ impl MmioDevice {
             memory: self.memory.clone(),
             features: self.driver_features,
             queues: active,
+            threads: self.threads.clone(),
         })
     }
 }

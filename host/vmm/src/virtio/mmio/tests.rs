@@ -3,7 +3,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use vm_memory::GuestAddress;
 
 use super::*;
-use crate::virtio::ActivateError;
+use crate::virtio::{ActivateError, testing::threads};
 
 #[derive(Default)]
 struct Probe {
@@ -50,7 +50,7 @@ fn device() -> (MmioDevice, Arc<AtomicU32>) {
     let probe = Probe::default();
     let active = probe.active.clone();
     let page = RegisterPage::new(register_page::allocate(3).unwrap(), 2);
-    (MmioDevice::new(Box::new(probe), memory, page, EventFd::new(0).unwrap()).unwrap(), active)
+    (MmioDevice::new(Box::new(probe), memory, threads(), page, EventFd::new(0).unwrap()).unwrap(), active)
 }
 
 fn get(device: &MmioDevice, offset: u64) -> u32 {
@@ -248,7 +248,8 @@ fn a_device_that_is_not_in_use_interrupts_nobody() {
     let page = RegisterPage::new(register_page::allocate(1).unwrap(), 0);
     let event = EventFd::new(libc::EFD_NONBLOCK).unwrap();
     let mut device =
-        MmioDevice::new(Box::new(Probe::default()), memory, page, event.try_clone().unwrap()).unwrap();
+        MmioDevice::new(Box::new(Probe::default()), memory, threads(), page, event.try_clone().unwrap())
+            .unwrap();
     device.announce_config_change();
     assert!(event.read().is_err());
 }

@@ -48,7 +48,11 @@ use self::{
 use super::{
     ActivateError, Activation, Counter, Device, F_EVENT_IDX, RunningWorker, device_type, read_config_bytes,
 };
-use crate::{config::NetConfig, memory::GuestMemory};
+use crate::{
+    config::NetConfig,
+    memory::GuestMemory,
+    threads::{ThreadKind, ThreadSpawner},
+};
 
 /// Feature bits (virtio 1.2, section 5.1.3).
 mod feature {
@@ -153,7 +157,13 @@ impl Net {
         })
     }
 
-    fn start(&mut self, memory: &GuestMemory, features: u64, queues: NetQueues) -> io::Result<()> {
+    fn start(
+        &mut self,
+        threads: &ThreadSpawner,
+        memory: &GuestMemory,
+        features: u64,
+        queues: NetQueues,
+    ) -> io::Result<()> {
         let taps = std::mem::take(&mut self.taps);
         // Not before now, because a driver must not receive frames of a kind that it has not accepted.
         taps.first().ok_or(io::ErrorKind::NotConnected)?.set_offloads(features)?;
@@ -167,13 +177,13 @@ impl Net {
                 other_taps.push(Arc::downgrade(&tap));
                 format!("{}.{index}", self.name)
             };
-            self.start_pair(&name, memory, features, pair, tap)?;
+            self.start_pair(threads, &name, memory, features, pair, tap)?;
         }
         if let Some(queue) = queues.control {
             let steering = (features & feature::MQ != 0).then(|| Steering::new(other_taps));
             let name = format!("{}.control", self.name);
             let memory = memory.clone();
-            self.workers.push(super::start_worker(&name, |stop| {
+            self.workers.push(super::start_worker(threads, ThreadKind::Unprivileged, &name, |stop| {
                 let control = ControlQueue::new(name.clone(), memory, queue, steering, stop)?;
                 Ok(move || control.run())
             })?);
@@ -183,6 +193,7 @@ impl Net {
 
     fn start_pair(
         &mut self,
+        threads: &ThreadSpawner,
         name: &str,
         memory: &GuestMemory,
         features: u64,
@@ -191,7 +202,7 @@ impl Net {
     ) -> io::Result<()> {
         let receiver = Receiver::new(pair.receive, memory, features, self.counters.clone());
         let transmitter = Transmitter::new(pair.transmit, memory, self.counters.clone());
-        self.workers.push(super::start_worker(name, |stop| {
+        self.workers.push(super::start_worker(threads, ThreadKind::Unprivileged, name, |stop| {
             let worker = Worker::new(name.to_owned(), receiver, transmitter, tap, stop)?;
             Ok(move || worker.run())
         })?);
@@ -245,9 +256,9 @@ impl Device for Net {
     }
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        let Activation { memory, features, queues } = activation;
+        let Activation { memory, features, queues, threads } = activation;
         let queues = NetQueues::assign(queues, features).ok_or(ActivateError::Queues)?;
-        self.start(&memory, features, queues).map_err(|error| {
+        self.start(&threads, &memory, features, queues).map_err(|error| {
             // Some of the workers may have started.
             self.stop();
             ActivateError::Worker(error)

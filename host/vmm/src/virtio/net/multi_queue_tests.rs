@@ -11,7 +11,7 @@ use super::{
 };
 use crate::virtio::{
     ActiveQueue, F_VERSION_1,
-    testing::{Buffer, RING_SIZE, Ring, guest_memory},
+    testing::{Buffer, RING_SIZE, Ring, guest_memory, threads},
 };
 
 const COMMAND: u64 = 0x10_0000;
@@ -59,7 +59,9 @@ impl Harness {
             if left_out { (None, None) } else { queue(&memory, base, *size) }
         };
         let (queues, theirs): (Vec<_>, _) = device.queue_sizes().iter().enumerate().map(set_up).unzip();
-        device.activate(Activation { memory: memory.clone(), features, queues: theirs }).unwrap();
+        device
+            .activate(Activation { memory: memory.clone(), features, queues: theirs, threads: threads() })
+            .unwrap();
         let mut harness = Self { device, memory, socket: packet_socket("tap0", IPV4), queues };
         harness.give_receive_buffers(0);
         harness
@@ -221,7 +223,8 @@ fn a_driver_without_the_first_pair_cannot_activate_the_device() {
         let mut device = Net::new(0, &config).unwrap();
         let features = device.features() | F_VERSION_1;
         let queues = (0..5).map(|_| None).collect();
-        let refused = device.activate(Activation { memory: guest_memory(), features, queues });
+        let refused =
+            device.activate(Activation { memory: guest_memory(), features, queues, threads: threads() });
         assert!(matches!(refused, Err(ActivateError::Queues)));
     });
 }

@@ -11,7 +11,7 @@ use crate::{
             Net,
             testing::{OWN_NETNS, in_new_namespace, make_tap, packet_socket, switch_on, wait_for_events},
         },
-        testing::{Buffer, RING_SIZE, Ring, guest_memory},
+        testing::{Buffer, RING_SIZE, Ring, guest_memory, threads},
     },
 };
 
@@ -53,7 +53,7 @@ fn a_frame_passes_both_ways_through_a_real_tap() {
         }
         let features = device.features() & !crate::virtio::F_EVENT_IDX | F_VERSION_1;
         let queues = vec![Some(receive_queue), Some(transmit_queue)];
-        device.activate(Activation { memory: memory.clone(), features, queues }).unwrap();
+        device.activate(Activation { memory: memory.clone(), features, queues, threads: threads() }).unwrap();
         let socket = packet_socket("tap0", ETHER_TYPE);
 
         rustix::io::write(&socket, &frame(1000)).unwrap();

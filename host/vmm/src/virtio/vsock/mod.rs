@@ -37,7 +37,11 @@ use super::{
     ActivateError, Activation, ActiveQueue, Counter, Device, F_EVENT_IDX, RunningWorker, all_queues,
     device_type, read_config_bytes,
 };
-use crate::{config::VsockConfig, memory::GuestMemory};
+use crate::{
+    config::VsockConfig,
+    memory::GuestMemory,
+    threads::{ThreadKind, ThreadSpawner},
+};
 
 /// Receive, transmit and event queue.
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
@@ -105,10 +109,15 @@ impl Vsock {
         Ok(Self { config, sockets: Some(sockets), counters: Counters::default(), worker: None })
     }
 
-    fn start(&mut self, memory: GuestMemory, queues: [ActiveQueue; 3]) -> io::Result<()> {
+    fn start(
+        &mut self,
+        threads: &ThreadSpawner,
+        memory: GuestMemory,
+        queues: [ActiveQueue; 3],
+    ) -> io::Result<()> {
         let sockets = self.sockets.take().ok_or(io::ErrorKind::NotConnected)?;
         let mux = Mux::new(self.config, sockets, self.counters.clone())?;
-        let worker = super::start_worker("vsock", |stop| {
+        let worker = super::start_worker(threads, ThreadKind::Unprivileged, "vsock", |stop| {
             let worker = Worker::new(memory, queues, mux, stop)?;
             Ok(move || worker.run())
         })?;
@@ -140,7 +149,7 @@ impl Device for Vsock {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let queues = all_queues(activation.queues)?;
-        self.start(activation.memory, queues).map_err(ActivateError::Worker)
+        self.start(&activation.threads, activation.memory, queues).map_err(ActivateError::Worker)
     }
 
     fn stop(&mut self) {

@@ -29,7 +29,7 @@ use crate::{
     memory::GuestMemory,
     virtio::{
         ActiveQueue,
-        testing::{Buffer, RING_SIZE, Ring, guest_memory},
+        testing::{Buffer, RING_SIZE, Ring, guest_memory, threads},
         wait_context::{WaitContext, event_tokens},
     },
 };
@@ -168,7 +168,9 @@ impl Guest {
         let share = ShareConfig { tag: "share".into(), directory: directory.path().join("share") };
         let mut device = Fs::new(&share).unwrap();
         let queues = queues.into_iter().map(Some).collect();
-        device.activate(Activation { memory: memory.clone(), features: 0, queues }).unwrap();
+        device
+            .activate(Activation { memory: memory.clone(), features: 0, queues, threads: threads() })
+            .unwrap();
         let wait_context = WaitContext::new().unwrap();
         wait_context.add(interrupt.as_ref(), Token::Interrupt).unwrap();
         Self { directory, device, memory, ring, notify, interrupt, wait_context, uid: 0 }

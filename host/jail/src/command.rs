@@ -1,0 +1,225 @@
+//! Starts a program in the jail.
+
+use std::{
+    ffi::{CString, OsStr, c_char, c_int, c_void},
+    io,
+    os::{
+        fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd},
+        unix::ffi::OsStrExt as _,
+    },
+    ptr::null,
+};
+
+use crate::clone::{Cloned, clone_vfork};
+
+/// The namespaces of its own that the program gets.
+const NAMESPACES: c_int =
+    libc::CLONE_NEWPID | libc::CLONE_NEWNET | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS | libc::CLONE_NEWCGROUP;
+
+/// The highest signal (signal(7)).
+const SIGNAL_MAX: c_int = 64;
+
+/// A program to be started in the jail. It is the first process of its PID namespace.
+pub struct JailedCommand {
+    program: CString,
+    arguments: Vec<CString>,
+    environment: Vec<CString>,
+    stderr: OwnedFd,
+    inherited: Vec<OwnedFd>,
+    cgroup: Option<OwnedFd>,
+}
+
+/// A program that was started. Dropping this changes nothing.
+#[derive(Debug)]
+pub struct JailedChild {
+    /// In the PID namespace of this process.
+    pub pid: i32,
+    /// A descriptor of it.
+    pub pidfd: OwnedFd,
+}
+
+impl JailedCommand {
+    /// A program by its path, with its name. Its standard input and output are empty; what it writes to its standard
+    /// error goes to `stderr`.
+    pub fn new(
+        program: impl AsRef<OsStr>,
+        name: impl AsRef<OsStr>,
+        stderr: impl Into<OwnedFd>,
+    ) -> io::Result<Self> {
+        Ok(Self {
+            program: c_string(program)?,
+            arguments: vec![c_string(name)?],
+            environment: Vec::new(),
+            stderr: stderr.into(),
+            inherited: Vec::new(),
+            cgroup: None,
+        })
+    }
+
+    /// Adds an argument.
+    pub fn argument(&mut self, argument: impl AsRef<OsStr>) -> io::Result<&mut Self> {
+        self.arguments.push(c_string(argument)?);
+        Ok(self)
+    }
+
+    /// Adds an argument and, behind it, the number of a descriptor that the program has.
+    pub fn hand_down(&mut self, argument: &str, descriptor: impl Into<OwnedFd>) -> io::Result<&mut Self> {
+        let descriptor = descriptor.into();
+        self.argument(argument)?.argument(descriptor.as_raw_fd().to_string())?;
+        self.inherited.push(descriptor);
+        Ok(self)
+    }
+
+    /// Adds an environment variable. There are no others.
+    pub fn variable(&mut self, name: &str, value: impl AsRef<OsStr>) -> io::Result<&mut Self> {
+        let variable = [name.as_bytes(), b"=", value.as_ref().as_bytes()].concat();
+        self.environment.push(CString::new(variable)?);
+        Ok(self)
+    }
+
+    /// Has the program started in a cgroup, of which this is the directory.
+    pub fn cgroup(&mut self, directory: OwnedFd) -> &mut Self {
+        self.cgroup = Some(directory);
+        self
+    }
+
+    /// Starts the program. After an error there is no process. Blocks for as long as the kernel takes.
+    pub fn spawn(self) -> io::Result<JailedChild> {
+        let null_device = std::fs::File::options().read(true).write(true).open("/dev/null")?;
+        let pointers = |strings: &[CString]| -> Vec<*const c_char> {
+            strings.iter().map(|string| string.as_ptr()).chain([null()]).collect()
+        };
+        let (arguments, environment) = (pointers(&self.arguments), pointers(&self.environment));
+        let inherited: Vec<RawFd> = self.inherited.iter().map(AsRawFd::as_raw_fd).collect();
+        let signals = BlockedSignals::block_all()?;
+        let mut plan = Plan {
+            program: self.program.as_ptr(),
+            arguments: arguments.as_ptr(),
+            environment: environment.as_ptr(),
+            stdio: [null_device.as_raw_fd(), null_device.as_raw_fd(), self.stderr.as_raw_fd()],
+            inherited: inherited.as_ptr(),
+            inherited_count: inherited.len(),
+            signals: signals.before,
+            errno: 0,
+        };
+        // SAFETY: the function makes system calls only. The plan and all that it points to live until this returns, and
+        // all signals are blocked until then.
+        let cloned = unsafe {
+            clone_vfork(NAMESPACES, self.cgroup.as_ref().map(borrowed), execute, (&raw mut plan).cast())
+        };
+        drop(signals);
+        let Cloned { pid, pidfd } = cloned?;
+        if plan.errno != 0 {
+            // It has ended by itself, and nobody else waits for it.
+            let _ = rustix::process::waitid(
+                rustix::process::WaitId::PidFd(borrowed(&pidfd)),
+                rustix::process::WaitIdOptions::EXITED,
+            );
+            return Err(io::Error::from_raw_os_error(plan.errno));
+        }
+        Ok(JailedChild { pid, pidfd })
+    }
+}
+
+fn borrowed(descriptor: &OwnedFd) -> BorrowedFd<'_> {
+    use std::os::fd::AsFd as _;
+    descriptor.as_fd()
+}
+
+fn c_string(text: impl AsRef<OsStr>) -> io::Result<CString> {
+    Ok(CString::new(text.as_ref().as_bytes())?)
+}
+
+/// What the child needs. It is in the parent's memory, which both use until the child has executed its program.
+struct Plan {
+    program: *const c_char,
+    arguments: *const *const c_char,
+    environment: *const *const c_char,
+    stdio: [RawFd; 3],
+    inherited: *const RawFd,
+    inherited_count: usize,
+    /// Those that the program has blocked.
+    signals: libc::sigset_t,
+    /// Set by the child: why it could not execute the program.
+    errno: c_int,
+}
+
+/// The child: it executes the program, or says why not and ends.
+unsafe extern "C" fn execute(plan: *mut c_void) -> ! {
+    // SAFETY: the parent has passed its plan, which it does not touch while the child uses it.
+    unsafe {
+        let plan: *mut Plan = plan.cast();
+        (*plan).errno = match try_execute(&*plan) {
+            Err(errno) => errno,
+        };
+        libc::_exit(127)
+    }
+}
+
+/// Makes system calls only, in the order in which each still may be made.
+///
+/// # Safety
+///
+/// All that the plan points to is there, and this is the child.
+unsafe fn try_execute(plan: &Plan) -> Result<std::convert::Infallible, c_int> {
+    // SAFETY: see above. The signal handlers are the child's own copies; its descriptors are, too.
+    unsafe {
+        for signal in 1..=SIGNAL_MAX {
+            // Fails for SIGKILL and SIGSTOP, and for two that glibc keeps: no handler of those runs here.
+            libc::signal(signal, libc::SIG_DFL);
+        }
+        // A session of its own: what is sent to the parent's group does not reach it.
+        check(libc::setsid())?;
+        check(libc::chdir(c"/".as_ptr()))?;
+        for (number, descriptor) in (0..).zip(plan.stdio) {
+            // None of these is a standard stream already: the parent's are open.
+            check(libc::dup2(descriptor, number))?;
+        }
+        for index in 0..plan.inherited_count {
+            check(libc::fcntl(*plan.inherited.add(index), libc::F_SETFD, 0))?;
+        }
+        // No memory of it goes into a file.
+        let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        check(libc::setrlimit(libc::RLIMIT_CORE, &raw const none))?;
+        check(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))?;
+        check(libc::sigprocmask(libc::SIG_SETMASK, &raw const plan.signals, std::ptr::null_mut()))?;
+        libc::execve(plan.program, plan.arguments, plan.environment);
+        Err(*libc::__errno_location())
+    }
+}
+
+fn check(result: c_int) -> Result<(), c_int> {
+    // SAFETY: the location is this thread's.
+    if result < 0 { Err(unsafe { *libc::__errno_location() }) } else { Ok(()) }
+}
+
+/// Blocks all signals for the calling thread for as long as it exists.
+struct BlockedSignals {
+    before: libc::sigset_t,
+}
+
+impl BlockedSignals {
+    fn block_all() -> io::Result<Self> {
+        // SAFETY: both sets live for the calls, which write them.
+        unsafe {
+            let mut all = std::mem::zeroed();
+            let mut before = std::mem::zeroed();
+            libc::sigfillset(&raw mut all);
+            match libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before) {
+                0 => Ok(Self { before }),
+                errno => Err(io::Error::from_raw_os_error(errno)),
+            }
+        }
+    }
+}
+
+impl Drop for BlockedSignals {
+    fn drop(&mut self) {
+        // SAFETY: the set was written by the kernel. It cannot fail: the arguments are valid.
+        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.before, std::ptr::null_mut()) };
+    }
+}
+
+#[cfg(test)]
+#[path = "command_tests.rs"]
+mod tests;

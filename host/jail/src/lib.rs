@@ -1,0 +1,19 @@
+//! What surrounds a machine's process on the host, so that a captured one finds as little as possible.
+//!
+//! [`JailedCommand`] starts the process: in namespaces of its own, in its cgroup from its first instruction on, without
+//! a way to gain privileges, and with no descriptor except those that it is handed. What is left to do inside, when
+//! everything is open and before the guest runs, the process does itself: it drops its capabilities (the machine's
+//! `threads.rs`).
+//!
+//! | namespace | what a captured machine does not find |
+//! |---|---|
+//! | PID | any other process: none can be signalled, traced or looked into |
+//! | network | any interface, address or abstract socket; the pod's taps are descriptors |
+//! | IPC | System V objects and message queues of the host |
+//! | UTS | a host name that it could change |
+//! | cgroup | the path of its own cgroup, and those above it |
+
+mod clone;
+mod command;
+
+pub use command::{JailedChild, JailedCommand};

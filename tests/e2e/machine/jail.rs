@@ -1,0 +1,77 @@
+//! What surrounds a machine's process on the node: a captured one finds as little as possible.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result, ensure};
+use pericarp_tests::{Node, node::machine::MachineProcess, on_pericarp};
+
+/// The capabilities that serving the share needs (capabilities(7)): `CHOWN`, `DAC_OVERRIDE`, `FOWNER`, `FSETID`,
+/// `SETGID`, `SETUID` and `SETFCAP`.
+const FOR_FILES: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 6 | 1 << 7 | 1 << 31;
+
+/// A pod's machine that has had to do something with each of its devices: its directory in /proc.
+async fn busy_machine(node: &Node) -> Result<PathBuf> {
+    let pod = node.pooled_pod().await?;
+    let container = pod.idle_container("busy").await?;
+    container.shell("cat /etc/passwd > /tmp/copy; head -c 10 /dev/random > /tmp/random").await?;
+    let machine = MachineProcess::of_pod(&pod.id)?.context("the pod's machine")?;
+    Ok(Path::new("/proc").join(machine.pid.to_string()))
+}
+
+fn value(status: &str, key: &str) -> Result<String> {
+    let line = status.lines().find_map(|line| line.strip_prefix(key)).with_context(|| key.to_owned())?;
+    Ok(line.trim_start_matches(':').trim().to_owned())
+}
+
+#[test]
+fn a_machine_has_namespaces_of_its_own_and_is_alone_in_them() -> Result<()> {
+    on_pericarp(async |node| {
+        let machine = busy_machine(node).await?;
+        for kind in ["pid", "net", "ipc", "uts", "cgroup"] {
+            let (own, hosts) = (machine.join("ns").join(kind), Path::new("/proc/1/ns").join(kind));
+            assert_ne!(fs::read_link(own)?, fs::read_link(hosts)?, "{kind}");
+        }
+        let status = fs::read_to_string(machine.join("status"))?;
+        let numbers = value(&status, "NSpid")?;
+        assert_eq!(numbers.split_whitespace().last(), Some("1"), "it is the first of its PID namespace");
+        // Its network namespace has nothing: the pod's interfaces reach it as descriptors.
+        let interfaces = fs::read_to_string(machine.join("net/dev"))?;
+        let names: Vec<_> =
+            interfaces.lines().filter_map(|line| line.split_once(':')).map(|(name, _)| name.trim()).collect();
+        assert_eq!(names, ["lo"]);
+        Ok(())
+    })
+}
+
+#[test]
+fn only_the_threads_of_the_share_have_capabilities_and_only_those_for_files() -> Result<()> {
+    on_pericarp(async |node| {
+        let machine = busy_machine(node).await?;
+        let mut threads = BTreeMap::new();
+        for thread in fs::read_dir(machine.join("task"))? {
+            let thread = thread?.path();
+            let status = fs::read_to_string(thread.join("status"))?;
+            assert_eq!(value(&status, "NoNewPrivs")?, "1", "{status}");
+            let sets = ["CapPrm", "CapEff", "CapInh", "CapAmb", "CapBnd"].map(|key| {
+                value(&status, key).and_then(|value| Ok(u64::from_str_radix(&value, 16)?)).unwrap_or(u64::MAX)
+            });
+            threads.insert(fs::read_to_string(thread.join("comm"))?.trim().to_owned(), sets);
+        }
+        for name in ["vcpu0", "vsock", "net0", "fs", "descriptors", "spawner"] {
+            ensure!(threads.contains_key(name), "there is no thread {name}: {:?}", threads.keys());
+        }
+        for (name, [permitted, effective, inheritable, ambient, bounding]) in threads {
+            let may = if ["fs", "spawner"].contains(&name.as_str()) { FOR_FILES } else { 0 };
+            assert_eq!((permitted, effective, inheritable, ambient), (may, may, 0, 0), "{name}");
+            assert_eq!(bounding & !FOR_FILES, 0, "{name} could gain {bounding:x}");
+        }
+        let limits = fs::read_to_string(machine.join("limits"))?;
+        let core = limits.lines().find(|line| line.starts_with("Max core file size")).unwrap_or_default();
+        assert_eq!(core.split_whitespace().nth(5), Some("0"), "{core}");
+        Ok(())
+    })
+}
