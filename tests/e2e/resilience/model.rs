@@ -24,6 +24,7 @@ use pericarp_tests::{
     on_pericarp_alone_for, wait_until,
 };
 use rustix::process::Signal;
+use tokio::time::timeout;
 use tonic::{Code, Status};
 
 use self::{cancellation::Call, random::Random};
@@ -37,6 +38,10 @@ use super::{
 const OPERATIONS: u32 = 20;
 /// The seed by default: always the same, so that a failure is the fault of what has changed. `scripts/soak` explores.
 const SEED: u64 = 1;
+/// How long one operation may take, which is far longer than any does. One that hangs is told, with the logs, long before
+/// the run's own limit.
+const OPERATION_LIMIT: Duration = Duration::from_secs(300);
+
 /// The time limit of a run, for each of its operations.
 const LIMIT_EACH: Duration = Duration::from_secs(24);
 const PODS_MAX: usize = 3;
@@ -477,7 +482,8 @@ async fn run(model: &mut Model<'_>, operations: u32, with_faults: bool) -> Resul
     while done < operations {
         let (operation, fault) = model.choose(with_faults);
         let line = format!("{done}: {operation:?} {fault:?}");
-        if model.apply(operation, fault).await.with_context(|| line.clone())? {
+        let applied = timeout(OPERATION_LIMIT, model.apply(operation, fault)).await;
+        if applied.with_context(|| format!("{line} hangs"))?.with_context(|| line.clone())? {
             model.agrees().await.with_context(|| format!("after {line}"))?;
             println!("{:7.2} s {line}", begun.elapsed().as_secs_f64());
             done += 1;
