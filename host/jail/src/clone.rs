@@ -47,9 +47,7 @@ impl Drop for Stack {
 ///
 /// # Safety
 ///
-/// `function` keeps to what [`ChildFunction`] says, and may use `argument` until then. No signal handler may run in the
-/// child: the caller blocks all signals, and the child lets none through before it has executed its program, or before
-/// it has reset all handlers, which are its own.
+/// `function` keeps to what [`ChildFunction`] says, and may use `argument` until then. The child has no signal handlers.
 pub unsafe fn clone_vfork(
     namespaces: c_int,
     cgroup: Option<BorrowedFd<'_>>,
@@ -61,7 +59,7 @@ pub unsafe fn clone_vfork(
     let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_PIDFD | namespaces;
     // SAFETY: the structure consists of numbers.
     let mut arguments: libc::clone_args = unsafe { std::mem::zeroed() };
-    arguments.flags = u64::from(flags.cast_unsigned());
+    arguments.flags = u64::from(flags.cast_unsigned()) | CLONE_CLEAR_SIGHAND;
     arguments.pidfd = (&raw mut pidfd) as u64;
     arguments.exit_signal = u64::from(libc::SIGCHLD.cast_unsigned());
     arguments.stack = stack.0 as u64;
@@ -102,5 +100,7 @@ pub unsafe fn clone_vfork(
     }
 }
 
-/// `linux/sched.h`; beyond what fits the `c_int` that libc has for the others.
+/// `linux/sched.h`; beyond what fits the `c_int` that libc has for the others. The child has no signal handlers from its
+/// first instruction on, and glibc's lock for changing them is not needed.
+const CLONE_CLEAR_SIGHAND: u64 = 0x1_0000_0000;
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;

@@ -16,8 +16,9 @@ use crate::clone::{Cloned, clone_vfork};
 const NAMESPACES: c_int =
     libc::CLONE_NEWPID | libc::CLONE_NEWNET | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS | libc::CLONE_NEWCGROUP;
 
-/// The highest signal (signal(7)).
-const SIGNAL_MAX: c_int = 64;
+/// The limit of a core file, in bytes. A limit of 0 does not keep the kernel from writing one into a pipe
+/// (`kernel.core_pattern`); this one does, and is less than any file of it would have (kernel: `fs/coredump.c`).
+const CORE_LIMIT: libc::rlim_t = 1;
 
 /// A program to be started in the jail. It is the first process of its PID namespace.
 pub struct JailedCommand {
@@ -102,21 +103,20 @@ impl JailedCommand {
             signals: signals.before,
             errno: 0,
         };
-        // SAFETY: the function makes system calls only. The plan and all that it points to live until this returns, and
-        // all signals are blocked until then.
+        // SAFETY: the function makes system calls only. The plan and all that it points to live until this returns.
         let cloned = unsafe {
             clone_vfork(NAMESPACES, self.cgroup.as_ref().map(borrowed), execute, (&raw mut plan).cast())
         };
-        drop(signals);
         let Cloned { pid, pidfd } = cloned?;
         if plan.errno != 0 {
-            // It has ended by itself, and nobody else waits for it.
+            // It has ended by itself, and nobody else waits for it. No signal interrupts this.
             let _ = rustix::process::waitid(
                 rustix::process::WaitId::PidFd(borrowed(&pidfd)),
                 rustix::process::WaitIdOptions::EXITED,
             );
             return Err(io::Error::from_raw_os_error(plan.errno));
         }
+        drop(signals);
         Ok(JailedChild { pid, pidfd })
     }
 }
@@ -164,10 +164,8 @@ unsafe extern "C" fn execute(plan: *mut c_void) -> ! {
 unsafe fn try_execute(plan: &Plan) -> Result<std::convert::Infallible, c_int> {
     // SAFETY: see above. The signal handlers are the child's own copies; its descriptors are, too.
     unsafe {
-        for signal in 1..=SIGNAL_MAX {
-            // Fails for SIGKILL and SIGSTOP, and for two that glibc keeps: no handler of those runs here.
-            libc::signal(signal, libc::SIG_DFL);
-        }
+        // Rust's runtime ignores it, and what is ignored stays ignored.
+        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
         // A session of its own: what is sent to the parent's group does not reach it.
         check(libc::setsid())?;
         check(libc::chdir(c"/".as_ptr()))?;
@@ -175,12 +173,14 @@ unsafe fn try_execute(plan: &Plan) -> Result<std::convert::Infallible, c_int> {
             // None of these is a standard stream already: the parent's are open.
             check(libc::dup2(descriptor, number))?;
         }
+        // Whoever opens a descriptor in this process may have forgotten the flag that closes it.
+        check_long(libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC))?;
         for index in 0..plan.inherited_count {
             check(libc::fcntl(*plan.inherited.add(index), libc::F_SETFD, 0))?;
         }
         // No memory of it goes into a file.
-        let none = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-        check(libc::setrlimit(libc::RLIMIT_CORE, &raw const none))?;
+        let core = libc::rlimit { rlim_cur: CORE_LIMIT, rlim_max: CORE_LIMIT };
+        check(libc::setrlimit(libc::RLIMIT_CORE, &raw const core))?;
         check(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))?;
         check(libc::sigprocmask(libc::SIG_SETMASK, &raw const plan.signals, std::ptr::null_mut()))?;
         libc::execve(plan.program, plan.arguments, plan.environment);
@@ -191,6 +191,10 @@ unsafe fn try_execute(plan: &Plan) -> Result<std::convert::Infallible, c_int> {
 fn check(result: c_int) -> Result<(), c_int> {
     // SAFETY: the location is this thread's.
     if result < 0 { Err(unsafe { *libc::__errno_location() }) } else { Ok(()) }
+}
+
+fn check_long(result: libc::c_long) -> Result<(), c_int> {
+    check(if result < 0 { -1 } else { 0 })
 }
 
 /// Blocks all signals for the calling thread for as long as it exists.

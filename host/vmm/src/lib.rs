@@ -21,6 +21,7 @@ mod memory;
 mod memory_hotplug;
 mod probe;
 mod received_descriptors;
+mod signals;
 mod slot_plan;
 mod threads;
 mod vcpu;

@@ -27,6 +27,7 @@ use crate::{
     memory::{self, GuestMemory},
     memory_hotplug::{HotplugRegion, MemoryHotplug},
     received_descriptors::ReceivedDescriptors,
+    signals::end_on_sigterm,
     slot_plan::SlotPlan,
     threads::{ThreadKind, ThreadSpawner, renounce_privileges},
     vcpu::{VcpuFactory, Vcpus},
@@ -64,6 +65,7 @@ pub fn run(
     process_start_ns: u64,
 ) -> Result<ExitReason, Error> {
     abort_on_panic();
+    end_on_sigterm().map_err(|source| Error::Io { what: "process end when it is asked to", source })?;
     let kvm = Kvm::new().map_err(Error::OpenKvm)?;
     check_size(config, &kvm)?;
     let hotplug_region = HotplugRegion::new(config);
