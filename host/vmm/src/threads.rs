@@ -93,17 +93,7 @@ impl ThreadSpawner {
     /// Starts the spawner. It has no more privileges than the threads that it starts.
     pub fn start() -> io::Result<Self> {
         let (sender, requests) = mpsc::sync_channel(REQUESTS);
-        let (ready, is_ready) = mpsc::sync_channel(1);
-        Builder::new().name("spawner".into()).spawn(move || {
-            let restricted = ThreadKind::Fs.restrict();
-            let may_serve = restricted.is_ok();
-            // The other end waits for it.
-            let _ = ready.send(restricted);
-            if may_serve {
-                serve(&requests);
-            }
-        })?;
-        is_ready.recv().map_err(io::Error::other)??;
+        start(ThreadKind::Fs, "spawner".to_owned(), Box::new(move || serve(&requests)))?;
         Ok(Self(sender))
     }
 
@@ -133,6 +123,7 @@ fn start(kind: ThreadKind, name: String, work: Box<dyn FnOnce() + Send>) -> io::
     let thread = Builder::new().name(name).spawn(move || {
         let restricted = kind.restrict();
         let may_work = restricted.is_ok();
+        // The other end waits for it.
         let _ = ready.send(restricted);
         if may_work {
             work();

@@ -6,9 +6,12 @@ use std::{
 use vm_memory::{Bytes as _, GuestAddress};
 
 use super::*;
-use crate::virtio::{
-    F_VERSION_1,
-    testing::{Buffer, Ring, guest_memory, threads},
+use crate::{
+    memory::GuestMemory,
+    virtio::{
+        ActiveQueue, F_VERSION_1,
+        testing::{Buffer, Ring, guest_memory, threads},
+    },
 };
 
 const HEADER: u64 = 0x10_0000;
@@ -23,6 +26,12 @@ fn disk(read_only: bool) -> (Blk, tempfile::NamedTempFile) {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(&[9; 4096]).unwrap();
     (Blk::new(5, open(&file), read_only, "serial").unwrap(), file)
+}
+
+fn activate(disk: &mut Blk, memory: &GuestMemory, queue: ActiveQueue) {
+    let (memory, threads) = (memory.clone(), threads());
+    let queues = vec![Some(queue)];
+    disk.activate(Activation { memory, features: F_VERSION_1, queues, threads }).unwrap();
 }
 
 /// A read of the first sector, laid out as Linux's driver does.
@@ -69,13 +78,7 @@ fn requests_are_served_until_the_device_stops_and_then_the_file_is_closed() {
     let memory = guest_memory();
     let (mut ring, queue) = Ring::new(&memory, 0x8000, 128);
     let (notify, interrupt) = (queue.notified.try_clone().unwrap(), queue.interrupt.clone());
-    disk.activate(Activation {
-        memory: memory.clone(),
-        features: F_VERSION_1,
-        queues: vec![Some(queue)],
-        threads: threads(),
-    })
-    .unwrap();
+    activate(&mut disk, &memory, queue);
     for _ in 0..3 {
         memory.write_slice(&[0; 512], GuestAddress(DATA)).unwrap();
         let head = ring.add(&chain());
@@ -101,13 +104,7 @@ fn a_guest_that_never_stops_asking_cannot_keep_the_device() {
     let memory = guest_memory();
     let (mut ring, queue) = Ring::new(&memory, 0x8000, 128);
     let notify = queue.notified.try_clone().unwrap();
-    disk.activate(Activation {
-        memory: memory.clone(),
-        features: F_VERSION_1,
-        queues: vec![Some(queue)],
-        threads: threads(),
-    })
-    .unwrap();
+    activate(&mut disk, &memory, queue);
     let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
     let stopping = stop.clone();
     let counters = disk.counters.clone();
@@ -140,13 +137,7 @@ fn a_broken_queue_stops_the_worker_and_nothing_else() {
     let memory = guest_memory();
     let (mut ring, queue) = Ring::new(&memory, 0x8000, 128);
     let notify = queue.notified.try_clone().unwrap();
-    disk.activate(Activation {
-        memory: memory.clone(),
-        features: F_VERSION_1,
-        queues: vec![Some(queue)],
-        threads: threads(),
-    })
-    .unwrap();
+    activate(&mut disk, &memory, queue);
     // More than the ring has entries for.
     ring.set_available(1000);
     notify.write(1).unwrap();
