@@ -4,10 +4,15 @@ use std::{
     ffi::{CString, OsStr, c_char, c_int, c_void},
     io,
     os::{
-        fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd},
+        fd::{AsFd, AsRawFd, OwnedFd, RawFd},
         unix::ffi::OsStrExt as _,
     },
     ptr::null,
+};
+
+use rustix::{
+    io::retry_on_intr,
+    process::{WaitId, WaitIdOptions, waitid},
 };
 
 use crate::clone::{Cloned, clone_vfork};
@@ -92,7 +97,6 @@ impl JailedCommand {
         };
         let (arguments, environment) = (pointers(&self.arguments), pointers(&self.environment));
         let inherited: Vec<RawFd> = self.inherited.iter().map(AsRawFd::as_raw_fd).collect();
-        let signals = BlockedSignals::block_all()?;
         let mut plan = Plan {
             program: self.program.as_ptr(),
             arguments: arguments.as_ptr(),
@@ -100,30 +104,20 @@ impl JailedCommand {
             stdio: [null_device.as_raw_fd(), null_device.as_raw_fd(), self.stderr.as_raw_fd()],
             inherited: inherited.as_ptr(),
             inherited_count: inherited.len(),
-            signals: signals.before,
             errno: 0,
         };
         // SAFETY: the function makes system calls only. The plan and all that it points to live until this returns.
         let cloned = unsafe {
-            clone_vfork(NAMESPACES, self.cgroup.as_ref().map(borrowed), execute, (&raw mut plan).cast())
+            clone_vfork(NAMESPACES, self.cgroup.as_ref().map(AsFd::as_fd), execute, (&raw mut plan).cast())
         };
         let Cloned { pid, pidfd } = cloned?;
         if plan.errno != 0 {
-            // It has ended by itself, and nobody else waits for it. No signal interrupts this.
-            let _ = rustix::process::waitid(
-                rustix::process::WaitId::PidFd(borrowed(&pidfd)),
-                rustix::process::WaitIdOptions::EXITED,
-            );
+            // It has ended by itself, and nobody else waits for it.
+            let _ = retry_on_intr(|| waitid(WaitId::PidFd(pidfd.as_fd()), WaitIdOptions::EXITED));
             return Err(io::Error::from_raw_os_error(plan.errno));
         }
-        drop(signals);
         Ok(JailedChild { pid, pidfd })
     }
-}
-
-fn borrowed(descriptor: &OwnedFd) -> BorrowedFd<'_> {
-    use std::os::fd::AsFd as _;
-    descriptor.as_fd()
 }
 
 fn c_string(text: impl AsRef<OsStr>) -> io::Result<CString> {
@@ -138,8 +132,6 @@ struct Plan {
     stdio: [RawFd; 3],
     inherited: *const RawFd,
     inherited_count: usize,
-    /// Those that the program has blocked.
-    signals: libc::sigset_t,
     /// Set by the child: why it could not execute the program.
     errno: c_int,
 }
@@ -182,7 +174,6 @@ unsafe fn try_execute(plan: &Plan) -> Result<std::convert::Infallible, c_int> {
         let core = libc::rlimit { rlim_cur: CORE_LIMIT, rlim_max: CORE_LIMIT };
         check(libc::setrlimit(libc::RLIMIT_CORE, &raw const core))?;
         check(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))?;
-        check(libc::sigprocmask(libc::SIG_SETMASK, &raw const plan.signals, std::ptr::null_mut()))?;
         libc::execve(plan.program, plan.arguments, plan.environment);
         Err(*libc::__errno_location())
     }
@@ -195,33 +186,6 @@ fn check(result: c_int) -> Result<(), c_int> {
 
 fn check_long(result: libc::c_long) -> Result<(), c_int> {
     check(if result < 0 { -1 } else { 0 })
-}
-
-/// Blocks all signals for the calling thread for as long as it exists.
-struct BlockedSignals {
-    before: libc::sigset_t,
-}
-
-impl BlockedSignals {
-    fn block_all() -> io::Result<Self> {
-        // SAFETY: both sets live for the calls, which write them.
-        unsafe {
-            let mut all = std::mem::zeroed();
-            let mut before = std::mem::zeroed();
-            libc::sigfillset(&raw mut all);
-            match libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before) {
-                0 => Ok(Self { before }),
-                errno => Err(io::Error::from_raw_os_error(errno)),
-            }
-        }
-    }
-}
-
-impl Drop for BlockedSignals {
-    fn drop(&mut self) {
-        // SAFETY: the set was written by the kernel. It cannot fail: the arguments are valid.
-        unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.before, std::ptr::null_mut()) };
-    }
 }
 
 #[cfg(test)]

@@ -7,8 +7,6 @@ use std::{
     path::Path,
 };
 
-use rustix::process::{WaitId, WaitIdOptions, waitid};
-
 use super::*;
 
 /// Runs a shell script in the jail; returns what it has written to its standard error, and its exit code.
@@ -19,7 +17,7 @@ fn run(script: &str, change: impl FnOnce(&mut JailedCommand)) -> (String, i32) {
     command.argument("sh").unwrap();
     change(&mut command);
     let child = command.spawn().unwrap();
-    let status = waitid(WaitId::PidFd(borrowed(&child.pidfd)), WaitIdOptions::EXITED).unwrap().unwrap();
+    let status = waitid(WaitId::PidFd(child.pidfd.as_fd()), WaitIdOptions::EXITED).unwrap().unwrap();
     output.rewind().unwrap();
     let mut text = String::new();
     output.read_to_string(&mut text).unwrap();
