@@ -76,7 +76,7 @@ pub fn give(path: &Path, ticket: u64, descriptors: &[BorrowedFd<'_>]) -> io::Res
 
 /// Takes a set from a connection, and its ticket. `keep` has it when it is answered; what it returns undoes that, if
 /// nobody is there any more to take the answer. Blocks for at most some seconds.
-pub fn take<Undo: FnOnce()>(
+pub fn receive<Undo: FnOnce()>(
     connection: impl AsFd,
     keep: impl FnOnce(u64, Vec<OwnedFd>) -> Undo,
 ) -> io::Result<()> {
@@ -84,7 +84,7 @@ pub fn take<Undo: FnOnce()>(
     let mut descriptors = Vec::new();
     let mut ticket = None;
     loop {
-        let (number, left, more) = take_message(&connection)?;
+        let (number, left, more) = receive_message(&connection)?;
         descriptors.extend(more);
         if *ticket.get_or_insert(number) != number || descriptors.len() + left > SET_MAX {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "the messages are not those of one set"));
@@ -101,7 +101,7 @@ pub fn take<Undo: FnOnce()>(
 }
 
 /// One message: its ticket, how many descriptors follow later, and those that have come with it, at least one.
-fn take_message(connection: impl AsFd) -> io::Result<(u64, usize, Vec<OwnedFd>)> {
+fn receive_message(connection: impl AsFd) -> io::Result<(u64, usize, Vec<OwnedFd>)> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MESSAGE_MAX))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut header = [0; HEADER];
@@ -163,7 +163,7 @@ mod tests {
         thread::scope(|scope| {
             let machine = scope.spawn(|| {
                 let mut taken = None;
-                take(accept(&listener).unwrap(), |ticket, set| {
+                receive(accept(&listener).unwrap(), |ticket, set| {
                     taken = Some((ticket, set));
                     || ()
                 })?;
@@ -229,7 +229,7 @@ mod tests {
         give(&path, 1, &[file.as_fd()]).unwrap_err();
         let _silent = connect_to(&path);
         let _given = accept(&listener).unwrap();
-        take(accept(&listener).unwrap(), |_, _| -> fn() { panic!("nothing was given") }).unwrap_err();
+        receive(accept(&listener).unwrap(), |_, _| -> fn() { panic!("nothing was given") }).unwrap_err();
         assert!(start.elapsed() >= 2 * TIME_LIMIT, "{:?}", start.elapsed());
     }
 
@@ -247,7 +247,7 @@ mod tests {
         sendmsg(&stream, &[io::IoSlice::new(&[0; HEADER])], &mut control, SendFlags::empty()).unwrap();
         drop(stream);
         let undone = std::cell::Cell::new(false);
-        take(accept(&listener).unwrap(), |_, _| || undone.set(true)).unwrap_err();
+        receive(accept(&listener).unwrap(), |_, _| || undone.set(true)).unwrap_err();
         assert!(undone.get());
     }
 
@@ -278,7 +278,7 @@ mod tests {
                 }
                 sendmsg(&stream, &[io::IoSlice::new(bytes)], &mut control, SendFlags::empty()).unwrap();
             }
-            let taken = take(accept(&listener).unwrap(), |_, _| -> fn() {
+            let taken = receive(accept(&listener).unwrap(), |_, _| -> fn() {
                 panic!("{messages:?} is taken for a set")
             });
             assert_eq!(taken.unwrap_err().kind(), io::ErrorKind::InvalidData, "{messages:?}");

@@ -14,6 +14,7 @@ const STACK: usize = 64 << 10;
 
 /// What the child does. It must not return, and must not allocate, lock or panic: another thread of the parent may hold
 /// any lock.
+// SAFETY: whoever passes one to `clone_vfork` guarantees what is said above.
 pub type ChildFunction = unsafe extern "C" fn(*mut c_void) -> !;
 
 /// A new child: its pid here, and a descriptor that stands for it.
@@ -42,12 +43,14 @@ impl Drop for Stack {
     }
 }
 
-/// Starts a child in new namespaces (`CLONE_NEW…`) and, if one is given, in a cgroup, of which `cgroup` is the directory.
+/// Starts a child in new namespaces (`CLONE_NEW…`) and, if one is given, in a cgroup, of which `cgroup` is the
+/// directory.
 /// Returns when the child has executed a program or ended.
 ///
 /// # Safety
 ///
-/// `function` keeps to what [`ChildFunction`] says, and may use `argument` until then. The child has no signal handlers.
+/// `function` keeps to what [`ChildFunction`] says, and may use `argument` until then. The child has no signal
+/// handlers.
 pub unsafe fn clone_vfork(
     namespaces: c_int,
     cgroup: Option<BorrowedFd<'_>>,
@@ -100,7 +103,8 @@ pub unsafe fn clone_vfork(
     }
 }
 
-/// `linux/sched.h`; beyond what fits the `c_int` that libc has for the others. The child has no signal handlers from its
+/// `linux/sched.h`; beyond what fits the `c_int` that libc has for the others. The child has no signal handlers from
+/// its
 /// first instruction on, and glibc's lock for changing them is not needed.
 const CLONE_CLEAR_SIGHAND: u64 = 0x1_0000_0000;
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;

@@ -137,6 +137,11 @@ struct Plan {
 }
 
 /// The child: it executes the program, or says why not and ends.
+///
+/// # Safety
+///
+/// `plan` is the parent's [`Plan`].
+// SAFETY: it is called by `clone_vfork` alone, with what `spawn` passes.
 unsafe extern "C" fn execute(plan: *mut c_void) -> ! {
     // SAFETY: the parent has passed its plan, which it does not touch while the child uses it.
     unsafe {

@@ -105,7 +105,7 @@ impl Machine for ControlService {
         _context: &TtrpcContext,
         request: InsertDiskRequest,
     ) -> ttrpc::Result<InsertDiskResponse> {
-        let files = self.descriptors.take(request.ticket).ok_or_else(|| {
+        let files = self.descriptors.remove(request.ticket).ok_or_else(|| {
             let message = format!("no files have arrived under ticket {}", request.ticket);
             status(Code::FAILED_PRECONDITION, message)
         })?;

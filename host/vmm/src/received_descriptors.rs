@@ -25,7 +25,8 @@ use crate::{
 /// is closed when as many have followed.
 const SETS_MAX: usize = 4;
 
-/// How long a set waits for its call, which follows it at once. A controller that was killed makes none, and what it has
+/// How long a set waits for its call, which follows it at once. A controller that was killed makes none, and what it
+/// has
 /// left must not stay open: a volume could not be detached from the host.
 const WAIT_MAX: Duration = Duration::from_secs(10);
 
@@ -73,9 +74,9 @@ impl ReceivedDescriptors {
             Err(Errno::INTR | Errno::CONNABORTED) => return Ok(()),
             connection => connection?,
         };
-        descriptors::take(connection, |ticket, descriptors| {
+        descriptors::receive(connection, |ticket, descriptors| {
             self.insert(Set { ticket, descriptors, received: Instant::now() });
-            move || drop(self.take(ticket))
+            move || drop(self.remove(ticket))
         })
     }
 
@@ -96,7 +97,7 @@ impl ReceivedDescriptors {
     }
 
     /// Takes the set with a ticket; `None` if it has not arrived, or has waited too long.
-    pub fn take(&self, ticket: u64) -> Option<Vec<OwnedFd>> {
+    pub fn remove(&self, ticket: u64) -> Option<Vec<OwnedFd>> {
         let mut sets = unpoisoned(self.0.lock());
         let index = sets.iter().position(|set| set.ticket == ticket)?;
         sets.remove(index).map(|set| set.descriptors)
@@ -120,10 +121,10 @@ mod tests {
         for ticket in [7, 8] {
             descriptors::give(&path, ticket, &[file.as_fd(), file.as_fd()]).unwrap();
         }
-        assert_eq!(received.take(8).map(|set| set.len()), Some(2));
-        assert!(received.take(8).is_none());
-        assert!(received.take(9).is_none());
-        assert_eq!(received.take(7).map(|set| set.len()), Some(2));
+        assert_eq!(received.remove(8).map(|set| set.len()), Some(2));
+        assert!(received.remove(8).is_none());
+        assert!(received.remove(9).is_none());
+        assert_eq!(received.remove(7).map(|set| set.len()), Some(2));
     }
 
     #[test]
@@ -139,8 +140,8 @@ mod tests {
         }
         // One that is given again replaces the first.
         received.insert(set(9, 2));
-        assert!(received.take(5).is_none());
-        let left: Vec<_> = (6..10).map(|ticket| received.take(ticket).unwrap().len()).collect();
+        assert!(received.remove(5).is_none());
+        let left: Vec<_> = (6..10).map(|ticket| received.remove(ticket).unwrap().len()).collect();
         assert_eq!(left, [1, 1, 1, 2]);
     }
 
@@ -155,8 +156,8 @@ mod tests {
         received.insert(set(1, WAIT_MAX));
         received.insert(set(2, WAIT_MAX / 2));
         assert_eq!(received.close_expired(now), Some(WAIT_MAX / 2));
-        assert!(received.take(1).is_none());
-        assert!(received.take(2).is_some());
+        assert!(received.remove(1).is_none());
+        assert!(received.remove(2).is_some());
         assert_eq!(received.close_expired(now), None);
     }
 }

@@ -3,7 +3,7 @@
 use std::io;
 
 /// Ends this process when it is asked to, as it would by default if it were not the first of its PID namespace: there,
-/// the kernel drops signals without a handler, and the shutdown of a node would wait for each machine in vain.
+/// the kernel drops signals without a handler, and the shutdown of a node would wait for each machine.
 pub fn end_on_sigterm() -> io::Result<()> {
     extern "C" fn end(signal: libc::c_int) {
         // SAFETY: it ends the process and does nothing else; a signal handler may call it (signal-safety(7)).

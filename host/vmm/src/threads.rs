@@ -17,15 +17,15 @@ use rustix::{
     io::Errno,
     process::{DumpableBehavior, set_dumpable_behavior},
     thread::{
-        CapabilitySet, CapabilitySets, remove_capability_from_bounding_set, set_capabilities,
+        CapabilitiesSecureBits, CapabilitySet, CapabilitySets, capabilities, capabilities_secure_bits,
+        remove_capability_from_bounding_set, set_capabilities, set_capabilities_secure_bits,
         set_no_new_privs,
     },
 };
 
-use crate::virtio::fs::credentials;
-
-/// Requests that wait for the spawner. Whoever makes one waits for its answer, so that more than the machine has threads
-/// cannot wait.
+/// Requests that wait for the spawner. Whoever makes one waits for its answer, so that no more can wait than the
+/// machine
+/// has threads.
 const REQUESTS: usize = 1;
 
 /// What a thread is for.
@@ -38,11 +38,12 @@ pub enum ThreadKind {
 }
 
 impl ThreadKind {
-    /// Drops what a thread of this kind must not have. It is called on that thread, before it sees anything of a guest's.
+    /// Drops what a thread of this kind must not have. It is called on that thread, before it sees anything of a
+    /// guest's.
     pub fn restrict(self) -> io::Result<()> {
         match self {
             Self::Unprivileged => drop_capabilities(),
-            Self::Fs => Ok(credentials::restrict_capabilities()?),
+            Self::Fs => Ok(restrict_capabilities()?),
         }
     }
 }
@@ -52,7 +53,7 @@ impl ThreadKind {
 pub fn renounce_privileges() -> io::Result<()> {
     set_no_new_privs(true)?;
     set_dumpable_behavior(DumpableBehavior::NotDumpable)?;
-    for capability in CapabilitySet::all().difference(credentials::required_capabilities()).iter() {
+    for capability in CapabilitySet::all().difference(required_capabilities()).iter() {
         match remove_capability_from_bounding_set(capability) {
             // Who has no privileges cannot do this, and need not. A kernel may not know all of them.
             Ok(()) | Err(Errno::PERM | Errno::INVAL) => {}
@@ -66,6 +67,38 @@ pub fn renounce_privileges() -> io::Result<()> {
 fn drop_capabilities() -> io::Result<()> {
     let none = CapabilitySet::empty();
     Ok(set_capabilities(None, CapabilitySets { effective: none, permitted: none, inheritable: none })?)
+}
+
+/// The capabilities that are needed to execute the guest's requests on files below the share, whoever owns them. They
+/// are not enough to make devices, to exceed limits of disk space, or to set attributes that the host trusts.
+pub fn required_capabilities() -> CapabilitySet {
+    CapabilitySet::CHOWN
+        | CapabilitySet::DAC_OVERRIDE
+        | CapabilitySet::FOWNER
+        | CapabilitySet::FSETID
+        | CapabilitySet::SETFCAP
+        | CapabilitySet::SETGID
+        | CapabilitySet::SETUID
+}
+
+/// Drops the calling thread's capabilities except those that it needs, which it keeps when it takes another user's ids.
+/// Must be called before the first request, because virtiofsd restores what it has found then.
+pub fn restrict_capabilities() -> rustix::io::Result<()> {
+    let bits = capabilities_secure_bits()? | CapabilitiesSecureBits::NO_SETUID_FIXUP;
+    match set_capabilities_secure_bits(bits) {
+        // A machine without privileges has no capabilities, and cannot take another user's ids.
+        Err(Errno::PERM) => {}
+        result => result?,
+    }
+    let has = capabilities(None)?;
+    set_capabilities(
+        None,
+        CapabilitySets {
+            effective: has.effective & required_capabilities(),
+            permitted: has.permitted & required_capabilities(),
+            inheritable: CapabilitySet::empty(),
+        },
+    )
 }
 
 struct Request {
@@ -97,8 +130,8 @@ impl ThreadSpawner {
         Ok(Self(sender))
     }
 
-    /// Starts a thread for some work. The thread drops what its kind must not have first; if that fails, it does nothing
-    /// else, and this is an error.
+    /// Starts a thread for some work. The thread drops what its kind must not have first; if that fails, it does
+    /// nothing else, and this is an error.
     pub fn spawn(
         &self,
         kind: ThreadKind,
@@ -135,8 +168,6 @@ fn start(kind: ThreadKind, name: String, work: Box<dyn FnOnce() + Send>) -> io::
 
 #[cfg(test)]
 mod tests {
-    use rustix::thread::capabilities;
-
     use super::*;
 
     fn permitted(spawner: &ThreadSpawner, kind: ThreadKind) -> CapabilitySet {

@@ -38,7 +38,8 @@ use super::{
 const OPERATIONS: u32 = 20;
 /// The seed by default: always the same, so that a failure is the fault of what has changed. `scripts/soak` explores.
 const SEED: u64 = 1;
-/// How long one operation may take, which is far longer than any does. One that hangs is told, with the logs, long before
+/// How long one operation may take, which is far longer than any does. One that hangs is told, with the logs, long
+/// before
 /// the run's own limit.
 const OPERATION_LIMIT: Duration = Duration::from_secs(300);
 

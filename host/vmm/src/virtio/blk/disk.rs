@@ -64,7 +64,8 @@ enum DiskRange<'a> {
 }
 
 impl Disk {
-    /// Makes a disk of open files and block devices, its segments. They must be open for writing unless it is read-only.
+    /// Makes a disk of open files and block devices, its segments. They must be open for writing unless it is
+    /// read-only.
     pub fn new(files: Vec<OwnedFd>, read_only: bool) -> Result<Self, DiskError> {
         let count = files.len();
         if count == 0 || count > SEGMENTS_MAX {

@@ -7,13 +7,6 @@
 //! the ids of a volume are mapped for the namespace, the host's root is nobody, for whom no file can be renamed or
 //! linked. And with root's credentials, the data of any user could fill the space that a disk reserves for root.
 
-use rustix::{
-    io::Errno,
-    thread::{
-        CapabilitiesSecureBits, CapabilitySet, CapabilitySets, capabilities, capabilities_secure_bits,
-        set_capabilities, set_capabilities_secure_bits,
-    },
-};
 use virtiofsd::{
     filesystem::Context,
     fuse::{InHeader, Opcode},
@@ -28,38 +21,6 @@ const ROOT_OR_NO_USER: [u32; 2] = [0, u32::MAX];
 /// A user without a claim to space that is reserved. The number does not matter, because a file is written with the
 /// rights of whoever has opened it.
 const NOBODY: u32 = 65534;
-
-/// The capabilities that are needed to execute the guest's requests on files below the share, whoever owns them. They
-/// are not enough to make devices, to exceed limits of disk space, or to set attributes that the host trusts.
-pub fn required_capabilities() -> CapabilitySet {
-    CapabilitySet::CHOWN
-        | CapabilitySet::DAC_OVERRIDE
-        | CapabilitySet::FOWNER
-        | CapabilitySet::FSETID
-        | CapabilitySet::SETFCAP
-        | CapabilitySet::SETGID
-        | CapabilitySet::SETUID
-}
-
-/// Drops the calling thread's capabilities except those that it needs, which it keeps when it takes another user's ids.
-/// Must be called before the first request, because virtiofsd restores what it has found then.
-pub fn restrict_capabilities() -> rustix::io::Result<()> {
-    let bits = capabilities_secure_bits()? | CapabilitiesSecureBits::NO_SETUID_FIXUP;
-    match set_capabilities_secure_bits(bits) {
-        // A machine without privileges has no capabilities, and cannot take another user's ids.
-        Err(Errno::PERM) => {}
-        result => result?,
-    }
-    let has = capabilities(None)?;
-    set_capabilities(
-        None,
-        CapabilitySets {
-            effective: has.effective & required_capabilities(),
-            permitted: has.permitted & required_capabilities(),
-            inheritable: CapabilitySet::empty(),
-        },
-    )
-}
 
 /// The calling thread's ids for access to files (setfsuid(2), setfsgid(2)), as long as this exists. Afterwards they are
 /// root's again.
@@ -113,7 +74,10 @@ mod tests {
         thread,
     };
 
+    use rustix::thread::{CapabilitySet, capabilities};
+
     use super::*;
+    use crate::threads::{required_capabilities, restrict_capabilities};
 
     #[test]
     fn what_a_thread_makes_is_its_users_and_nothing_is_forbidden() {

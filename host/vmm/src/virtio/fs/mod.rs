@@ -10,7 +10,7 @@
 //! [`xattrs`] keeps the host's extended attributes from the guest.
 
 mod checked_fs;
-pub mod credentials;
+mod credentials;
 mod names;
 mod request;
 mod staging;

@@ -4,7 +4,8 @@
 //!
 //! * A host program connects to the listener, sends `CONNECT <port>\n`, and receives `OK <host port>\n` once the guest
 //!   has accepted the connection.
-//! * The guest's first connection to [`VsockConfig::host_port`] is the stream that the machine has inherited. There is no
+//! * The guest's first connection to [`VsockConfig::host_port`] is the stream that the machine has inherited. There
+//!   is no
 //!   second, and none to any other port.
 //! * Connections to localhost in the pod's network namespace go to the guest's [`VsockConfig::forward_port`]:
 //!   see [`port_forward`].
