@@ -4,7 +4,11 @@ use std::{
     io,
     mem::MaybeUninit,
     os::{fd::OwnedFd, unix::net::UnixStream},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
 };
 
 use nix::{
@@ -20,6 +24,9 @@ use crate::{
     launch::Exit,
     stdio::{Stdio, Urls},
 };
+
+/// How long a process, its output and its execs usually take to end after SIGKILL at the very most.
+const KILL_LIMIT: Duration = Duration::from_secs(30);
 
 /// The life of a process.
 ///
@@ -70,6 +77,8 @@ pub struct Process {
     finished: watch::Sender<Option<Exit>>,
     /// Set when it has been killed while it was being started.
     killed: watch::Sender<bool>,
+    /// Set when somebody waits for what SIGKILL does to it.
+    kill_is_watched: AtomicBool,
 }
 
 impl Process {
@@ -88,6 +97,7 @@ impl Process {
             early_size: Mutex::new(None),
             finished: watch::channel(None).0,
             killed: watch::channel(false).0,
+            kill_is_watched: AtomicBool::new(false),
         })
     }
 
@@ -120,6 +130,14 @@ impl Process {
             // Unreachable: the sender is in `self`.
             None => std::future::pending().await,
         }
+    }
+
+    /// Waits until SIGKILL has ended it. Returns true, once, if that takes longer than [`KILL_LIMIT`].
+    pub async fn outlives_sigkill(&self) -> bool {
+        if self.kill_is_watched.swap(true, Ordering::Relaxed) {
+            return false;
+        }
+        tokio::time::timeout(KILL_LIMIT, self.wait()).await.is_err()
     }
 
     /// Gives up its start. If that is over, it is killed as soon as it runs.

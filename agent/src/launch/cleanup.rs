@@ -130,6 +130,19 @@ fn has_name(command: &[u8], name: &str) -> bool {
         && arguments.any(|argument| argument == name.as_bytes())
 }
 
+/// What processes with these pids are doing: at most a few of them.
+pub fn describe_processes(pids: &[u32]) -> String {
+    let mut described: Vec<_> = pids
+        .iter()
+        .take(DESCRIBED_MAX)
+        .map(|pid| format!("{pid}: {}", describe(Path::new(&format!("/proc/{pid}")))))
+        .collect();
+    if pids.len() > DESCRIBED_MAX {
+        described.push(format!("and {} more", pids.len() - DESCRIBED_MAX));
+    }
+    described.join("; ")
+}
+
 /// The name and state of a process, where it waits in the kernel, and its system call with the arguments.
 fn describe(process: &Path) -> String {
     let status = read_text(process, "status");

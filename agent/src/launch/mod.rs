@@ -32,6 +32,7 @@ use tokio::{
 
 use self::{cleanup::Progress, protocol::NO_PROCESS};
 pub use self::{
+    cleanup::describe_processes,
     protocol::{Action, Request, START_SOCKET},
     reaper::{Exit, Reaper},
 };

@@ -23,6 +23,7 @@ use super::{
 use crate::{
     container::{Container, ContainerError, Process, ProcessState, send_signal},
     controller::timestamp,
+    launch::describe_processes,
     stdio::Urls,
     ttrpc::pack,
 };
@@ -142,6 +143,9 @@ impl shim_async::Task for TaskService {
             }
         } else {
             process.signal(request.signal).map_err(TaskError::from)?;
+        }
+        if request.signal == libc::SIGKILL.cast_unsigned() {
+            tokio::spawn(report_survival(container, process));
         }
         Ok(Empty::new())
     }
@@ -265,6 +269,22 @@ impl TaskService {
         let process = container.process(exec_id)?;
         Ok((container, process))
     }
+}
+
+/// Logs what holds up a process that SIGKILL does not end: in the kernel it may wait for a file system for ever.
+async fn report_survival(container: Arc<Container>, process: Arc<Process>) {
+    if !process.outlives_sigkill().await {
+        return;
+    }
+    let (pid, state) = (process.pid(), process.state());
+    let described = tokio::task::spawn_blocking(move || {
+        let mut pids = pids(&container).unwrap_or_default();
+        pids.retain(|other| *other != pid.cast_unsigned());
+        pids.insert(0, pid.cast_unsigned());
+        describe_processes(&pids)
+    });
+    let processes = described.await.unwrap_or_default();
+    tracing::error!(process = process.subject, ?state, processes, "SIGKILL has not ended a process");
 }
 
 /// The pids of all processes of a container.

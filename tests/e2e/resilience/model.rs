@@ -38,9 +38,8 @@ use super::{
 const OPERATIONS: u32 = 20;
 /// The seed by default: always the same, so that a failure is the fault of what has changed. `scripts/soak` explores.
 const SEED: u64 = 1;
-/// How long one operation may take, which is far longer than any does. One that hangs is told, with the logs, long
-/// before
-/// the run's own limit.
+/// How long one operation may take, which is far longer than any does. One that hangs is reported with what the guests
+/// have printed, long before the run's own limit.
 const OPERATION_LIMIT: Duration = Duration::from_secs(300);
 
 /// The time limit of a run, for each of its operations.
@@ -477,6 +476,15 @@ fn nothing_is_left_in_a_controller_by_random_operations() -> Result<()> {
     })
 }
 
+/// Prints what the guests of all pods have printed.
+fn print_consoles(model: &Model<'_>) -> Result<()> {
+    for ModelPod { pod, .. } in &model.pods {
+        let console = fs::read(directory(&pod.id).join("console.log"))?;
+        println!("the console of pod {}:\n{}", pod.id, String::from_utf8_lossy(&console));
+    }
+    Ok(())
+}
+
 async fn run(model: &mut Model<'_>, operations: u32, with_faults: bool) -> Result<()> {
     let begun = Instant::now();
     let mut done = 0;
@@ -484,6 +492,9 @@ async fn run(model: &mut Model<'_>, operations: u32, with_faults: bool) -> Resul
         let (operation, fault) = model.choose(with_faults);
         let line = format!("{done}: {operation:?} {fault:?}");
         let applied = timeout(OPERATION_LIMIT, model.apply(operation, fault)).await;
+        if applied.is_err() {
+            print_consoles(model)?;
+        }
         if applied.with_context(|| format!("{line} hangs"))?.with_context(|| line.clone())? {
             model.agrees().await.with_context(|| format!("after {line}"))?;
             println!("{:7.2} s {line}", begun.elapsed().as_secs_f64());
