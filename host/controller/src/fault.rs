@@ -26,7 +26,6 @@ pub enum FaultPoint {
     EventHandedOn,
     UndoMachine,
     UndoCgroup,
-    UndoShare,
     UndoNetwork,
     UndoDirectory,
     PodRemoved,
@@ -34,7 +33,7 @@ pub enum FaultPoint {
 
 impl FaultPoint {
     /// All of them.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 21] = [
         Self::PodRecordedFirst,
         Self::DirectoryMade,
         Self::NetworkMade,
@@ -53,7 +52,6 @@ impl FaultPoint {
         Self::EventHandedOn,
         Self::UndoMachine,
         Self::UndoCgroup,
-        Self::UndoShare,
         Self::UndoNetwork,
         Self::UndoDirectory,
         Self::PodRemoved,
@@ -80,7 +78,6 @@ impl FaultPoint {
             Self::EventHandedOn => "event-handed-on",
             Self::UndoMachine => "undo-machine",
             Self::UndoCgroup => "undo-cgroup",
-            Self::UndoShare => "undo-share",
             Self::UndoNetwork => "undo-network",
             Self::UndoDirectory => "undo-directory",
             Self::PodRemoved => "pod-removed",

@@ -2,8 +2,8 @@
 //!
 //! [`JailedCommand`] starts the process: in namespaces of its own, in its cgroup from its first instruction on, without
 //! a way to gain privileges, and with no descriptor except those that it is handed. What is left to do inside, when
-//! everything is open and before the guest runs, the process does itself: it drops its capabilities (the machine's
-//! `threads.rs`).
+//! everything is open and before the guest runs, the process does itself: it enters an empty root ([`enter`]) and drops
+//! its capabilities (the machine's `threads.rs`).
 //!
 //! | namespace | what a captured machine does not find |
 //! |---|---|
@@ -12,8 +12,11 @@
 //! | IPC | System V objects and message queues of the host |
 //! | UTS | a host name that it could change |
 //! | cgroup | the path of its own cgroup, and those above it |
+//! | mount | any file of the host except those of its share |
 
 mod clone;
 mod command;
+mod root;
 
 pub use command::{JailedChild, JailedCommand};
+pub use root::{SHARE, enter};

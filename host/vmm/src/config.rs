@@ -142,8 +142,10 @@ pub struct VsockConfig {
 pub struct ShareConfig {
     /// The tag that the guest mounts.
     pub tag: String,
-    /// The directory that is shared. The guest also sees what is mounted below it later.
-    pub directory: PathBuf,
+    /// The host's directory that is shared, with what is mounted below it later. Without one, the machine shares a
+    /// directory of its own ([`pericarp_jail::SHARE`]), in a mount namespace of its own in which there is nothing else.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub directory: Option<PathBuf>,
 }
 
 #[cfg(test)]
@@ -160,6 +162,14 @@ mod tests {
         assert!(!config.nested_virtualization);
         let again: MachineConfig = serde_json::from_str(&serde_json::to_string(&config).unwrap()).unwrap();
         assert_eq!(again, config);
+    }
+
+    #[test]
+    fn a_share_is_the_machines_own_unless_a_directory_is_given() {
+        let share: ShareConfig = serde_json::from_str(r#"{"tag": "share"}"#).unwrap();
+        assert_eq!(share.directory, None);
+        let share: ShareConfig = serde_json::from_str(r#"{"tag": "share", "directory": "/s"}"#).unwrap();
+        assert_eq!(share.directory, Some("/s".into()));
     }
 
     #[test]

@@ -7,24 +7,28 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::{bounded_file::BoundedFile, config::ConsoleConfig};
 
+/// Opens the log and empties it.
+pub fn open_log(config: &ConsoleConfig) -> io::Result<BoundedFile> {
+    let file = OpenOptions::new()
+        .create(true)
+        .truncate(true)
+        .read(true)
+        .write(true)
+        .mode(0o600)
+        .open(&config.path)?;
+    BoundedFile::new(file, config.limit_bytes)
+}
+
 /// The guest's serial line.
 pub struct Console {
     line: Serial<InterruptTrigger, NoEvents, BoundedFile>,
 }
 
 impl Console {
-    /// Opens the log and empties it. `irqfd` is the line's interrupt: the kernel writes its own messages by polling,
-    /// but what a program writes to `/dev/console` waits for the interrupt.
-    pub fn open(config: &ConsoleConfig, irqfd: EventFd) -> io::Result<Self> {
-        let file = OpenOptions::new()
-            .create(true)
-            .truncate(true)
-            .read(true)
-            .write(true)
-            .mode(0o600)
-            .open(&config.path)?;
-        let log = BoundedFile::new(file, config.limit_bytes)?;
-        Ok(Self { line: Serial::new(InterruptTrigger(irqfd), log) })
+    /// A line that writes to a log. `irqfd` is its interrupt: the kernel writes its own messages by polling, but what a
+    /// program writes to `/dev/console` waits for the interrupt.
+    pub fn new(log: BoundedFile, irqfd: EventFd) -> Self {
+        Self { line: Serial::new(InterruptTrigger(irqfd), log) }
     }
 
     /// Handles the guest's read of a register of the line.
@@ -60,7 +64,7 @@ mod tests {
     fn open(path: &Path) -> (Console, EventFd) {
         let irqfd = EventFd::new(libc::EFD_NONBLOCK).unwrap();
         let config = ConsoleConfig { path: path.into(), limit_bytes: 100 };
-        (Console::open(&config, irqfd.try_clone().unwrap()).unwrap(), irqfd)
+        (Console::new(open_log(&config).unwrap(), irqfd.try_clone().unwrap()), irqfd)
     }
 
     #[test]

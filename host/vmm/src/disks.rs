@@ -186,7 +186,7 @@ mod tests {
     use crate::{
         bus::VmExitCounters,
         config::ConsoleConfig,
-        console::Console,
+        console::{self, Console},
         virtio::{
             device_slot::{DeviceEventRegistrar, DeviceEvents, DeviceSlot},
             register_page::{self, RegisterPage},
@@ -211,7 +211,7 @@ mod tests {
         let slot = DeviceSlot::new(0, page, guest_memory(), threads.clone(), Arc::new(NoRegistrar));
         Arc::new(Bus {
             slots: vec![Mutex::new(slot)],
-            console: Mutex::new(Console::open(&config, EventFd::new(0).unwrap()).unwrap()),
+            console: Mutex::new(Console::new(console::open_log(&config).unwrap(), EventFd::new(0).unwrap())),
             exits: VmExitCounters::default(),
         })
     }

@@ -2,6 +2,7 @@
 
 use std::{
     fmt::Write as _,
+    fs::File,
     os::{fd::OwnedFd, unix::net::UnixListener},
     sync::{Arc, Mutex, atomic::AtomicU8, mpsc},
 };
@@ -20,7 +21,7 @@ use crate::{
     },
     bus::{Bus, VmExitCounters},
     config::MachineConfig,
-    console::Console,
+    console::{self, Console},
     control_service::ControlService,
     disks::{Disks, NamedCounters},
     error::{Error, ExitReason, refused},
@@ -68,6 +69,13 @@ pub fn run(
     end_on_sigterm().map_err(|source| Error::Io { what: "process end when it is asked to", source })?;
     let kvm = Kvm::new().map_err(Error::OpenKvm)?;
     check_size(config, &kvm)?;
+    let console_log = console::open_log(&config.console)
+        .map_err(|source| Error::Console { path: config.console.path.clone(), source })?;
+    let images = boot::Images::open(&config.kernel, &config.initramfs)?;
+    let nets =
+        (0..).zip(&config.nets).map(|(index, net)| Net::new(index, net)).collect::<Result<Vec<_>, _>>()?;
+    // Everything of the host's is open. There is no other thread yet, not even one of the kernel's.
+    let descriptors = leave_host_files(config)?;
     let hotplug_region = HotplugRegion::new(config);
     let slot_plan = SlotPlan::new(config, hotplug_region.is_some())?;
     let vm = Arc::new(kvm.create_vm().map_err(refused("create a virtual machine"))?);
@@ -81,17 +89,18 @@ pub fn run(
     register_memory(&vm, &memory)?;
     let factory = VcpuFactory::new(&kvm, vm.clone(), config.vcpus_max(), config.nested_virtualization)?;
     let vcpus = (0..config.vcpus).map(|id| factory.create(id)).collect::<Result<Vec<_>, _>>()?;
-    let devices = make_boot_devices(config, inherited.vsock)?;
+    let devices = make_boot_devices(config, inherited.vsock, descriptors, nets)?;
     let device_counters = device_counters(&devices);
     renounce_privileges()
         .map_err(|source| Error::Io { what: "process unable to gain privileges", source })?;
     let threads = ThreadSpawner::start()
         .map_err(|source| Error::Io { what: "the thread that starts others", source })?;
-    let bus = Arc::new(make_bus(config, &slot_plan, &vm, &memory, &threads, devices)?);
+    let console = Console::new(console_log, interrupt_line(&vm, SERIAL_IRQ)?);
+    let bus = Arc::new(make_bus(console, &slot_plan, &vm, &memory, &threads, devices)?);
     let kvm_ready_ns = monotonic_ns();
 
     let cmdline = cmdline(config, &slot_plan);
-    let entry = boot::load(&boot_memory, &config.kernel, &config.initramfs, &cmdline, config.vcpus_max())?;
+    let entry = boot::load(&boot_memory, images, &cmdline, config.vcpus_max())?;
     let Some(boot_vcpu) = vcpus.first() else { unreachable!("check_size refuses a machine without vCPUs") };
     registers::enter_kernel(boot_vcpu, entry)?;
     let kernel_loaded_ns = monotonic_ns();
@@ -199,30 +208,43 @@ fn register_regions(
     Ok(())
 }
 
+/// Moves this process where there are no files of the host's except those that it has open, unless it is to share a
+/// directory of the host's. Returns `/proc/self/fd`, which has no name there.
+fn leave_host_files(config: &MachineConfig) -> Result<Option<File>, Error> {
+    if config.share.as_ref().is_some_and(|share| share.directory.is_some()) {
+        return Ok(None);
+    }
+    let descriptors = pericarp_jail::enter();
+    descriptors.map(Some).map_err(|source| Error::Io { what: "root of its own", source })
+}
+
 /// The devices that the machine starts with, in the order of their slots.
-fn make_boot_devices(config: &MachineConfig, vsock: VsockSockets) -> Result<Vec<Box<dyn Device>>, Error> {
+fn make_boot_devices(
+    config: &MachineConfig,
+    vsock: VsockSockets,
+    descriptors: Option<File>,
+    nets: Vec<Net>,
+) -> Result<Vec<Box<dyn Device>>, Error> {
     let mut devices: Vec<Box<dyn Device>> =
         vec![Box::new(Vsock::new(config.vsock, vsock)?), Box::new(Rng::default())];
     if let Some(share) = &config.share {
-        devices.push(Box::new(Fs::new(share)?));
+        devices.push(Box::new(Fs::new(share, descriptors)?));
     }
-    for (index, net) in config.nets.iter().enumerate() {
-        devices.push(Box::new(Net::new(index, net)?));
+    for net in nets {
+        devices.push(Box::new(net));
     }
     Ok(devices)
 }
 
 /// Connects the console and the devices to the machine. The slots without a device stay empty for now.
 fn make_bus(
-    config: &MachineConfig,
+    console: Console,
     slot_plan: &SlotPlan,
     vm: &Arc<VmFd>,
     memory: &GuestMemory,
     threads: &ThreadSpawner,
     devices: Vec<Box<dyn Device>>,
 ) -> Result<Bus, Error> {
-    let console = Console::open(&config.console, interrupt_line(vm, SERIAL_IRQ)?)
-        .map_err(|source| Error::Console { path: config.console.path.clone(), source })?;
     assert_eq!(devices.len(), slot_plan.boot_devices.len(), "the slot plan counts other devices");
     // Each slot keeps the mapping of its page.
     let pages = register_page::allocate(slot_plan.all().len())?;

@@ -79,7 +79,7 @@ mod tests {
             nested_virtualization: false,
             console: ConsoleConfig { path: "/c".into(), limit_bytes: 1 },
             vsock: VsockConfig::default(),
-            share: share.then(|| ShareConfig { tag: "s".into(), directory: "/s".into() }),
+            share: share.then(|| ShareConfig { tag: "s".into(), directory: None }),
             nets: vec![net; nets],
         }
     }

@@ -44,6 +44,17 @@ impl MachineProcess {
         Ok(machines.filter_map(|(_, arguments)| arguments.iter().find_map(directory)).collect())
     }
 
+    /// The mounts that it sees, as `proc_pid_mountinfo(5)` has them: the share's, and no other.
+    pub fn mounts(self) -> Result<String> {
+        let path = format!("/proc/{}/mountinfo", self.pid);
+        fs::read_to_string(&path).with_context(|| format!("read {path}"))
+    }
+
+    /// The path by which the node sees what is at a path in its mount namespace.
+    pub fn path(self, inside: &str) -> String {
+        format!("/proc/{}/root{inside}", self.pid)
+    }
+
     /// The CPU time that each of its threads has used so far.
     pub fn cpu_time(self) -> Result<CpuTime> {
         // The kernel counts in units of this length, whatever its own clock is (proc_pid_stat(5)).

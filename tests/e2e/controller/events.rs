@@ -1,9 +1,9 @@
 //! The events of containers that containerd's clients receive.
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use pericarp_tests::{
     direct::events::{Events, TaskEvent},
-    node::controller::KilledController,
+    node::{controller::KilledController, machine::MachineProcess},
     on_node, on_pericarp_alone, wait_until,
 };
 
@@ -77,7 +77,7 @@ fn every_event_is_told_once_though_the_controller_is_killed_meanwhile() -> Resul
         expected.extend(["exit", "delete"]);
         assert_eq!(topics(&seen), expected);
         // A container whose release the dead controller did not hear of is released nevertheless.
-        let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
+        let mounts = MachineProcess::of_pod(&pod.id)?.context("the pod's machine")?.mounts()?;
         assert!(!mounts.contains(&ending[0].id), "{mounts}");
         // containerd takes its time to dial the controller again.
         wait_until("the pod to be READY", async || pod.is_ready().await).await?;

@@ -16,7 +16,7 @@ use tokio::{
     time::timeout,
 };
 
-use pericarp_tests::node::mount::TestMount;
+use pericarp_tests::node::{machine::MachineProcess, mount::TestMount};
 
 fn volume(host_path: &str, container_path: &str) -> api::Mount {
     with_mapped_ids(api::Mount {
@@ -32,13 +32,17 @@ fn owner(path: &str) -> Result<(u32, u32)> {
 }
 
 /// The path of a container's root file system on the node.
-fn root_on_node(node: &Node, pod: &Pod, container: &Container) -> String {
-    match node.runtime {
+fn root_on_node(node: &Node, pod: &Pod, container: &Container) -> Result<String> {
+    Ok(match node.runtime {
         Runtime::Runc => {
             format!("/run/containerd/io.containerd.runtime.v2.task/k8s.io/{}/rootfs", container.id)
         }
-        Runtime::Pericarp => format!("/run/pericarp/{}/share/{}/rootfs", pod.id, container.id),
-    }
+        // In the mount namespace of the pod's machine.
+        Runtime::Pericarp => {
+            let machine = MachineProcess::of_pod(&pod.id)?.context("the pod's machine")?;
+            machine.path(&format!("/share/{}/rootfs", container.id))
+        }
+    })
 }
 
 #[test]
@@ -68,7 +72,7 @@ fn files_on_the_node_belong_to_the_ids_of_a_user_namespace() -> Result<()> {
         assert_eq!(owner(&format!("{ours}/alice-2"))?, (1000, 1000));
         assert_eq!(owner(&format!("{theirs}/root"))?, (POD_ROOT, POD_ROOT));
         assert_eq!(owner(&format!("{theirs}/alice"))?, (POD_ROOT + 1000, POD_ROOT + 1000));
-        let files = root_on_node(node, &pod, &root);
+        let files = root_on_node(node, &pod, &root)?;
         assert_eq!(owner(&format!("{files}/bin/busybox"))?, (POD_ROOT, POD_ROOT));
         assert_eq!(owner(&format!("{files}/odd/owned"))?, (POD_ROOT + 1000, POD_ROOT + 2000));
         assert_eq!(owner(&format!("{files}/tmp/root"))?, (POD_ROOT, POD_ROOT));

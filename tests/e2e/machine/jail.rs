@@ -32,7 +32,7 @@ fn value(status: &str, key: &str) -> Result<String> {
 fn a_machine_has_namespaces_of_its_own_and_is_alone_in_them() -> Result<()> {
     on_pericarp(async |node| {
         let machine = busy_machine(node).await?;
-        for kind in ["pid", "net", "ipc", "uts", "cgroup"] {
+        for kind in ["pid", "net", "ipc", "uts", "cgroup", "mnt"] {
             let (own, hosts) = (machine.join("ns").join(kind), Path::new("/proc/1/ns").join(kind));
             assert_ne!(fs::read_link(own)?, fs::read_link(hosts)?, "{kind}");
         }
@@ -44,6 +44,53 @@ fn a_machine_has_namespaces_of_its_own_and_is_alone_in_them() -> Result<()> {
         let names: Vec<_> =
             interfaces.lines().filter_map(|line| line.split_once(':')).map(|(name, _)| name.trim()).collect();
         assert_eq!(names, ["lo"]);
+        Ok(())
+    })
+}
+
+/// The open descriptors of a process that are directories, by where they lead.
+fn open_directories(process: &Path) -> Result<Vec<String>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(process.join("fd"))? {
+        let entry = entry?.path();
+        // One may be closed meanwhile.
+        if entry.metadata().is_ok_and(|metadata| metadata.is_dir()) {
+            found.push(fs::read_link(&entry)?.display().to_string());
+        }
+    }
+    Ok(found)
+}
+
+#[test]
+fn a_machine_finds_its_share_and_no_other_file_of_the_host() -> Result<()> {
+    on_pericarp(async |node| {
+        let pod = node.pooled_pod().await?;
+        let container = pod.idle_container("busy").await?;
+        container.shell("cat /etc/passwd > /tmp/copy").await?;
+        let machine = MachineProcess::of_pod(&pod.id)?.context("the pod's machine")?;
+        let process = Path::new("/proc").join(machine.pid.to_string());
+        for thread in fs::read_dir(process.join("task"))? {
+            let thread = thread?.path();
+            for place in ["root", "root/..", "cwd"] {
+                let names: Vec<_> = fs::read_dir(thread.join(place))?
+                    .map(|entry| Ok(entry?.file_name().into_string().unwrap_or_default()))
+                    .collect::<Result<_>>()?;
+                let name = fs::read_to_string(thread.join("comm"))?;
+                // virtiofsd changes the directory of its thread for some requests.
+                let in_share = name.trim() == "fs" && place == "cwd";
+                ensure!(names == ["share"] || in_share, "{place} of {name} has {names:?}");
+            }
+        }
+        for line in machine.mounts()?.lines() {
+            let at = line.split(' ').nth(4).context("a mount's place")?;
+            ensure!(at == "/" || at == "/share" || at.starts_with("/share/"), "{line}");
+        }
+        // A directory that is open leads to those above it. That of its own descriptors has none above it.
+        for directory in open_directories(&process)? {
+            ensure!(directory == "/" || directory.starts_with("/share"), "{directory} is open");
+        }
+        let hosts = fs::read_to_string("/proc/self/mountinfo")?;
+        ensure!(!hosts.contains(&pod.id) && !hosts.contains(&container.id), "{hosts}");
         Ok(())
     })
 }

@@ -13,7 +13,7 @@ use pericarp_tests::{
     on_pericarp_alone, wait_until,
 };
 
-use super::{clean_up, directory, remains, wait_until_ready};
+use super::{clean_up, remains, wait_until_ready};
 use crate::machine::disks::disks_of;
 
 /// Fault points of a pod's start before containerd has had a response.
@@ -29,7 +29,7 @@ pub(super) const OF_START: [&str; 8] = [
 ];
 
 /// Steps of `StopPodSandbox`, in their order.
-pub(super) const OF_STOP: [&str; 4] = ["undo-machine", "undo-cgroup", "undo-share", "undo-network"];
+pub(super) const OF_STOP: [&str; 3] = ["undo-machine", "undo-cgroup", "undo-network"];
 
 /// Steps of `RemovePodSandbox` after that.
 pub(super) const OF_REMOVAL: [&str; 2] = ["undo-directory", "pod-removed"];
@@ -132,10 +132,8 @@ fn a_container_whose_start_or_end_was_cut_off_can_be_tried_again() -> Result<()>
 
 /// Whether something of a container is mounted for its guest.
 fn is_prepared(pod: &Pod, container: &str) -> Result<bool> {
-    let share = directory(&pod.id).join("share");
-    let share = share.display().to_string();
-    let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
-    Ok(mounts.lines().any(|line| line.contains(&share) && line.contains(container)))
+    let machine = MachineProcess::of_pod(&pod.id)?.context("the pod's machine")?;
+    Ok(machine.mounts()?.lines().any(|line| line.contains("/share/") && line.contains(container)))
 }
 
 /// Waits until nothing of a container is mounted for its guest.

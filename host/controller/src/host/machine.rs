@@ -40,7 +40,9 @@ pub mod file {
     pub const VSOCK: &str = "vsock.sock";
     pub const CONSOLE: &str = "console.log";
     pub const LOG: &str = "vmm.log";
-    pub const SHARE: &str = "share";
+    pub const VOLUMES: &str = "volumes.json";
+    /// A directory with mounts, in which older versions have their machines' shares.
+    pub const OLDER_SHARE: &str = "share";
     pub const STATE: &str = "state.json";
     pub const PROGRESS: &str = "progress.json";
 }

@@ -119,25 +119,22 @@ pub struct ImageLayers {
     pub map_ids: bool,
 }
 
-/// Mounts a root file system at a place, of a pod with that user namespace if it has one. Blocks.
-pub fn mount(
-    at: &OwnedFd,
-    mount: &HostMount,
-    user_namespace: Option<&UserNamespace>,
-) -> Result<(), RootfsError> {
+/// Makes the mount of a root file system, of a pod with that user namespace if it has one. It is attached nowhere yet.
+/// Blocks.
+pub fn mount(mount: &HostMount, user_namespace: Option<&UserNamespace>) -> Result<OwnedFd, RootfsError> {
     let mapped_by = match (mount.has_mapped_ids, user_namespace) {
         (false, _) => None,
         (true, Some(namespace)) => Some(&namespace.descriptor),
         (true, None) => return Err(RootfsError::NoUserNamespace),
     };
     match (&mount.kind, mapped_by) {
-        (HostMountKind::Overlay(layers), Some(namespace)) => overlay_of_mapped_layers(at, layers, namespace),
-        (HostMountKind::Overlay(layers), None) => overlay(at, layers),
-        (HostMountKind::Bind(directory), mapped_by) => bind(at, directory, mapped_by),
+        (HostMountKind::Overlay(layers), Some(namespace)) => overlay_of_mapped_layers(layers, namespace),
+        (HostMountKind::Overlay(layers), None) => overlay(layers),
+        (HostMountKind::Bind(directory), mapped_by) => bind(directory, mapped_by),
     }
 }
 
-fn bind(at: &OwnedFd, directory: &Bind, mapped_by: Option<&OwnedFd>) -> Result<(), RootfsError> {
+fn bind(directory: &Bind, mapped_by: Option<&OwnedFd>) -> Result<OwnedFd, RootfsError> {
     let source = directory.source.as_path();
     let opened = mounts::open_trusted_place(source).map_err(MountError::new("open", source))?;
     let tree = mounts::clone_tree(opened, directory.recursive).map_err(RootfsError::mount("bind"))?;
@@ -148,7 +145,7 @@ fn bind(at: &OwnedFd, directory: &Bind, mapped_by: Option<&OwnedFd>) -> Result<(
         mounts::set_read_only(&tree, false).map_err(RootfsError::mount("bind"))?;
     }
     mounts::set_propagation(&tree, SetPropagation::Private).map_err(RootfsError::mount("bind"))?;
-    mounts::attach(&tree, at).map_err(RootfsError::mount("bind"))
+    Ok(tree)
 }
 
 /// An overlay (Documentation/filesystems/overlayfs.rst).
@@ -174,40 +171,32 @@ fn map_ids(path: &Path, mount: &OwnedFd, user_namespace: &OwnedFd) -> Result<(),
 ///
 /// For layers, the kernel takes only mounts that are attached somewhere (until Linux 6.15). Each is put over its own
 /// place, where it is found by the overlay's own options.
-fn overlay_of_mapped_layers(
-    at: &OwnedFd,
-    layers: &Overlay,
-    user_namespace: &OwnedFd,
-) -> Result<(), RootfsError> {
-    let Some(top) = layers.lower.first() else { return overlay(at, layers) };
-    let open = |path: &Path| mounts::open_trusted_place(path).map_err(MountError::new("open", path));
-    let mount = mounts::in_own_mount_namespace(|| -> Result<OwnedFd, RootfsError> {
+fn overlay_of_mapped_layers(layers: &Overlay, user_namespace: &OwnedFd) -> Result<OwnedFd, RootfsError> {
+    mounts::in_own_mount_namespace(|| {
         for path in &layers.lower {
-            let place = open(path)?;
+            let place = mounts::open_trusted_place(path).map_err(MountError::new("open", path))?;
             let layer = mounts::clone_tree(&place, false).map_err(MountError::new("bind", path))?;
             map_ids(path, &layer, user_namespace)?;
             mounts::attach(&layer, &place).map_err(MountError::new("mount", path))?;
         }
-        overlay(&open(top)?, layers)?;
-        mounts::clone_tree(open(top)?, false).map_err(RootfsError::mount("overlay"))
-    })?;
-    mounts::attach(mount, at).map_err(RootfsError::mount("overlay"))
+        overlay(layers)
+    })
 }
 
-fn overlay(at: &OwnedFd, overlay: &Overlay) -> Result<(), RootfsError> {
-    match overlay_by_layers(at, overlay) {
+fn overlay(overlay: &Overlay) -> Result<OwnedFd, RootfsError> {
+    match overlay_by_layers(overlay) {
         // Kernels before 6.8 know no lower layers one by one.
         Err(RootfsError::Mount { source, .. })
             if source.raw_os_error() == Some(Errno::INVAL.raw_os_error()) =>
         {
-            overlay_by_descriptors(at, overlay)
+            overlay_by_descriptors(overlay)
         }
         other => other,
     }
 }
 
 /// One option per layer, so that the number of layers has no limit but the kernel's 500.
-fn overlay_by_layers(at: &OwnedFd, overlay: &Overlay) -> Result<(), RootfsError> {
+fn overlay_by_layers(overlay: &Overlay) -> Result<OwnedFd, RootfsError> {
     let context = fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).map_err(RootfsError::mount("overlay"))?;
     let fail = |source: Errno| RootfsError::Mount {
         kind: "overlay",
@@ -243,13 +232,13 @@ fn overlay_by_layers(at: &OwnedFd, overlay: &Overlay) -> Result<(), RootfsError>
     fsconfig_create(&context).map_err(fail)?;
     let mut attributes = MountAttrFlags::empty();
     attributes.set(MountAttrFlags::MOUNT_ATTR_RDONLY, overlay.read_only);
-    let mount = fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(fail)?;
-    mounts::attach(mount, at).map_err(RootfsError::mount("overlay"))
+    fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(fail)
 }
 
 /// The classic `mount(2)`, whose options must fit one page. A layer given as `/proc/self/fd/<n>`
-/// takes 17 bytes of it, so more than 200 of them fit.
-fn overlay_by_descriptors(at: &OwnedFd, overlay: &Overlay) -> Result<(), RootfsError> {
+/// takes 17 bytes of it, so more than 200 of them fit. It attaches the mount, which is done where nobody sees it: over
+/// the topmost layer.
+fn overlay_by_descriptors(overlay: &Overlay) -> Result<OwnedFd, RootfsError> {
     let mut places = Vec::new();
     let mut open = |path: &Path| -> Result<String, RootfsError> {
         let place = mounts::open_trusted_place(path).map_err(MountError::new("open", path))?;
@@ -273,8 +262,14 @@ fn overlay_by_descriptors(at: &OwnedFd, overlay: &Overlay) -> Result<(), RootfsE
     let options = std::ffi::CString::new(options).unwrap_or_default();
     let mut flags = MountFlags::empty();
     flags.set(MountFlags::RDONLY, overlay.read_only);
-    rustix::mount::mount("overlay", descriptor_path(at), "overlay", flags, options.as_c_str())
-        .map_err(RootfsError::mount("overlay"))
+    let top = overlay.lower.first().ok_or(Errno::INVAL).map_err(RootfsError::mount("overlay"))?;
+    let open_top = || mounts::open_trusted_place(top).map_err(MountError::new("open", top));
+    mounts::in_own_mount_namespace(|| {
+        let at = open_top()?;
+        rustix::mount::mount("overlay", descriptor_path(&at), "overlay", flags, options.as_c_str())
+            .map_err(RootfsError::mount("overlay"))?;
+        mounts::clone_tree(open_top()?, false).map_err(RootfsError::mount("overlay"))
+    })
 }
 
 /// What the kernel has to say about a failed call on a file system context (`fsopen(2)`).

@@ -248,7 +248,10 @@ pub fn owned_in(
     if let Some(netns) = netns {
         owned.add(Resource::Network { netns });
     }
-    owned.add(Resource::Share { path: directory.join(file::SHARE) });
+    let share = directory.join(file::OLDER_SHARE);
+    if share.exists() {
+        owned.add(Resource::Share { path: share });
+    }
     if let Some(path) = cgroup {
         owned.add(Resource::Cgroup { path });
     }
@@ -380,7 +383,7 @@ fn read_progress(pod: &Pod) -> io::Result<Progress> {
         }
     };
     // Those of a controller that did not keep such a record.
-    for container in pod.files.share().containers() {
+    for container in pod.share().containers() {
         progress.add(container.as_str());
     }
     Ok(progress)

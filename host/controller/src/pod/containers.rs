@@ -269,7 +269,7 @@ impl PodTask {
                 }
             }
         };
-        let (share, container, volumes) = (pod.files.share(), id.clone(), translated.volumes.clone());
+        let (share, container, volumes) = (pod.share(), id.clone(), translated.volumes.clone());
         let namespace = pod.user_namespace().await?;
         // Mounting may wait for a server.
         pod.blocking.run(move || share.add(&container, &root, &volumes, namespace.as_ref())).await?;
@@ -278,7 +278,7 @@ impl PodTask {
 
     /// Undoes [`PodTask::add_files`], whether or not it was called.
     async fn remove_files(&self, id: &ContainerId) -> Result<(), ContainerError> {
-        let (share, container) = (self.pod.files.share(), id.clone());
+        let (share, container) = (self.pod.share(), id.clone());
         let unmounted = self.pod.blocking.run(move || share.remove_container(&container)).await;
         self.pod.remove_disks(id).await?;
         Ok(unmounted?)

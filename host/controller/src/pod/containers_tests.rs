@@ -6,9 +6,13 @@ use serde_json::json;
 
 use super::*;
 use crate::{
-    host::rootfs::{Bind, HostMount, HostMountKind},
+    host::{
+        rootfs::{Bind, HostMount, HostMountKind},
+        share::testing::JailedProcess,
+    },
     pod::{
         life::{Life, Running},
+        owned::Resource,
         tests::undriven,
     },
 };
@@ -18,7 +22,7 @@ struct RunningPod {
     directory: tempfile::TempDir,
     pod: Arc<Pod>,
     task: PodTask,
-    process: std::process::Child,
+    process: JailedProcess,
 }
 
 impl RunningPod {
@@ -27,9 +31,11 @@ impl RunningPod {
         let (pod, mut task) = undriven(directory.path());
         std::fs::create_dir(pod.directory()).unwrap();
         std::fs::create_dir(directory.path().join("root")).unwrap();
-        pod.files.share().create().unwrap();
-        let process = std::process::Command::new("sleep").arg("600").spawn().unwrap();
-        task.life = Life::running_with(Running::new(process.id(), pod.spec.resources, pod.size));
+        let process = JailedProcess::start();
+        task.owned.add(Resource::Machine { process: process.process() });
+        task.publish(|_| ());
+        let pid = process.process().pid;
+        task.life = Life::running_with(Running::new(pid, pod.spec.resources, pod.size));
         Self { directory, pod, task, process }
     }
 
@@ -47,7 +53,7 @@ impl RunningPod {
     }
 
     fn rootfs(&self) -> PathBuf {
-        self.pod.files.share_directory().join("c1/rootfs")
+        self.process.seen("c1/rootfs")
     }
 
     /// The mount that the container's root file system is; 0 if there is none.
@@ -55,14 +61,6 @@ impl RunningPod {
         let flags = rustix::fs::AtFlags::empty();
         let statx = rustix::fs::statx(rustix::fs::CWD, self.rootfs(), flags, rustix::fs::StatxFlags::MNT_ID);
         statx.map_or(0, |statx| statx.stx_mnt_id)
-    }
-}
-
-impl Drop for RunningPod {
-    fn drop(&mut self) {
-        self.pod.files.share().remove().unwrap();
-        self.process.kill().unwrap();
-        self.process.wait().unwrap();
     }
 }
 
@@ -136,5 +134,5 @@ async fn a_pod_has_so_many_containers_prepared_ahead_and_no_more() {
     running.task.life.advance(Life::Ended);
     let request = running.request("one");
     running.task.prepare_ahead("late".parse().unwrap(), request).await;
-    assert!(!running.pod.files.share_directory().join("late").exists());
+    assert!(!running.process.seen("late").exists());
 }

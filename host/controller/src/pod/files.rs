@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use pericarp_protos::{guest, id::SandboxId};
 
-use crate::host::{machine::file, share::Share};
+use crate::host::machine::file;
 
 /// A pod's directory, `<run_dir>/<id>`.
 #[derive(Clone, Debug)]
@@ -21,13 +21,9 @@ impl PodFiles {
         &self.directory
     }
 
-    /// What the guest sees of the host.
-    pub fn share(&self) -> Share {
-        Share::at(self.share_directory())
-    }
-
-    pub fn share_directory(&self) -> PathBuf {
-        self.directory.join(file::SHARE)
+    /// Who uses which volume.
+    pub fn volume_users(&self) -> PathBuf {
+        self.directory.join(file::VOLUMES)
     }
 
     /// The machine's control socket.

@@ -104,7 +104,8 @@ impl<'a> GuestError<'a> {
             ShareError::VolumeIds { destination, .. } => Self::VolumeIds(destination),
             ShareError::Volume { destination, .. } => Self::Volume(destination),
             ShareError::Root(_) => Self::Root,
-            ShareError::Mount(_) => Self::Host,
+            ShareError::Gone => Self::Ended,
+            ShareError::Mount(_) | ShareError::Enter(_) => Self::Host,
         }
     }
 

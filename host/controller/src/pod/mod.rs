@@ -67,6 +67,7 @@ use crate::{
     guest::service::{AgentFeatures, Prepared},
     host::{
         machine::{Exit, MachineControl},
+        share::Share,
         size::{self, CpuAndMemory, HostCapacity, Size},
     },
     telemetry::log_limit::LogLimit,
@@ -312,7 +313,8 @@ impl Pod {
             Err(SourceError::NotFound { .. }) => return Ok(Vec::new()),
             known => known?,
         }
-        let in_share = self.files.share().containers();
+        let share = self.share();
+        let in_share = self.blocking.run(move || share.containers()).await;
         let known: BTreeSet<ContainerId> = in_share.into_iter().chain(self.progress.containers()).collect();
         let mut deleted = Vec::new();
         for id in known {
@@ -322,6 +324,11 @@ impl Pod {
             }
         }
         Ok(deleted)
+    }
+
+    /// What the guest sees of the host.
+    fn share(&self) -> Share {
+        Share::new(self.status.borrow().owned.share(), self.files.volume_users())
     }
 
     /// Whether something may be prepared for this container.

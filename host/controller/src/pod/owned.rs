@@ -6,8 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     fault::FaultPoint,
-    host::{cgroup, mounts, network, process::Process, share::Share},
-    telemetry::error_chain::chain,
+    host::{cgroup, mounts, network, process::Process, share::place::Place},
 };
 
 /// Something that has to be removed. What is on the list may not have been made yet, or may have gone: each is listed
@@ -23,7 +22,8 @@ pub enum Resource {
     Network {
         netns: PathBuf,
     },
-    /// The mounts that the guest sees.
+    /// What the guest sees of the host, of a machine that an older version has started: mounts in a directory. Others
+    /// have it in their own mount namespaces.
     Share {
         path: PathBuf,
     },
@@ -59,13 +59,12 @@ impl Resource {
 
     fn fault_point(&self) -> FaultPoint {
         match self {
-            Self::Directory { .. } => FaultPoint::UndoDirectory,
+            Self::Directory { .. } | Self::Share { .. } => FaultPoint::UndoDirectory,
             Self::Network { .. } => FaultPoint::UndoNetwork,
-            Self::Share { .. } => FaultPoint::UndoShare,
             Self::Cgroup { .. } => FaultPoint::UndoCgroup,
             Self::Machine { .. } => FaultPoint::UndoMachine,
             #[cfg(test)]
-            Self::Fake { .. } => FaultPoint::UndoShare,
+            Self::Fake { .. } => FaultPoint::UndoDirectory,
         }
     }
 
@@ -75,7 +74,8 @@ impl Resource {
             Self::Directory { path } => Ok(mounts::remove_tree(path)?),
             Self::Network { netns } => network::remove(netns),
             Self::Share { path } => {
-                Share::at(path.clone()).remove().map_err(|error| io::Error::other(chain(&error)))
+                mounts::detach(path)?;
+                Ok(mounts::remove_tree(path)?)
             }
             Self::Cgroup { path } => cgroup::remove(path),
             Self::Machine { process } => process.kill(),
@@ -127,6 +127,15 @@ impl Owned {
             Resource::Machine { process } => Some(*process),
             _ => None,
         })
+    }
+
+    /// Where the share is that the guest sees.
+    pub fn share(&self) -> Place {
+        let of_older_version = self.resources.iter().find_map(|resource| match resource {
+            Resource::Share { path } => Some(Place::Host(path.clone())),
+            _ => None,
+        });
+        of_older_version.or_else(|| self.machine().map(Place::Machine)).unwrap_or(Place::Nowhere)
     }
 
     /// The cgroup of the machine, if there is one.

@@ -127,7 +127,7 @@ impl PodTask {
 
     /// Looks up what the other containers may use, of whom a controller that has taken the pod over knows nothing.
     async fn look_up_limits(&mut self, except: &ContainerId) -> Result<(), ContainerError> {
-        let share = self.pod.files.share();
+        let share = self.pod.share();
         let containers = self.pod.blocking.run(move || share.containers()).await;
         for other in containers.iter().filter(|other| *other != except) {
             let running = self.life.running().ok_or(ContainerError::Ended)?;

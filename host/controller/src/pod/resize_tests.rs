@@ -20,7 +20,6 @@ use super::*;
 use crate::{
     host::{machine::file, size::PodResources},
     pod::{
-        Pod,
         life::{Life, Running},
         owned::Resource,
         tests::undriven,
@@ -90,7 +89,6 @@ impl AgentService for Told {
 /// A running pod whose machine has one vCPU and 512 MiB, and what its machine and guest are told.
 struct RunningPod {
     directory: tempfile::TempDir,
-    pod: Arc<Pod>,
     task: PodTask,
     told: Told,
     /// Stands for its machine's process.
@@ -132,7 +130,7 @@ impl RunningPod {
         task.owned.add(Resource::Cgroup { path: cgroup });
         let process = std::process::Command::new("sleep").arg("600").spawn().unwrap();
         task.life = Life::running_with(Running::new(process.id(), PodResources::default(), pod.size));
-        Self { directory, pod, task, told, process, _servers: [machine, agent] }
+        Self { directory, task, told, process, _servers: [machine, agent] }
     }
 
     async fn fit_limits(&mut self, container: &str, limits: Limits) -> Result<(), String> {
@@ -248,9 +246,7 @@ async fn the_hosts_kernel_kills_a_machine_when_it_would_kill_its_containers() {
     assert_eq!(number(), "750");
     place.fit_limits("c2", to_be_killed(Limits::default(), 900)).await.unwrap();
     assert_eq!(number(), "650");
-    place.pod.files.share().create().unwrap();
     place.task.release(&"c1".parse().unwrap()).await.unwrap();
-    place.pod.files.share().remove().unwrap();
     assert_eq!(number(), "900");
     place.process.kill().unwrap();
     place.process.wait().unwrap();

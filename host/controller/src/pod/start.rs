@@ -172,7 +172,6 @@ impl PodTask {
         if let Some(netns) = self.pod.spec.netns.clone() {
             self.owned.add(Resource::Network { netns });
         }
-        self.owned.add(Resource::Share { path: self.pod.files.share_directory() });
         if let Some(path) = cgroup::path_of(&self.pod.spec.cgroup_parent, &self.pod.spec.id) {
             self.owned.add(Resource::Cgroup { path });
         }
@@ -181,15 +180,11 @@ impl PodTask {
         Ok(())
     }
 
-    /// Makes the network, and meanwhile share, sockets and cgroup.
+    /// Makes the network, and meanwhile sockets and cgroup.
     async fn make_surroundings(&mut self) -> Result<(PodNetwork, Sockets, Option<Cgroup>), StartError> {
         let pod = &self.pod;
         let (files, id, parent) = (pod.files.clone(), pod.spec.id.clone(), pod.spec.cgroup_parent.clone());
         let others = pod.blocking.run(move || {
-            files.share().create().map_err(|error| StartError::Make {
-                what: "share",
-                source: io::Error::other(chain(&error)),
-            })?;
             let sockets = Sockets::make(&files)?;
             let cgroup = Cgroup::make(&parent, &id).map_err(make("cgroup"))?;
             Ok::<_, StartError>((sockets, cgroup))
@@ -287,10 +282,7 @@ impl Pod {
                 limit_bytes: config.console_limit_kib << 10,
             },
             vsock: VsockConfig { host_port: Some(guest::HOST_PORT), forward_port: Some(guest::FORWARD_PORT) },
-            share: Some(ShareConfig {
-                tag: guest::SHARE_TAG.into(),
-                directory: self.files.share_directory(),
-            }),
+            share: Some(ShareConfig { tag: guest::SHARE_TAG.into(), directory: None }),
             nets,
         }
     }

@@ -1,36 +1,41 @@
 //! A pod's share: the one directory that the guest sees through virtio-fs.
 //!
-//! The share is mounted on itself, read-only and private. Read-only, so that a guest can write only
-//! into what is mounted below (its containers' root file systems and volumes) and can neither fill
-//! the host's `/run` nor put a symbolic link where the controller is about to mount something.
-//! Private, so that no mount in it leaks into another mount namespace, and so that unmounting the
-//! share takes everything below it away at once.
+//! It is in the mount namespace of the pod's machine, and nowhere else ([`place`]): the host's mount table has nothing
+//! of a pod, and all of it is gone with the machine. What is mounted in it is made on the host first, attached nowhere.
+//!
+//! The share is read-only and private. Read-only, so that a guest can write only into what is mounted below (its
+//! containers' root file systems and volumes) and can neither fill the share nor put a symbolic link where the
+//! controller is about to mount something. Private, so that no mount in it leaks into another mount namespace.
 
+pub mod place;
+#[cfg(test)]
+pub mod testing;
 pub mod volume;
 mod volume_users;
 pub mod writable;
 
 use std::{
     io,
-    os::{fd::OwnedFd, unix::fs::DirBuilderExt as _},
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
 };
 
 use pericarp_protos::{guest::VOLUMES, id::ContainerId};
 use rustix::{
-    fs::{FileType, Mode, OFlags, fstat, mkdirat, openat},
+    fs::{CWD, FileType, Mode, OFlags, fstat, mkdirat, openat},
     io::Errno,
 };
 
 use thiserror::Error;
 
 use self::{
+    place::Place,
     volume::{IdMapping, Propagation, ReadOnly, Volume},
     volume_users::{MountAction, VolumeUsers},
 };
 use crate::{
     host::{
-        mounts::{self, MountError, SetPropagation, descriptor_path},
+        mounts::{self, MountError, SetPropagation},
         rootfs::{self, HostMount, RootfsError},
         user_namespace::UserNamespace,
     },
@@ -38,8 +43,6 @@ use crate::{
 };
 
 const ROOT: &str = "rootfs";
-/// Beside the share: who uses them.
-const USERS: &str = "volumes.json";
 /// Where a container writes whose layers are disks.
 pub const WRITABLE: &str = "writable";
 
@@ -58,6 +61,12 @@ pub enum ShareError {
     /// The kernel refused something on a path.
     #[error(transparent)]
     Mount(#[from] MountError),
+    /// There is no machine that has it.
+    #[error("the pod's machine has ended, and its share with it")]
+    Gone,
+    /// The machine's mount namespace cannot be entered.
+    #[error("cannot enter the mount namespace of the pod's machine")]
+    Enter(#[source] io::Error),
     /// The root file system.
     #[error("cannot mount the root file system")]
     Root(#[from] RootfsError),
@@ -109,30 +118,17 @@ pub enum ShareError {
 /// A pod's share.
 #[derive(Clone, Debug)]
 pub struct Share {
-    directory: PathBuf,
+    place: Place,
+    users: PathBuf,
 }
 
 impl Share {
-    /// Names a share that exists already, or that is to be removed.
-    pub fn at(directory: PathBuf) -> Share {
-        Share { directory }
+    /// The share at a place. Who uses which volume is kept in `users`, a file that need not exist.
+    pub fn new(place: Place, users: PathBuf) -> Share {
+        Share { place, users }
     }
 
-    /// Makes the share's directory and mounts it on itself.
-    pub fn create(&self) -> Result<(), ShareError> {
-        let path = self.directory.as_path();
-        let fail = |action| move |error| MountError { action, path: path.into(), source: error };
-        std::fs::DirBuilder::new().mode(0o755).create(path).map_err(fail("create"))?;
-        let place = mounts::open_place(path).map_err(MountError::new("open", path))?;
-        let mount = mounts::clone_tree(&place, false).map_err(MountError::new("bind", path))?;
-        mounts::set_read_only(&mount, false).map_err(fail("make read-only"))?;
-        mounts::attach(&mount, &place).map_err(MountError::new("mount", path))?;
-        // After attaching, because a mount becomes shared when its parent is.
-        mounts::set_propagation(&mount, SetPropagation::Private).map_err(fail("make private"))?;
-        Ok(())
-    }
-
-    /// Mounts a container's root file system and volumes. On an error nothing of it is left.
+    /// Mounts a container's root file system and volumes. On an error nothing of it is left. Blocks.
     pub fn add(
         &self,
         container: &ContainerId,
@@ -140,52 +136,89 @@ impl Share {
         volumes: &[Volume],
         user_namespace: Option<&UserNamespace>,
     ) -> Result<(), ShareError> {
-        // Made first: what fails from here on is taken away again.
+        // Before anything is made: what fails from here on is taken away again.
         let half_made = HalfMade { share: self, container, abandoned: true };
-        let made = mounts::below_mounts(&self.directory)?;
-        let directory: &Path = container.as_ref();
-        self.make_directory(&made, directory)?;
-        let name = if matches!(root, SharedRoot::Mounted(_)) { ROOT } else { WRITABLE };
-        let target = directory.join(name);
-        self.make_directory(&made, &target)?;
-        let at = self.open_inside(&target).map_err(MountError::new("open", &self.directory.join(&target)))?;
-        match root {
-            SharedRoot::Mounted(mount) => rootfs::mount(&at, mount, user_namespace)?,
-            SharedRoot::Disks(Some(snapshot)) => writable::mount(snapshot, &at)?,
-            SharedRoot::Disks(None) => {}
-        }
+        let (name, root) = match root {
+            SharedRoot::Mounted(mount) => (ROOT, Some(rootfs::mount(mount, user_namespace)?)),
+            SharedRoot::Disks(Some(snapshot)) => (WRITABLE, Some(writable::mount(snapshot)?)),
+            SharedRoot::Disks(None) => (WRITABLE, None),
+        };
+        let mut wanted = Vec::with_capacity(volumes.len());
         for (volume, needed) in self.add_user(container, volumes)? {
-            self.add_volume(&made, volume, needed, user_namespace)?;
+            let mount = match needed {
+                MountAction::Mount => Some(DetachedVolume::make(volume, user_namespace)?),
+                MountAction::Writable | MountAction::Nothing => None,
+            };
+            wanted.push((volume, mount));
+        }
+        let missing = self.place.enter(|share| {
+            let directory: &Path = container.as_ref();
+            make_directory(directory)?;
+            let target = directory.join(name);
+            make_directory(&target)?;
+            if let Some(root) = root {
+                attach(&root, share, &target).map_err(MountError::new("mount", &share.join(&target)))?;
+            }
+            attach_volumes(share, wanted)
+        })?;
+        if !missing.is_empty() {
+            let mounts = missing.into_iter().map(|volume| {
+                DetachedVolume::make(volume, user_namespace).map(|mount| (volume, Some(mount)))
+            });
+            let wanted = mounts.collect::<Result<Vec<_>, _>>()?;
+            self.place.enter(|share| attach_volumes(share, wanted))?;
         }
         half_made.keep();
         Ok(())
     }
 
-    /// Undoes [`Share::add`], whether or not it was called for this container.
+    /// Undoes [`Share::add`], whether or not it was called for this container. Blocks.
     pub fn remove_container(&self, container: &ContainerId) -> Result<(), ShareError> {
-        let directory = self.directory.join(container);
-        mounts::detach(&directory.join(ROOT))?;
-        mounts::detach(&directory.join(WRITABLE))?;
-        let made = match mounts::below_mounts(&self.directory) {
-            Ok(made) => made,
-            Err(error) if error.source.kind() == io::ErrorKind::NotFound => return Ok(()),
-            Err(error) => return Err(error.into()),
-        };
-        self.remove_volumes(&made, container)?;
-        match std::fs::remove_dir_all(descriptor_path(&made).join(container)) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                Err(MountError::new("remove", &directory)(error).into())
+        let file = &self.users;
+        let mut users = VolumeUsers::load(file).map_err(MountError::new("read", file))?;
+        let has_volumes = users.has(container.as_str());
+        let unused = if has_volumes { users.remove(container.as_str()) } else { Vec::new() };
+        let removed = self.place.enter(|share| {
+            let directory: &Path = container.as_ref();
+            mounts::detach(&share.join(directory).join(ROOT))?;
+            mounts::detach(&share.join(directory).join(WRITABLE))?;
+            for name in unused {
+                remove_volume(share, &Path::new(VOLUMES).join(name))?;
             }
-            _ => Ok(()),
+            match std::fs::remove_dir_all(directory) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                    Err(MountError::new("remove", &share.join(directory))(error).into())
+                }
+                _ => Ok(()),
+            }
+        });
+        match removed {
+            // With all that was in it.
+            Err(ShareError::Gone) => {}
+            removed => removed?,
         }
+        if has_volumes {
+            users.store(file).map_err(MountError::new("write", file))?;
+        }
+        Ok(())
     }
 
-    /// The containers that have something in the share.
+    /// The containers that have something in the share. Blocks.
     pub fn containers(&self) -> Vec<ContainerId> {
-        let entries = std::fs::read_dir(&self.directory).into_iter().flatten().flatten();
-        let names = entries.filter_map(|entry| entry.file_name().into_string().ok());
+        let names = self.place.enter(|share| {
+            let entries = std::fs::read_dir(".").map_err(MountError::new("list", share))?;
+            Ok(entries.flatten().filter_map(|entry| entry.file_name().into_string().ok()).collect())
+        });
+        let names: Vec<String> = match names {
+            Err(ShareError::Gone) => Vec::new(),
+            Err(error) => {
+                tracing::warn!(error = chain(&error), "the containers in a share are not known");
+                Vec::new()
+            }
+            Ok(names) => names,
+        };
         // The directory of the volumes has a name that is no id.
-        names.filter_map(|name| name.try_into().ok()).collect()
+        names.into_iter().filter_map(|name| name.try_into().ok()).collect()
     }
 
     /// Takes a container for a user of its volumes; returns what each of them needs.
@@ -197,8 +230,8 @@ impl Share {
         if volumes.is_empty() {
             return Ok(Vec::new());
         }
-        let file = self.users();
-        let mut users = VolumeUsers::load(&file).map_err(MountError::new("read", &file))?;
+        let file = &self.users;
+        let mut users = VolumeUsers::load(file).map_err(MountError::new("read", file))?;
         let mut needed = Vec::with_capacity(volumes.len());
         for volume in volumes {
             let writable = volume.read_only == ReadOnly::No;
@@ -206,103 +239,80 @@ impl Share {
             needed.push((volume, add.map_err(failed(volume))?));
         }
         // Before anything is mounted, so that it is undone with its user.
-        users.store(&file).map_err(MountError::new("write", &file))?;
+        users.store(file).map_err(MountError::new("write", file))?;
         Ok(needed)
     }
+}
 
-    /// Mounts a volume, unless another container has it already.
-    fn add_volume(
-        &self,
-        made: &OwnedFd,
-        volume: &Volume,
-        needed: MountAction,
-        user_namespace: Option<&UserNamespace>,
-    ) -> Result<(), ShareError> {
+/// Attaches volumes, or lets those that are mounted already be written if they have to. Those without a mount are taken
+/// to be mounted; returns the ones that are not: a controller may have been killed after it had noted a user and before
+/// it had mounted the volume for it.
+fn attach_volumes<'a>(
+    share: &Path,
+    volumes: Vec<(&'a Volume, Option<DetachedVolume>)>,
+) -> Result<Vec<&'a Volume>, ShareError> {
+    let mut missing = Vec::new();
+    for (volume, mount) in volumes {
         let target = Path::new(VOLUMES).join(&volume.name);
-        // A controller may have been killed after it had noted a user and before it had mounted the volume for it.
-        let mounted = match self.open_inside(&target) {
-            Ok(place) if needed != MountAction::Mount => {
-                mounts::is_mount(&place).map_err(failed(volume))?.then_some(place)
-            }
-            _ => None,
-        };
-        match mounted {
-            Some(_) if volume.read_only != ReadOnly::No => Ok(()),
-            Some(mounted) => mounts::set_writable(mounted).map_err(failed(volume)),
-            None => {
-                let source = open_source(volume)?;
-                match self.make_directory(made, Path::new(VOLUMES)) {
-                    Err(ShareError::Mount(error)) if error.source.kind() == io::ErrorKind::AlreadyExists => {}
-                    result => result?,
+        if let Some(mount) = mount {
+            ignore_existing(make_directory(Path::new(VOLUMES)))?;
+            ignore_existing(if mount.is_directory { make_directory(&target) } else { make_file(&target) })?;
+            attach(&mount.mount, share, &target).map_err(failed(volume))?;
+            continue;
+        }
+        match open_inside(share, &target) {
+            Ok(place) if mounts::is_mount(&place).map_err(failed(volume))? => {
+                if volume.read_only == ReadOnly::No {
+                    mounts::set_writable(place).map_err(failed(volume))?;
                 }
-                let place = if source.is_directory {
-                    self.make_directory(made, &target)
-                } else {
-                    self.make_file(made, &target)
-                };
-                match place {
-                    Err(ShareError::Mount(error)) if error.source.kind() == io::ErrorKind::AlreadyExists => {}
-                    place => place?,
-                }
-                let at = self.open_inside(&target).map_err(failed(volume))?;
-                mount_volume(&source.place, &at, volume, user_namespace)
             }
+            _ => missing.push(volume),
         }
     }
+    Ok(missing)
+}
 
-    /// Unmounts the volumes that only this container has used.
-    fn remove_volumes(&self, made: &OwnedFd, container: &ContainerId) -> Result<(), ShareError> {
-        let file = self.users();
-        let mut users = VolumeUsers::load(&file).map_err(MountError::new("read", &file))?;
-        if !users.has(container.as_str()) {
-            return Ok(());
+/// Unmounts a volume and removes its place.
+fn remove_volume(share: &Path, target: &Path) -> Result<(), ShareError> {
+    mounts::detach(&share.join(target))?;
+    let removed = match std::fs::remove_dir(target) {
+        // It may be a file's place. What is not there was never made.
+        Err(error) if error.kind() == io::ErrorKind::NotADirectory => std::fs::remove_file(target),
+        removed => removed,
+    };
+    match removed {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(MountError::new("remove", &share.join(target))(error).into())
         }
-        for name in users.remove(container.as_str()) {
-            let target = Path::new(VOLUMES).join(name);
-            mounts::detach(&self.directory.join(&target))?;
-            let place = descriptor_path(made).join(&target);
-            let removed = match std::fs::remove_dir(&place) {
-                // It may be a file's place. What is not there was never made.
-                Err(error) if error.kind() == io::ErrorKind::NotADirectory => std::fs::remove_file(&place),
-                removed => removed,
-            };
-            match removed {
-                Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                    return Err(MountError::new("remove", &self.directory.join(target))(error).into());
-                }
-                _ => {}
-            }
-        }
-        Ok(users.store(&file).map_err(MountError::new("write", &file))?)
+        _ => Ok(()),
     }
+}
 
-    /// Opens a place in the share, which the name cannot leave.
-    fn open_inside(&self, name: &Path) -> rustix::io::Result<OwnedFd> {
-        mounts::open_place_below(mounts::open_place(&self.directory)?, name)
-    }
+/// Attaches a detached mount at a place in the share.
+fn attach(mount: &OwnedFd, share: &Path, target: &Path) -> rustix::io::Result<()> {
+    mounts::attach(mount, open_inside(share, target)?)
+}
 
-    fn users(&self) -> PathBuf {
-        self.directory.with_file_name(USERS)
-    }
+/// Opens a place in the share, which the name cannot leave.
+fn open_inside(share: &Path, name: &Path) -> rustix::io::Result<OwnedFd> {
+    mounts::open_place_below(mounts::open_place(share)?, name)
+}
 
-    /// Unmounts the share with everything below it and removes its directory.
-    pub fn remove(&self) -> Result<(), ShareError> {
-        mounts::detach(&self.directory)?;
-        mounts::remove_tree(&self.directory)?;
-        Ok(())
-    }
+/// Makes a directory of the share, which is the working directory.
+fn make_directory(name: &Path) -> Result<(), ShareError> {
+    Ok(mkdirat(CWD, name, Mode::from_raw_mode(0o755)).map_err(MountError::new("create", name))?)
+}
 
-    fn make_directory(&self, made: &OwnedFd, name: &Path) -> Result<(), ShareError> {
-        mkdirat(made, name, Mode::from_raw_mode(0o755))
-            .map_err(|error| MountError::new("create", &self.directory.join(name))(error).into())
-    }
+fn make_file(name: &Path) -> Result<(), ShareError> {
+    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    let made = openat(CWD, name, flags, Mode::from_raw_mode(0o600));
+    Ok(made.map(drop).map_err(MountError::new("create", name))?)
+}
 
-    fn make_file(&self, made: &OwnedFd, name: &Path) -> Result<(), ShareError> {
-        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
-        match openat(made, name, flags, Mode::from_raw_mode(0o600)) {
-            Ok(_) => Ok(()),
-            Err(error) => Err(MountError::new("create", &self.directory.join(name))(error).into()),
-        }
+fn ignore_existing(made: Result<(), ShareError>) -> Result<(), ShareError> {
+    match made {
+        Err(ShareError::Mount(error)) if error.source.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        made => made,
     }
 }
 
@@ -329,11 +339,6 @@ impl Drop for HalfMade<'_> {
     }
 }
 
-struct Source {
-    place: OwnedFd,
-    is_directory: bool,
-}
-
 fn failed<E: Into<io::Error>>(volume: &Volume) -> impl Fn(E) -> ShareError {
     move |source| ShareError::Volume {
         path: volume.source.clone(),
@@ -342,16 +347,46 @@ fn failed<E: Into<io::Error>>(volume: &Volume) -> impl Fn(E) -> ShareError {
     }
 }
 
-fn open_source(volume: &Volume) -> Result<Source, ShareError> {
-    let place = mounts::open_place(&volume.source).map_err(|error| match error {
-        Errno::NOENT | Errno::NOTDIR => {
-            ShareError::VolumeMissing { path: volume.source.clone(), destination: volume.destination.clone() }
+/// The mount of a volume, attached nowhere yet.
+struct DetachedVolume {
+    mount: OwnedFd,
+    is_directory: bool,
+}
+
+impl DetachedVolume {
+    fn make(volume: &Volume, user_namespace: Option<&UserNamespace>) -> Result<Self, ShareError> {
+        let source = mounts::open_place(&volume.source).map_err(|error| match error {
+            Errno::NOENT | Errno::NOTDIR => ShareError::VolumeMissing {
+                path: volume.source.clone(),
+                destination: volume.destination.clone(),
+            },
+            error => failed(volume)(error),
+        })?;
+        let kind = FileType::from_raw_mode(fstat(&source).map_err(failed(volume))?.st_mode);
+        let is_directory = check_kind(volume, kind)?;
+        let mount = mounts::clone_tree(&source, volume.recursive).map_err(failed(volume))?;
+        map_ids(&mount, volume, user_namespace)?;
+        match volume.read_only {
+            ReadOnly::No => {}
+            ReadOnly::Top | ReadOnly::TopOfTree => {
+                mounts::set_read_only(&mount, false).map_err(failed(volume))?;
+            }
+            ReadOnly::Recursive => mounts::set_read_only(&mount, true).map_err(failed(volume))?,
         }
-        error => failed(volume)(error),
-    })?;
-    let kind = match FileType::from_raw_mode(fstat(&place).map_err(failed(volume))?.st_mode) {
-        FileType::Directory => return Ok(Source { place, is_directory: true }),
-        FileType::RegularFile => return Ok(Source { place, is_directory: false }),
+        let propagation = match volume.propagation {
+            Propagation::Private => SetPropagation::Private,
+            Propagation::Slave => SetPropagation::Slave,
+        };
+        mounts::set_propagation(&mount, propagation).map_err(failed(volume))?;
+        Ok(Self { mount, is_directory })
+    }
+}
+
+/// Whether a volume is a directory. Only directories and files work through virtio-fs.
+fn check_kind(volume: &Volume, kind: FileType) -> Result<bool, ShareError> {
+    let kind = match kind {
+        FileType::Directory => return Ok(true),
+        FileType::RegularFile => return Ok(false),
         FileType::Socket => "socket",
         FileType::Fifo => "FIFO",
         FileType::CharacterDevice | FileType::BlockDevice => "device node",
@@ -359,31 +394,6 @@ fn open_source(volume: &Volume) -> Result<Source, ShareError> {
         FileType::Unknown => "file of an unknown kind",
     };
     Err(ShareError::VolumeKind { path: volume.source.clone(), destination: volume.destination.clone(), kind })
-}
-
-fn mount_volume(
-    source: &OwnedFd,
-    at: &OwnedFd,
-    volume: &Volume,
-    user_namespace: Option<&UserNamespace>,
-) -> Result<(), ShareError> {
-    let mount = mounts::clone_tree(source, volume.recursive).map_err(failed(volume))?;
-    map_ids(&mount, volume, user_namespace)?;
-    attach_volume(&mount, at, volume).map_err(failed(volume))
-}
-
-fn attach_volume(mount: &OwnedFd, at: &OwnedFd, volume: &Volume) -> io::Result<()> {
-    match volume.read_only {
-        ReadOnly::No => {}
-        ReadOnly::Top | ReadOnly::TopOfTree => mounts::set_read_only(mount, false)?,
-        ReadOnly::Recursive => mounts::set_read_only(mount, true)?,
-    }
-    let propagation = match volume.propagation {
-        Propagation::Private => SetPropagation::Private,
-        Propagation::Slave => SetPropagation::Slave,
-    };
-    mounts::set_propagation(mount, propagation)?;
-    Ok(mounts::attach(mount, at)?)
 }
 
 fn map_ids(

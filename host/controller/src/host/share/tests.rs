@@ -5,23 +5,25 @@ use std::{
     os::unix::fs::{MetadataExt as _, chown, symlink},
 };
 
-use super::*;
+use super::{testing::JailedProcess, *};
 use crate::host::{
+    process::Process,
     rootfs::{Bind, HostMount, HostMountKind, Overlay},
     user_namespace,
 };
 
 struct Place {
     directory: tempfile::TempDir,
+    machine: JailedProcess,
     share: Share,
 }
 
 impl Place {
     fn new() -> Place {
         let directory = tempfile::tempdir().unwrap();
-        let share = Share::at(directory.path().join("share"));
-        share.create().unwrap();
-        Place { directory, share }
+        let machine = JailedProcess::start();
+        let share = machine.share(directory.path());
+        Place { directory, machine, share }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -29,7 +31,11 @@ impl Place {
     }
 
     fn shared(&self, name: &str) -> PathBuf {
-        self.path("share").join(name)
+        self.machine.seen(name)
+    }
+
+    fn unmount(&self, name: &str) {
+        self.share.place.enter(|share| Ok(mounts::detach(&share.join(name))?)).unwrap();
     }
 
     /// A directory with one file, mounted as the native snapshotter's would be.
@@ -50,12 +56,6 @@ impl Place {
             propagation: Propagation::Private,
             ids: IdMapping::Host,
         }
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        let _ = self.share.remove();
     }
 }
 
@@ -89,7 +89,7 @@ fn a_containers_root_and_volumes_appear_and_disappear() {
 
     place.share.remove_container(&id("c1")).unwrap();
     assert!(!place.shared("c1").exists());
-    assert_eq!(mounts_below(&place.path("share")), 1);
+    assert_eq!(place.machine.mounts(), 1);
     assert_eq!(fs::read_to_string(place.path("data/new")).unwrap(), "written");
     place.share.remove_container(&id("c1")).unwrap();
 }
@@ -106,7 +106,7 @@ fn containers_with_the_same_volume_have_one_mount_of_it_which_is_writable_if_one
     add("c2", ReadOnly::No).unwrap();
     add("c3", ReadOnly::Top).unwrap();
     // The share, three root file systems and one volume.
-    assert_eq!(mounts_below(&place.path("share")), 5);
+    assert_eq!(place.machine.mounts(), 5);
     let mut containers = place.share.containers();
     containers.sort();
     assert_eq!(containers, ["c1", "c2", "c3"].map(id));
@@ -116,33 +116,83 @@ fn containers_with_the_same_volume_have_one_mount_of_it_which_is_writable_if_one
     assert!(place.shared(".volumes/data/file").exists(), "c3 has it still");
     place.share.remove_container(&id("c3")).unwrap();
     assert!(!place.shared(".volumes/data").exists());
-    assert_eq!(mounts_below(&place.path("share")), 1);
+    assert_eq!(place.machine.mounts(), 1);
     assert_eq!(fs::read_to_string(place.path("data/file")).unwrap(), "c3");
 }
 
 #[test]
-fn removing_the_share_takes_its_mounts_and_nothing_of_the_host() {
+fn the_end_of_the_machine_takes_the_mounts_and_nothing_of_the_host() {
     let place = Place::new();
     fs::create_dir(place.path("data")).unwrap();
     fs::write(place.path("data/precious"), "kept").unwrap();
     place.share.add(&id("c1"), &place.root(), &[place.volume("data", ReadOnly::No)], None).unwrap();
-    place.share.remove().unwrap();
-    assert!(!place.path("share").exists());
-    assert_eq!(mounts_below(&place.path("share")), 0);
-    assert_eq!(fs::read_to_string(place.path("data/precious")).unwrap(), "kept");
-    assert_eq!(fs::read_to_string(place.path("root/init")).unwrap(), "root");
-    place.share.remove().unwrap();
+    let Place { directory, machine, share } = place;
+    drop(machine);
+    assert_eq!(share.containers(), []);
+    share.remove_container(&id("c1")).unwrap();
+    let error = share.add(&id("c1"), &SharedRoot::Disks(None), &[], None).unwrap_err();
+    assert!(matches!(error, ShareError::Gone), "{error:?}");
+    let kept = |name: &str| fs::read_to_string(directory.path().join(name)).unwrap();
+    assert_eq!((kept("data/precious").as_str(), kept("root/init").as_str()), ("kept", "root"));
 }
 
 #[test]
-fn a_mounted_tree_is_never_emptied_by_removing_its_directory() {
+fn the_hosts_mount_table_has_nothing_of_a_pod_and_its_places_can_be_removed() {
     let place = Place::new();
+    fs::create_dir_all(place.path("data/below")).unwrap();
+    let flags = rustix::mount::MountFlags::empty();
+    rustix::mount::mount("tmpfs", place.path("data/below"), "tmpfs", flags, None::<&std::ffi::CStr>).unwrap();
+    place.share.add(&id("c1"), &place.root(), &[place.volume("data", ReadOnly::No)], None).unwrap();
+    fs::write(place.shared(".volumes/data/below/file"), "").unwrap();
+    assert_eq!(mounts_below(place.directory.path()), 1, "only what this test has mounted itself");
+    mounts::detach(&place.path("data/below")).unwrap();
+    // While the pod still has what was mounted there. With its place, the kernel takes it from the pod.
+    assert!(place.shared(".volumes/data/below/file").exists());
+    fs::remove_dir(place.path("data/below")).unwrap();
+    assert!(!place.shared(".volumes/data/below").exists());
+}
+
+#[test]
+fn a_process_that_has_not_left_the_hosts_files_has_no_share() {
+    let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let place = super::place::Place::Machine(Process::of(child.id()).unwrap());
+    let share = Share::new(place, directory.path().join("volumes.json"));
+    let error = share.add(&id("c1"), &SharedRoot::Disks(None), &[], None).unwrap_err();
+    assert!(matches!(error, ShareError::Gone), "{error:?}");
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+/// Makes a share as older versions have it: a directory of the host that is mounted on itself.
+fn make_older(path: &Path) -> Share {
+    fs::create_dir(path).unwrap();
+    let place = mounts::open_place(path).unwrap();
+    let mount = mounts::clone_tree(&place, false).unwrap();
+    mounts::set_read_only(&mount, false).unwrap();
+    mounts::attach(&mount, &place).unwrap();
+    mounts::set_propagation(&mount, SetPropagation::Private).unwrap();
+    Share::new(super::place::Place::Host(path.to_owned()), path.with_file_name("volumes.json"))
+}
+
+#[test]
+fn the_share_of_a_machine_that_an_older_version_has_started_is_used_and_removed() {
+    let place = Place::new();
+    let path = place.path("share");
+    let share = make_older(&path);
     fs::create_dir(place.path("data")).unwrap();
     fs::write(place.path("data/precious"), "kept").unwrap();
-    place.share.add(&id("c1"), &place.root(), &[place.volume("data", ReadOnly::No)], None).unwrap();
-    assert!(mounts::remove_tree(&place.path("share")).is_err());
+    share.add(&id("c1"), &place.root(), &[place.volume("data", ReadOnly::No)], None).unwrap();
+    assert_eq!(fs::read_to_string(path.join("c1/rootfs/init")).unwrap(), "root");
+    assert_eq!(fs::read_to_string(path.join(".volumes/data/precious")).unwrap(), "kept");
+    assert_eq!(share.containers(), [id("c1")]);
+    assert!(mounts::remove_tree(&path).is_err(), "a mounted tree is never emptied");
+    share.remove_container(&id("c1")).unwrap();
+    assert_eq!(mounts_below(&path), 1);
+    mounts::detach(&path).unwrap();
+    mounts::remove_tree(&path).unwrap();
+    share.remove_container(&id("c1")).unwrap();
     assert_eq!(fs::read_to_string(place.path("data/precious")).unwrap(), "kept");
-    assert_eq!(fs::read_to_string(place.path("root/init")).unwrap(), "root");
 }
 
 #[test]
@@ -171,7 +221,7 @@ fn a_failed_preparation_leaves_nothing() {
         "{text}"
     );
     assert!(!place.shared("c1").exists());
-    assert_eq!(mounts_below(&place.path("share")), 1);
+    assert_eq!(place.machine.mounts(), 1);
 }
 
 #[test]
@@ -196,11 +246,8 @@ fn a_source_that_became_a_symbolic_link_is_not_followed() {
 fn nothing_mounted_in_the_share_spreads() {
     let place = Place::new();
     place.share.add(&id("c1"), &place.root(), &[], None).unwrap();
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-    let below = place.path("share");
-    for line in mounts.lines().filter(|line| line.contains(&below.display().to_string())) {
-        assert!(!line.contains("shared:"), "{line}");
-    }
+    let mounts = fs::read_to_string(format!("/proc/{}/mountinfo", place.machine.process().pid)).unwrap();
+    assert!(mounts.contains("/share/c1/rootfs") && !mounts.contains("shared:"), "{mounts}");
 }
 
 #[test]
@@ -237,7 +284,7 @@ fn an_overlay_with_more_layers_than_fit_a_page_is_mounted() {
     let seen = (0..60).all(|number| place.shared(&format!("c1/rootfs/from-{number}")).exists());
     let written = fs::write(place.shared("c1/rootfs/new"), "");
     let kept = disk.join("upper/new").exists();
-    place.share.remove().unwrap();
+    place.share.remove_container(&id("c1")).unwrap();
     mounts::detach(&disk).unwrap();
     added.unwrap();
     written.unwrap();
@@ -278,7 +325,7 @@ fn volumes_and_layers_show_the_ids_of_the_pods_user_namespace() {
     assert_eq!(fs::metadata(place.path("data/roots")).unwrap().uid(), 7);
     assert_eq!(fs::metadata(place.path("lower/tool")).unwrap().uid(), 1000, "nothing of it is seen here");
     place.share.remove_container(&id("c1")).unwrap();
-    assert_eq!(mounts_below(place.directory.path()), 1);
+    assert_eq!(place.machine.mounts(), 1);
 
     let error = chain(&place.share.add(&id("c1"), &root, &[], None).unwrap_err());
     assert!(error.contains("no user namespace"), "{error}");
@@ -294,14 +341,14 @@ fn a_volume_that_is_on_record_and_not_mounted_is_mounted_for_the_next_container(
     let (read_only, writable) =
         (place.volume("data", ReadOnly::Recursive), place.volume("data", ReadOnly::No));
     place.share.add(&id("c1"), &root, std::slice::from_ref(&read_only), None).unwrap();
-    mounts::detach(&place.shared(".volumes/data")).unwrap();
+    place.unmount(".volumes/data");
     assert!(!place.shared(".volumes/data/file").exists());
     place.share.add(&id("c2"), &root, std::slice::from_ref(&read_only), None).unwrap();
     assert!(place.shared(".volumes/data/file").exists());
     // Nor is it taken for writable because that is on record.
     place.share.add(&id("c3"), &root, std::slice::from_ref(&writable), None).unwrap();
     fs::write(place.shared(".volumes/data/new"), "").unwrap();
-    mounts::detach(&place.shared(".volumes/data")).unwrap();
+    place.unmount(".volumes/data");
     place.share.add(&id("c4"), &root, std::slice::from_ref(&read_only), None).unwrap();
     place.share.add(&id("c5"), &root, std::slice::from_ref(&writable), None).unwrap();
     fs::write(place.shared(".volumes/data/newer"), "").unwrap();

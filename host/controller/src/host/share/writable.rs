@@ -5,11 +5,7 @@
 //! it unmounts and mounts there when the snapshot is removed or used again (`plugins/snapshots/erofs`, `Remove` and
 //! `mounts`). The inside of `fs` containerd only counts and removes, and does not follow links for that.
 
-use std::{
-    io,
-    os::fd::{AsFd, OwnedFd},
-    path::Path,
-};
+use std::{os::fd::OwnedFd, path::Path};
 
 use rustix::{
     fs::{Gid, Mode, OFlags, ResolveFlags, Uid, fchmod, fchown, fstat, mkdirat, openat2},
@@ -26,8 +22,8 @@ pub const WORK: &str = "work";
 /// Nobody but the overlay has business there; as containerd makes its own (`prepareDirectory`).
 const WORK_MODE: Mode = Mode::from_raw_mode(0o711);
 
-/// Makes both directories in a snapshot's `fs` and mounts it at a place of the share.
-pub fn mount(snapshot: &Path, at: &OwnedFd) -> Result<(), MountError> {
+/// Makes both directories in a snapshot's `fs`, and a mount of it that is attached nowhere yet.
+pub fn mount(snapshot: &Path) -> Result<OwnedFd, MountError> {
     let place = mounts::open_trusted_place(snapshot).map_err(MountError::new("open", snapshot))?;
     // A root directory's owner and permissions are those of the overlay's upper directory.
     let root = fstat(&place).map_err(MountError::new("look at", snapshot))?;
@@ -36,7 +32,9 @@ pub fn mount(snapshot: &Path, at: &OwnedFd) -> Result<(), MountError> {
     for (name, mode) in [(UPPER, mode), (WORK, WORK_MODE)] {
         make(&place, name, owner, mode).map_err(MountError::new("make", &snapshot.join(name)))?;
     }
-    attach(&place, at).map_err(MountError::new("mount", snapshot))
+    let mount = mounts::clone_tree(&place, false).map_err(MountError::new("bind", snapshot))?;
+    mounts::set_propagation(&mount, SetPropagation::Private).map_err(MountError::new("bind", snapshot))?;
+    Ok(mount)
 }
 
 /// Makes a directory, or takes the one that an earlier attempt has made. The guest may have had it since then, and put
@@ -57,12 +55,6 @@ fn make(place: &OwnedFd, name: &str, (user, group): (Uid, Gid), mode: Mode) -> r
     fchmod(&directory, mode)
 }
 
-fn attach(place: &OwnedFd, at: impl AsFd) -> io::Result<()> {
-    let mount = mounts::clone_tree(place, false)?;
-    mounts::set_propagation(&mount, SetPropagation::Private)?;
-    Ok(mounts::attach(&mount, at)?)
-}
-
 /// These mount for real, so they need root.
 #[cfg(test)]
 mod tests {
@@ -74,11 +66,12 @@ mod tests {
     };
 
     use super::*;
-    use crate::host::share::{Share, SharedRoot, WRITABLE};
+    use crate::host::share::{Share, SharedRoot, WRITABLE, testing::JailedProcess};
 
     /// A snapshot as containerd's erofs snapshotter makes it, a share, and a directory of the host that is neither.
     struct Place {
         directory: tempfile::TempDir,
+        machine: JailedProcess,
         share: Share,
     }
 
@@ -90,9 +83,9 @@ mod tests {
             }
             fs::write(directory.path().join("snapshot/.erofslayer"), "").unwrap();
             fs::write(directory.path().join("host/secret"), "secret").unwrap();
-            let share = Share::at(directory.path().join("share"));
-            share.create().unwrap();
-            Place { directory, share }
+            let machine = JailedProcess::start();
+            let share = machine.share(directory.path());
+            Place { directory, machine, share }
         }
 
         fn path(&self, name: &str) -> PathBuf {
@@ -100,7 +93,7 @@ mod tests {
         }
 
         fn seen_by_guest(&self, name: &str) -> PathBuf {
-            self.path("share/c1").join(WRITABLE).join(name)
+            self.machine.seen("c1").join(WRITABLE).join(name)
         }
 
         fn add(&self) -> Result<(), String> {
@@ -120,12 +113,6 @@ mod tests {
                     (name.into(), (metadata.mode(), metadata.uid(), metadata.ino()))
                 })
                 .collect()
-        }
-    }
-
-    impl Drop for Place {
-        fn drop(&mut self) {
-            let _ = self.share.remove();
         }
     }
 
@@ -161,7 +148,7 @@ mod tests {
         }
         // The place itself is a mount, of a share that cannot be written.
         assert!(fs::remove_dir(place.seen_by_guest("")).is_err());
-        assert!(fs::rename(place.seen_by_guest(""), place.path("share/c1/other")).is_err());
+        assert!(fs::rename(place.seen_by_guest(""), place.machine.seen("c1/other")).is_err());
         assert_eq!(place.manifest(), before);
     }
 
@@ -184,7 +171,7 @@ mod tests {
                 let error = place.add().unwrap_err();
                 assert!(error.contains(&format!("snapshot/fs/{name}")), "{what}: {error}");
                 assert_eq!(place.manifest(), before, "{what}");
-                assert!(!place.path("share/c1").exists(), "{what}: nothing of it is left in the share");
+                assert!(!place.machine.seen("c1").exists(), "{what}: nothing of it is left in the share");
             }
         }
     }

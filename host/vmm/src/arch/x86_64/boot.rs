@@ -70,20 +70,43 @@ pub enum BootError {
     Registers(#[source] RegisterError),
 }
 
+/// A file that is loaded into a guest's memory.
+struct Image<'a> {
+    file: File,
+    /// For messages.
+    path: &'a Path,
+}
+
+/// The files that a guest starts from.
+pub struct Images<'a> {
+    kernel: Image<'a>,
+    initramfs: Image<'a>,
+}
+
+impl<'a> Images<'a> {
+    /// Opens both.
+    pub fn open(kernel: &'a Path, initramfs: &'a Path) -> Result<Self, BootError> {
+        let open_kernel = |source| BootError::OpenKernel { path: kernel.into(), source };
+        let open_initramfs = |source| BootError::OpenInitramfs { path: initramfs.into(), source };
+        Ok(Self {
+            kernel: Image { file: File::open(kernel).map_err(open_kernel)?, path: kernel },
+            initramfs: Image { file: File::open(initramfs).map_err(open_initramfs)?, path: initramfs },
+        })
+    }
+}
+
 /// Loads the kernel, the initial ramfs and the boot parameters for a guest of at most `vcpus`. Returns the address of
 /// the kernel's first instruction.
 pub fn load(
     memory: &GuestMemory,
-    kernel: &Path,
-    initramfs: &Path,
+    images: Images<'_>,
     cmdline: &str,
     vcpus: u8,
 ) -> Result<GuestAddress, BootError> {
     let mib = memory::total_bytes(memory) >> 20;
-    let mut image =
-        File::open(kernel).map_err(|source| BootError::OpenKernel { path: kernel.into(), source })?;
-    let loaded = Elf::load(memory, None, &mut image, Some(HIGH_MEMORY))
-        .map_err(|source| kernel_error(kernel, mib, source))?;
+    let Images { kernel: Image { file: mut kernel, path }, initramfs } = images;
+    let loaded = Elf::load(memory, None, &mut kernel, Some(HIGH_MEMORY))
+        .map_err(|source| kernel_error(path, mib, source))?;
     let (ramdisk, ramdisk_size) = load_initramfs(memory, initramfs, loaded.kernel_end)?;
 
     // The terminator needs one byte.
@@ -134,11 +157,11 @@ fn kernel_error(path: &Path, mib: u64, source: loader::Error) -> BootError {
 /// Returns its address and its size in bytes.
 fn load_initramfs(
     memory: &GuestMemory,
-    path: &Path,
+    image: Image<'_>,
     kernel_end: u64,
 ) -> Result<(GuestAddress, u32), BootError> {
+    let Image { mut file, path } = image;
     let open = |source| BootError::OpenInitramfs { path: path.into(), source };
-    let mut file = File::open(path).map_err(open)?;
     let bytes = file.metadata().map_err(open)?.len();
     let mib = memory::total_bytes(memory) >> 20;
     let too_large = || BootError::InitramfsSize { path: path.into(), bytes, mib };
@@ -175,6 +198,10 @@ mod tests {
         memory::allocate(&memory_ranges(64 << 20)).unwrap()
     }
 
+    fn image(path: &Path) -> Image<'_> {
+        Image { file: File::open(path).unwrap(), path }
+    }
+
     fn file(contents: &[u8]) -> tempfile::NamedTempFile {
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.write_all(contents).unwrap();
@@ -183,14 +210,15 @@ mod tests {
 
     #[test]
     fn a_missing_kernel_is_named() {
-        let error = load(&guest(), Path::new("/no/such/vmlinux"), Path::new("/x"), "", 1).unwrap_err();
+        let error = Images::open(Path::new("/no/such/vmlinux"), Path::new("/x")).err().unwrap();
         assert_eq!(error.to_string(), "cannot open the guest kernel /no/such/vmlinux");
     }
 
     #[test]
     fn a_kernel_that_is_no_elf_is_named() {
         let kernel = file(&[0x90; 4096]);
-        let error = load(&guest(), kernel.path(), Path::new("/x"), "", 1).unwrap_err();
+        let images = Images::open(kernel.path(), kernel.path()).unwrap();
+        let error = load(&guest(), images, "", 1).unwrap_err();
         assert!(matches!(error, BootError::NotElf { .. }), "{error:?}");
         assert!(error.to_string().contains(kernel.path().to_str().unwrap()));
     }
@@ -199,7 +227,7 @@ mod tests {
     fn an_initramfs_larger_than_memory_is_refused() {
         let initramfs = tempfile::NamedTempFile::new().unwrap();
         initramfs.as_file().set_len(65 << 20).unwrap();
-        let error = load_initramfs(&guest(), initramfs.path(), 0x200_0000).unwrap_err();
+        let error = load_initramfs(&guest(), image(initramfs.path()), 0x200_0000).unwrap_err();
         assert!(matches!(error, BootError::InitramfsSize { mib: 64, .. }), "{error:?}");
     }
 
@@ -207,7 +235,7 @@ mod tests {
     fn the_initramfs_ends_where_memory_ends() {
         let initramfs = file(&[7; 5000]);
         let memory = guest();
-        let (start, size) = load_initramfs(&memory, initramfs.path(), 0x200_0000).unwrap();
+        let (start, size) = load_initramfs(&memory, image(initramfs.path()), 0x200_0000).unwrap();
         assert_eq!((start.0 % PAGE, size), (0, 5000));
         assert!(start.0 + u64::from(size) <= 64 << 20);
         assert_eq!(memory.read_obj::<u8>(GuestAddress(start.0 + 4999)).unwrap(), 7);

@@ -20,7 +20,13 @@ mod xattrs;
 #[cfg(test)]
 mod tests;
 
-use std::{io, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    fs::File,
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use thiserror::Error;
 use virtiofsd::{
@@ -73,19 +79,21 @@ pub struct Fs {
 
 impl Fs {
     /// Prepares to serve a directory. This raises the process's limit of open files as far as it may, and clears its
-    /// umask (in virtiofsd), because the guest's kernel applies those of its processes.
-    pub fn new(share: &ShareConfig) -> Result<Self, FsError> {
+    /// umask (in virtiofsd), because the guest's kernel applies those of its processes. `descriptors` is
+    /// `/proc/self/fd`, for a process that has no `/proc`.
+    pub fn new(share: &ShareConfig, descriptors: Option<File>) -> Result<Self, FsError> {
         if share.tag.is_empty() || share.tag.len() > TAG_SIZE {
             return Err(FsError::Tag { tag: share.tag.clone() });
         }
-        let unusable = |source| FsError::Directory { directory: share.directory.clone(), source };
-        if !share.directory.metadata().map_err(unusable)?.is_dir() {
+        let directory = share.directory.as_deref().unwrap_or(Path::new(pericarp_jail::SHARE));
+        let unusable = |source| FsError::Directory { directory: directory.to_owned(), source };
+        if !directory.metadata().map_err(unusable)?.is_dir() {
             return Err(unusable(io::Error::from(io::ErrorKind::NotADirectory)));
         }
-        let root_dir =
-            share.directory.to_str().ok_or_else(|| unusable(io::ErrorKind::InvalidFilename.into()))?;
+        let root_dir = directory.to_str().ok_or_else(|| unusable(io::ErrorKind::InvalidFilename.into()))?;
         let passthrough = PassthroughFs::new(Config {
             root_dir: root_dir.to_owned(),
+            proc_sfd_rawfd: descriptors,
             entry_timeout: ATTRIBUTE_TIMEOUT,
             attr_timeout: ATTRIBUTE_TIMEOUT,
             cache_policy: CachePolicy::Auto,
