@@ -2,8 +2,8 @@
 //!
 //! [`JailedCommand`] starts the process: in namespaces of its own, in its cgroup from its first instruction on, without
 //! a way to gain privileges, and with no descriptor except those that it is handed. What is left to do inside, when
-//! everything is open and before the guest runs, the process does itself: it enters an empty root ([`enter`]) and drops
-//! its capabilities (the machine's `threads.rs`).
+//! everything is open and before the guest runs, the process does itself: it enters an empty root ([`enter`]) and a
+//! user namespace ([`enter_user_namespace`]), and drops its capabilities (the machine's `threads.rs`).
 //!
 //! | namespace | what a captured machine does not find |
 //! |---|---|
@@ -13,10 +13,13 @@
 //! | UTS | a host name that it could change |
 //! | cgroup | the path of its own cgroup, and those above it |
 //! | mount | any file of the host except those of its share |
+//! | user | a capability on the host: those that it has are for the files of its share alone |
 
 mod clone;
 mod command;
 mod root;
+mod user_namespace;
 
 pub use command::{JailedChild, JailedCommand};
 pub use root::{SHARE, enter};
+pub use user_namespace::{enter_user_namespace, make_user_namespace};

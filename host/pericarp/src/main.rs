@@ -18,7 +18,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use clap::{Args, Parser, Subcommand};
 use pericarp_controller::config::Config;
-use pericarp_vmm::{ExitReason, InheritedSockets, MachineConfig, PortForward, VsockSockets};
+use pericarp_vmm::{ExitReason, Inherited, MachineConfig, PortForward, VsockSockets};
 
 /// One KVM microVM around every Kubernetes pod.
 #[derive(Parser)]
@@ -48,6 +48,10 @@ enum Command {
         descriptors: DescriptorSocket,
         #[command(flatten)]
         vsock: VsockArguments,
+        /// An inherited descriptor: the user namespace that the machine enters. Without it, its capabilities are those
+        /// on the host.
+        #[arg(long)]
+        user_namespace_fd: Option<RawFd>,
     },
     /// Say whether this node can run Pericarp, and what to do where it cannot. Exits with 1 if anything
     /// has failed.
@@ -190,14 +194,17 @@ fn run(process_start_ns: u64) -> anyhow::Result<ExitCode> {
     }
     match Arguments::parse().command {
         Command::Serve { config } => serve(config.as_deref())?,
-        Command::Vmm { config, control, descriptors, vsock } => {
+        Command::Vmm { config, control, descriptors, vsock, user_namespace_fd } => {
             vmm(
                 &config,
                 || {
-                    Ok(InheritedSockets {
+                    Ok(Inherited {
                         control: control.listener()?,
                         descriptors: descriptors.listener()?,
                         vsock: vsock.sockets()?,
+                        user_namespace: user_namespace_fd
+                            .map(|fd| inherited(fd, "the machine's user namespace"))
+                            .transpose()?,
                     })
                 },
                 process_start_ns,
@@ -227,7 +234,7 @@ fn serve(path: Option<&Path>) -> anyhow::Result<()> {
 
 fn vmm(
     config: &Path,
-    open: impl FnOnce() -> anyhow::Result<InheritedSockets>,
+    open: impl FnOnce() -> anyhow::Result<Inherited>,
     process_start_ns: u64,
 ) -> anyhow::Result<()> {
     let log = pericarp_vmm::Log::to_stderr().context("cannot write the machine's log")?;

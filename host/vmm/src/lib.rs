@@ -31,6 +31,6 @@ pub use arch::current::probe::Progress;
 pub use config::{ConsoleConfig, MachineConfig, NetConfig, ShareConfig, VsockConfig};
 pub use error::{Error, ExitReason};
 pub use log::{LAST_WORDS, Log};
-pub use machine::{InheritedSockets, monotonic_ns, run};
+pub use machine::{Inherited, monotonic_ns, run};
 pub use probe::{ProbeError, probe};
 pub use virtio::vsock::{PortForward, VsockSockets};

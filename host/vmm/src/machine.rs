@@ -35,7 +35,7 @@ use crate::{
     virtio::{
         Device,
         device_slot::{DeviceEventRegistrar, DeviceSlot},
-        fs::Fs,
+        fs::{self, Fs},
         net::Net,
         register_page::{self, RegisterPage},
         rng::Rng,
@@ -43,15 +43,18 @@ use crate::{
     },
 };
 
-/// The sockets that whoever starts a machine has opened for it.
+/// What whoever starts a machine has opened for it.
 #[derive(Debug)]
-pub struct InheritedSockets {
+pub struct Inherited {
     /// A listening socket on which [`Machine`](pericarp_protos::vmm_blocking::Machine) is served once the vCPUs run.
     pub control: UnixListener,
     /// A listening socket on which files of disks arrive ([`pericarp_protos::descriptors`]).
     pub descriptors: OwnedFd,
     /// What the guest's vsock device is connected with.
     pub vsock: VsockSockets,
+    /// The user namespace that the process enters ([`pericarp_jail::make_user_namespace`]). Without one, its
+    /// capabilities are those on the host.
+    pub user_namespace: Option<OwnedFd>,
 }
 
 /// Starts a machine and waits for its end.
@@ -60,11 +63,7 @@ pub struct InheritedSockets {
 ///
 /// From now on, a panic on any thread aborts the process. The process should exit soon after this returns: vCPU threads
 /// may still be running.
-pub fn run(
-    config: &MachineConfig,
-    inherited: InheritedSockets,
-    process_start_ns: u64,
-) -> Result<ExitReason, Error> {
+pub fn run(config: &MachineConfig, inherited: Inherited, process_start_ns: u64) -> Result<ExitReason, Error> {
     abort_on_panic();
     end_on_sigterm().map_err(|source| Error::Io { what: "process end when it is asked to", source })?;
     let kvm = Kvm::new().map_err(Error::OpenKvm)?;
@@ -74,8 +73,13 @@ pub fn run(
     let images = boot::Images::open(&config.kernel, &config.initramfs)?;
     let nets =
         (0..).zip(&config.nets).map(|(index, net)| Net::new(index, net)).collect::<Result<Vec<_>, _>>()?;
+    fs::raise_file_limit();
     // Everything of the host's is open. There is no other thread yet, not even one of the kernel's.
     let descriptors = leave_host_files(config)?;
+    if let Some(namespace) = &inherited.user_namespace {
+        pericarp_jail::enter_user_namespace(namespace)
+            .map_err(|source| Error::Io { what: "capabilities worthless on the host", source })?;
+    }
     let hotplug_region = HotplugRegion::new(config);
     let slot_plan = SlotPlan::new(config, hotplug_region.is_some())?;
     let vm = Arc::new(kvm.create_vm().map_err(refused("create a virtual machine"))?);

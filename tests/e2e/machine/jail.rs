@@ -32,9 +32,14 @@ fn value(status: &str, key: &str) -> Result<String> {
 fn a_machine_has_namespaces_of_its_own_and_is_alone_in_them() -> Result<()> {
     on_pericarp(async |node| {
         let machine = busy_machine(node).await?;
-        for kind in ["pid", "net", "ipc", "uts", "cgroup", "mnt"] {
+        for kind in ["pid", "net", "ipc", "uts", "cgroup", "mnt", "user"] {
             let (own, hosts) = (machine.join("ns").join(kind), Path::new("/proc/1/ns").join(kind));
             assert_ne!(fs::read_link(own)?, fs::read_link(hosts)?, "{kind}");
+        }
+        // What is root there has no capability on the host, although each id is what it is on the host.
+        for map in ["uid_map", "gid_map"] {
+            let map = fs::read_to_string(machine.join(map))?;
+            assert_eq!(map.split_whitespace().collect::<Vec<_>>(), ["0", "0", "4294967295"]);
         }
         let status = fs::read_to_string(machine.join("status"))?;
         let numbers = value(&status, "NSpid")?;
@@ -48,14 +53,20 @@ fn a_machine_has_namespaces_of_its_own_and_is_alone_in_them() -> Result<()> {
     })
 }
 
-/// The open descriptors of a process that are directories, by where they lead.
-fn open_directories(process: &Path) -> Result<Vec<String>> {
-    let mut found = Vec::new();
+/// The directories that a process has open, by the numbers of the mounts that they are on.
+fn open_directories(process: &Path) -> Result<BTreeMap<String, PathBuf>> {
+    let mut found = BTreeMap::new();
     for entry in fs::read_dir(process.join("fd"))? {
-        let entry = entry?.path();
+        let entry = entry?;
+        let path = entry.path();
+        let information = fs::read_to_string(process.join("fdinfo").join(entry.file_name()));
         // One may be closed meanwhile.
-        if entry.metadata().is_ok_and(|metadata| metadata.is_dir()) {
-            found.push(fs::read_link(&entry)?.display().to_string());
+        let (Ok(metadata), Ok(target), Ok(information)) = (path.metadata(), path.read_link(), information)
+        else {
+            continue;
+        };
+        if metadata.is_dir() {
+            found.insert(value(&information, "mnt_id")?, target);
         }
     }
     Ok(found)
@@ -85,11 +96,14 @@ fn a_machine_finds_its_share_and_no_other_file_of_the_host() -> Result<()> {
             let at = line.split(' ').nth(4).context("a mount's place")?;
             ensure!(at == "/" || at == "/share" || at.starts_with("/share/"), "{line}");
         }
-        // A directory that is open leads to those above it. That of its own descriptors has none above it.
-        for directory in open_directories(&process)? {
-            ensure!(directory == "/" || directory.starts_with("/share"), "{directory} is open");
-        }
+        // A directory that is open leads to those above it, as far as its mount reaches.
         let hosts = fs::read_to_string("/proc/self/mountinfo")?;
+        let hosts_numbers: Vec<_> = hosts.lines().filter_map(|line| line.split(' ').next()).collect();
+        let open = open_directories(&process)?;
+        ensure!(!open.is_empty(), "it serves files");
+        for (mount, directory) in open {
+            ensure!(!hosts_numbers.contains(&mount.as_str()), "{} is open", directory.display());
+        }
         ensure!(!hosts.contains(&pod.id) && !hosts.contains(&container.id), "{hosts}");
         Ok(())
     })

@@ -24,7 +24,7 @@ use pericarp_protos::{
         ResizeResponse, StatusRequest, StatusResponse, WaitMemoryRequest,
     },
 };
-use pericarp_vmm::{InheritedSockets, MachineConfig, PortForward, VsockSockets};
+use pericarp_vmm::{Inherited, MachineConfig, PortForward, VsockSockets};
 use rustix::{
     fs::{OFlags, fcntl_getfl, fcntl_setfl},
     process::{Pid, Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid},
@@ -99,13 +99,13 @@ pub fn bind_descriptors(path: &Path) -> io::Result<OwnedFd> {
 }
 
 impl Machine {
-    /// Starts `pericarp vmm` in the pod's directory. It alone has the sockets from then on. `cgroup` is the directory
+    /// Starts `pericarp vmm` in the pod's directory. It alone has what it inherits from then on. `cgroup` is the directory
     /// of the cgroup that it belongs to. After an error there is no process. Blocks for as long as the kernel takes to
     /// start one.
     pub fn spawn(
         directory: &Path,
         config: &MachineConfig,
-        sockets: InheritedSockets,
+        inherited: Inherited,
         cgroup: Option<File>,
     ) -> io::Result<Machine> {
         let path = directory.join(file::CONFIG);
@@ -118,12 +118,19 @@ impl Machine {
         if let Some(filter) = std::env::var_os(LOG_FILTER) {
             command.variable(LOG_FILTER, filter)?;
         }
-        let InheritedSockets { control, descriptors, vsock: VsockSockets { listener, host, forward } } =
-            sockets;
+        let Inherited {
+            control,
+            descriptors,
+            vsock: VsockSockets { listener, host, forward },
+            user_namespace,
+        } = inherited;
         command
             .hand_down("--control-fd", control)?
             .hand_down("--descriptors-fd", descriptors)?
             .hand_down("--vsock-fd", listener)?;
+        if let Some(user_namespace) = user_namespace {
+            command.hand_down("--user-namespace-fd", user_namespace)?;
+        }
         if let Some(host) = host {
             command.hand_down("--host-fd", host)?;
         }

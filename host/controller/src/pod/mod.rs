@@ -34,6 +34,7 @@ mod task;
 
 use std::{
     collections::BTreeSet,
+    os::fd::OwnedFd,
     path::Path,
     sync::{Arc, OnceLock},
     time::SystemTime,
@@ -83,6 +84,8 @@ pub struct Environment {
     pub events: Arc<dyn EventSink>,
     pub capacity: HostCapacity,
     pub boots: BootQueue,
+    /// In which all machines are; `None` in tests, which start none.
+    pub machines_user_namespace: Option<OwnedFd>,
     /// Reads a record that an older controller has left in a pod's directory; `None` if it cannot be read either.
     pub read_older_record: fn(&[u8], &Path) -> Option<Record>,
 }

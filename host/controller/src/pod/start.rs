@@ -3,7 +3,10 @@
 use std::{
     fs::DirBuilder,
     io,
-    os::unix::{fs::DirBuilderExt as _, net::UnixStream},
+    os::{
+        fd::OwnedFd,
+        unix::{fs::DirBuilderExt as _, net::UnixStream},
+    },
     pin::pin,
     sync::Arc,
     time::Duration,
@@ -11,8 +14,8 @@ use std::{
 
 use pericarp_protos::{guest, ttrpc};
 use pericarp_vmm::{
-    ConsoleConfig, InheritedSockets, MachineConfig, NetConfig, PortForward, ShareConfig, VsockConfig,
-    VsockSockets, monotonic_ns,
+    ConsoleConfig, Inherited, MachineConfig, NetConfig, PortForward, ShareConfig, VsockConfig, VsockSockets,
+    monotonic_ns,
 };
 use thiserror::Error;
 use tokio::time::{Instant, sleep};
@@ -92,19 +95,21 @@ fn make(what: &'static str) -> impl FnOnce(io::Error) -> StartError {
 
 /// What a machine inherits, and the end of the guest's connection to the host that stays here.
 struct Sockets {
-    of_machine: InheritedSockets,
+    of_machine: Inherited,
     guest: UnixStream,
 }
 
 impl Sockets {
-    fn make(files: &PodFiles) -> Result<Self, StartError> {
+    fn make(files: &PodFiles, user_namespace: Option<&OwnedFd>) -> Result<Self, StartError> {
         let control = machine::bind(&files.control()).map_err(make("control socket"))?;
         let descriptors =
             machine::bind_descriptors(&files.descriptors()).map_err(make("descriptors' socket"))?;
         let listener = machine::bind(&files.vsock()).map_err(make("vsock socket"))?;
         let (guest, host) = UnixStream::pair().map_err(make("connection to its guest"))?;
         let vsock = VsockSockets { listener, host: Some(host), forward: None };
-        Ok(Self { of_machine: InheritedSockets { control, descriptors, vsock }, guest })
+        let user_namespace = user_namespace.map(OwnedFd::try_clone).transpose();
+        let user_namespace = user_namespace.map_err(make("user namespace"))?;
+        Ok(Self { of_machine: Inherited { control, descriptors, vsock, user_namespace }, guest })
     }
 }
 
@@ -184,8 +189,9 @@ impl PodTask {
     async fn make_surroundings(&mut self) -> Result<(PodNetwork, Sockets, Option<Cgroup>), StartError> {
         let pod = &self.pod;
         let (files, id, parent) = (pod.files.clone(), pod.spec.id.clone(), pod.spec.cgroup_parent.clone());
+        let environment = Arc::clone(&pod.environment);
         let others = pod.blocking.run(move || {
-            let sockets = Sockets::make(&files)?;
+            let sockets = Sockets::make(&files, environment.machines_user_namespace.as_ref())?;
             let cgroup = Cgroup::make(&parent, &id).map_err(make("cgroup"))?;
             Ok::<_, StartError>((sockets, cgroup))
         });
@@ -203,14 +209,14 @@ impl PodTask {
     async fn make_machine(
         &mut self,
         nets: Vec<NetConfig>,
-        sockets: InheritedSockets,
+        inherited: Inherited,
         cgroup: Option<Cgroup>,
     ) -> Result<u32, StartError> {
         let config = self.pod.machine_config(nets);
         let directory = self.pod.files.directory().to_owned();
         let spawned = self.pod.blocking.run(move || {
             let cgroup = cgroup.map(|cgroup| cgroup.directory()).transpose()?;
-            Machine::spawn(&directory, &config, sockets, cgroup)
+            Machine::spawn(&directory, &config, inherited, cgroup)
         });
         let machine = spawned.await.map_err(make("machine process"))?;
         let pid = machine.pid();

@@ -39,6 +39,7 @@ fn environment_of(
         events,
         capacity: HostCapacity { cpus: 2, memory_mib: 4096 },
         boots: BootQueue::new(1),
+        machines_user_namespace: None,
         read_older_record: |_, _| None,
     })
 }

@@ -130,8 +130,8 @@ fn descriptors_for_guest(limit: u64) -> u64 {
 const OPEN_FILES: u64 = 1 << 20;
 
 /// Sets the limit of open files to [`OPEN_FILES`], or as close to it as is allowed. Returns the limit that applies
-/// then.
-fn raise_file_limit() -> u64 {
+/// then. On the host, root may raise it; in a user namespace of its own it may not.
+pub fn raise_file_limit() -> u64 {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     const UNLIMITED: u64 = u64::MAX;
     let limit = getrlimit(Resource::Nofile);

@@ -101,21 +101,17 @@ impl Tap {
     /// Until [`Tap::set_offloads`], the tap gives only complete frames: their checksums are filled in, and none is
     /// larger than its MTU.
     pub fn open(netns: &Path, name: &str, queues: u16) -> Result<Vec<Self>, TapError> {
-        // Another thread enters the namespace, because each thread of a process has its own.
-        let attached = std::thread::scope(|scope| {
-            let namespace = rustix::fs::open(netns, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
-                .map_err(|error| TapError::Netns {
-                    netns: netns.to_owned(),
-                    tap: name.to_owned(),
-                    source: error.into(),
-                })?;
-            let thread = std::thread::Builder::new()
-                .name("tap".into())
-                .spawn_scoped(scope, move || attach(&namespace, netns, name, queues))
-                .map_err(|source| TapError::Enter { netns: netns.to_owned(), source })?;
-            #[expect(clippy::expect_used, reason = "a thread that panics ends the process")]
-            thread.join().expect("the thread that attaches to a tap has panicked")
-        });
+        let namespace =
+            rustix::fs::open(netns, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty()).map_err(|error| {
+                TapError::Netns { netns: netns.to_owned(), tap: name.to_owned(), source: error.into() }
+            })?;
+        let enter = |source: Errno| TapError::Enter { netns: netns.to_owned(), source: source.into() };
+        // Not on another thread: a process that has, or has just had, others cannot enter a user namespace.
+        let own =
+            rustix::fs::open("/proc/thread-self/ns/net", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+                .map_err(enter)?;
+        let attached = attach(&namespace, netns, name, queues);
+        move_into_link_name_space(own.as_fd(), Some(LinkNameSpaceType::Network)).map_err(enter)?;
         let refused = |what| {
             move |source| TapError::SetUp { what, netns: netns.to_owned(), tap: name.to_owned(), source }
         };

@@ -1,0 +1,86 @@
+//! These make namespaces, so they need root.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use std::{io::Write as _, os::unix::fs::MetadataExt as _, ptr::null_mut};
+
+use rustix::{io::Errno, thread::CapabilitySet};
+
+use super::*;
+
+/// Runs `look` in a process of the namespace; returns what it returns.
+fn inside(namespace: &OwnedFd, look: impl FnOnce() -> String) -> String {
+    let (mut reader, mut writer) = io::pipe().unwrap();
+    // SAFETY: the child has a copy of this thread alone. glibc keeps its allocator usable there, and no lock of anybody
+    // else's is needed.
+    match unsafe { libc::fork() } {
+        0 => {
+            let text = match enter_user_namespace(namespace) {
+                Ok(()) => look(),
+                Err(error) => format!("cannot enter: {error}"),
+            };
+            let _ = writer.write_all(text.as_bytes());
+            // SAFETY: it ends the child at once.
+            unsafe { libc::_exit(0) }
+        }
+        child => {
+            assert!(child > 0, "{}", io::Error::last_os_error());
+            drop(writer);
+            let mut text = String::new();
+            io::Read::read_to_string(&mut reader, &mut text).unwrap();
+            // SAFETY: the status is not asked for.
+            assert_eq!(unsafe { libc::waitpid(child, null_mut(), 0) }, child);
+            text
+        }
+    }
+}
+
+#[test]
+fn every_id_is_what_it_is_on_the_host() {
+    let namespace = make_user_namespace().unwrap();
+    let own = tempfile::NamedTempFile::new().unwrap();
+    std::os::unix::fs::chown(&own, Some(123_456), Some(4_000_000_000)).unwrap();
+    let seen = inside(&namespace, || {
+        let metadata = fs::metadata(&own).unwrap();
+        let changed = std::os::unix::fs::chown(&own, Some(70_000), Some(80_000));
+        format!("{} {} {changed:?}", metadata.uid(), metadata.gid())
+    });
+    assert_eq!(seen, "123456 4000000000 Ok(())");
+    let metadata = fs::metadata(&own).unwrap();
+    assert_eq!((metadata.uid(), metadata.gid()), (70_000, 80_000));
+}
+
+#[test]
+fn capabilities_in_it_are_none_on_the_host() {
+    let namespace = make_user_namespace().unwrap();
+    let seen = inside(&namespace, || {
+        let all = rustix::thread::capabilities(None).unwrap().effective;
+        // Each of these is refused for want of a capability on the host, which an attempt cannot change.
+        let name = rustix::system::sethostname(b"x").unwrap_err();
+        let device = rustix::fs::mknodat(
+            rustix::fs::CWD,
+            "/tmp/pericarp-jail-test-device",
+            rustix::fs::FileType::CharacterDevice,
+            rustix::fs::Mode::RUSR,
+            rustix::fs::makedev(1, 3),
+        );
+        let mounted = rustix::mount::mount_change(c"/", rustix::mount::MountPropagationFlags::PRIVATE);
+        let refused = [Err(name), device, mounted];
+        format!(
+            "{} {}",
+            all.contains(CapabilitySet::SYS_ADMIN),
+            refused.iter().all(|result| *result == Err(Errno::PERM))
+        )
+    });
+    assert_eq!(seen, "true true");
+}
+
+#[test]
+fn nothing_is_left_of_what_made_it() {
+    let children = || {
+        let path = format!("/proc/self/task/{}/children", rustix::thread::gettid().as_raw_nonzero());
+        fs::read_to_string(path).unwrap()
+    };
+    let before = children();
+    drop(make_user_namespace().unwrap());
+    assert_eq!(children(), before);
+}
