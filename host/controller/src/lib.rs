@@ -55,11 +55,6 @@ pub enum ServeError {
     },
     #[error("another controller is serving {path}; stop it first")]
     Running { path: PathBuf },
-    #[error(
-        "cannot make the user namespace of the machines; the kernel needs CONFIG_USER_NS, and the sysctl \
-         user.max_user_namespaces must allow one more"
-    )]
-    UserNamespace(#[source] io::Error),
     #[error("cannot take over the pods in {path}")]
     Adopt {
         path: PathBuf,
@@ -94,14 +89,18 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
         .map_err(|source| ServeError::RunDir { path: path.clone(), source })?;
     let _lock = lock(&config)?;
     let channel = containerd(&config)?;
-    let user_namespace = pericarp_jail::make_user_namespace().map_err(ServeError::UserNamespace)?;
+    let user_namespace = pericarp_jail::make_user_namespace();
+    if let Err(error) = &user_namespace {
+        // The pods that there are go on, and are taken over.
+        tracing::error!(%error, "no pod can be started: there is no user namespace for machines; `pericarp check` helps");
+    }
     let capacity = HostCapacity::read();
     let containers = Arc::new(ContainerdContainers::new(channel.clone()));
     let environment = Arc::new(Environment {
         containers: Arc::clone(&containers) as Arc<dyn ContainerSource>,
         events: Arc::new(ContainerdEvents::new(channel.clone())),
         boots: BootQueue::new(usize::try_from(capacity.cpus).unwrap_or(1)),
-        machines_user_namespace: Some(user_namespace),
+        machines_user_namespace: user_namespace.ok(),
         read_older_record: older_record,
         capacity,
         config,

@@ -51,7 +51,9 @@ pub fn enter() -> io::Result<File> {
     let descriptors = open_tree(CWD, c"/proc/self/fd", flags)?;
     // SAFETY: the memory and the descriptors of this process, and all else except its mounts, stay as they are.
     unsafe { unshare_unsafe(UnshareFlags::NEWNS) }?;
-    mount_change(c"/", MountPropagationFlags::REC | MountPropagationFlags::PRIVATE)?;
+    // Not private: what the host unmounts in the meantime must not be kept by this copy. What is mounted from here on
+    // propagates to nobody, and is nobody's copy.
+    mount_change(c"/", MountPropagationFlags::REC | MountPropagationFlags::DOWNSTREAM)?;
     let root = tmpfs(ROOT_SIZE, ROOT_FILES, MountAttrFlags::empty())?;
     let share = tmpfs(SHARE_SIZE, SHARE_FILES, MountAttrFlags::MOUNT_ATTR_RDONLY)?;
     move_mount(&root, c"", CWD, PLACE, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;

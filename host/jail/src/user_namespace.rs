@@ -1,8 +1,11 @@
 //! The user namespace of all machines: every id is what it is on the host, and no capability in it is one on the host.
+//!
+//! None can be made inside it: whoever makes a user namespace has all capabilities there, whatever they had before, and
+//! could make a mount namespace in which they mount as they like. The controller would follow them into that.
 
 use std::{
     fs::{self, File},
-    io,
+    io::{self, Write as _},
     os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd},
 };
 
@@ -21,19 +24,44 @@ const IDENTITY: &str = "0 0 4294967295\n";
 /// What the kernel has refused: it may have no user namespaces (`CONFIG_USER_NS`), or allow no more of them
 /// (`user.max_user_namespaces`).
 pub fn make_user_namespace() -> io::Result<OwnedFd> {
-    let (end_of_child, end) = io::pipe()?;
+    let (end_of_child, mut end) = io::pipe()?;
     let child = start_member(end_of_child.as_raw_fd(), end.as_raw_fd())?;
-    let made = write_maps(child.0);
-    // The child reads to the end of the pipe.
+    let made = write_maps(child.0).and_then(|namespace| {
+        // The child goes on with this byte, or ends without it.
+        end.write_all(&[0])?;
+        Ok(namespace)
+    });
     drop(end);
-    let waited = retry_on_intr(|| waitid(WaitId::PidFd(child.1.as_fd()), WaitIdOptions::EXITED));
-    let made = made?;
-    waited?;
-    Ok(made)
+    let status = retry_on_intr(|| waitid(WaitId::PidFd(child.1.as_fd()), WaitIdOptions::EXITED))?;
+    let namespace = made?;
+    match status.and_then(|status| status.exit_status()) {
+        Some(0) => Ok(namespace),
+        Some(errno) => Err(io::Error::from_raw_os_error(errno)),
+        None => Err(io::Error::other("the process that was to set it up was killed")),
+    }
 }
 
-/// Starts a process in a new user namespace, which ends when there is nothing more to read. Returns its id and a
-/// descriptor of it.
+/// Forbids user namespaces inside the one of this process: with none allowed, the kernel refuses to make any. Returns
+/// an error number, or 0.
+///
+/// # Safety
+///
+/// It makes system calls only, and may be called in a copy of one thread of a process that has others.
+unsafe fn forbid_nesting() -> i32 {
+    // SAFETY: each call gets constants and a descriptor that was just opened; `errno` is this thread's own.
+    unsafe {
+        let file =
+            libc::open(c"/proc/sys/user/max_user_namespaces".as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC);
+        if file < 0 || libc::write(file, c"0".as_ptr().cast(), 1) != 1 {
+            *libc::__errno_location()
+        } else {
+            0
+        }
+    }
+}
+
+/// Starts a process in a new user namespace. When it has read a byte, it forbids user namespaces in it, and ends with
+/// the number of an error, or 0. Returns its id and a descriptor of it.
 fn start_member(reader: i32, writer: i32) -> io::Result<(i32, OwnedFd)> {
     let mut pidfd = -1;
     // SAFETY: the structure consists of numbers.
@@ -51,8 +79,8 @@ fn start_member(reader: i32, writer: i32) -> io::Result<(i32, OwnedFd)> {
             // calls, on its own descriptors and its own byte, and ends.
             unsafe {
                 libc::close(writer);
-                libc::read(reader, (&raw mut byte).cast(), 1);
-                libc::_exit(0)
+                let told = libc::read(reader, (&raw mut byte).cast(), 1) == 1;
+                libc::_exit(if told { forbid_nesting() } else { libc::ECANCELED })
             }
         }
         // SAFETY: the kernel has opened it for this process.

@@ -75,6 +75,20 @@ fn capabilities_in_it_are_none_on_the_host() {
 }
 
 #[test]
+fn whoever_is_in_it_can_make_no_other_and_so_no_mounts() {
+    let namespace = make_user_namespace().unwrap();
+    let seen = inside(&namespace, || {
+        // SAFETY: only this process, which ends soon, would have other namespaces.
+        let made = unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWUSER) };
+        // A captured machine has no capabilities with which it could raise the limit again. This process has them.
+        format!("{made:?}")
+    });
+    assert_eq!(seen, format!("{:?}", Err::<(), _>(Errno::NOSPC)));
+    // Nor is anything changed for others.
+    make_user_namespace().unwrap();
+}
+
+#[test]
 fn nothing_is_left_of_what_made_it() {
     let children = || {
         let path = format!("/proc/self/task/{}/children", rustix::thread::gettid().as_raw_nonzero());

@@ -76,8 +76,8 @@ pub fn run(config: &MachineConfig, inherited: Inherited, process_start_ns: u64) 
     fs::raise_file_limit();
     // Everything of the host's is open. There is no other thread yet, not even one of the kernel's.
     let descriptors = leave_host_files(config)?;
-    if let Some(namespace) = &inherited.user_namespace {
-        pericarp_jail::enter_user_namespace(namespace)
+    if let Some(namespace) = inherited.user_namespace {
+        pericarp_jail::enter_user_namespace(&namespace)
             .map_err(|source| Error::Io { what: "capabilities worthless on the host", source })?;
     }
     let hotplug_region = HotplugRegion::new(config);

@@ -88,7 +88,9 @@ pub fn attach(mount: impl AsFd, place: impl AsFd) -> rustix::io::Result<()> {
 
 /// Whether a place is where something is mounted.
 pub fn is_mount(place: impl AsFd) -> rustix::io::Result<bool> {
-    let statx = statx(place, "", AtFlags::EMPTY_PATH, StatxFlags::empty())?;
+    // Without asking the file system, which may wait for a server.
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let statx = statx(place, "", flags, StatxFlags::empty())?;
     Ok(statx.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
 }
 
@@ -104,6 +106,15 @@ pub fn set_read_only(mount: impl AsFd, recursive: bool) -> io::Result<()> {
     let attributes =
         libc::mount_attr { attr_set: libc::MOUNT_ATTR_RDONLY, attr_clr: 0, propagation: 0, userns_fd: 0 };
     set_attributes(mount.as_fd().as_raw_fd(), recursive, &attributes)
+}
+
+/// Takes from a detached mount, and from all mounts below it, what only matters to a process of the host's that uses
+/// them: devices cannot be opened, programs cannot be executed, and give no privileges. Whoever has an image can put a
+/// node of any device of the host's into it; in a guest, it is a node of the guest's.
+pub fn make_inert(mount: impl AsFd) -> io::Result<()> {
+    let flags = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC;
+    let attributes = libc::mount_attr { attr_set: flags, attr_clr: 0, propagation: 0, userns_fd: 0 };
+    set_attributes(mount.as_fd().as_raw_fd(), true, &attributes)
 }
 
 /// Has a detached mount show its files' ids as a user namespace has them outside.

@@ -84,7 +84,7 @@ pub struct Environment {
     pub events: Arc<dyn EventSink>,
     pub capacity: HostCapacity,
     pub boots: BootQueue,
-    /// In which all machines are; `None` in tests, which start none.
+    /// In which all machines are. Without one, none can be started.
     pub machines_user_namespace: Option<OwnedFd>,
     /// Reads a record that an older controller has left in a pod's directory; `None` if it cannot be read either.
     pub read_older_record: fn(&[u8], &Path) -> Option<Record>,

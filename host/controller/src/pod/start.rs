@@ -64,6 +64,11 @@ pub enum StartError {
         #[source]
         source: io::Error,
     },
+    #[error(
+        "this node has no user namespace for its machine; `pericarp check` says why, and after that is corrected the \
+         controller has to be started again"
+    )]
+    NoJail,
     #[error("its containers cannot have the pod's user namespace")]
     UserNamespace(#[from] UserNamespaceError),
     #[error("its machine cannot be given the pod's network")]
@@ -107,8 +112,8 @@ impl Sockets {
         let listener = machine::bind(&files.vsock()).map_err(make("vsock socket"))?;
         let (guest, host) = UnixStream::pair().map_err(make("connection to its guest"))?;
         let vsock = VsockSockets { listener, host: Some(host), forward: None };
-        let user_namespace = user_namespace.map(OwnedFd::try_clone).transpose();
-        let user_namespace = user_namespace.map_err(make("user namespace"))?;
+        let user_namespace = user_namespace.ok_or(StartError::NoJail)?;
+        let user_namespace = Some(user_namespace.try_clone().map_err(make("user namespace"))?);
         Ok(Self { of_machine: Inherited { control, descriptors, vsock, user_namespace }, guest })
     }
 }

@@ -146,6 +146,24 @@ pub fn tun() -> Finding {
     }
 }
 
+/// What surrounds a machine's process.
+pub fn jail() -> Finding {
+    match pericarp_jail::probe() {
+        Ok(()) => Finding::ok("a process can have a root and a user namespace of its own"),
+        Err(error) => {
+            let to_do = match error.raw_os_error() {
+                Some(libc::ENOSPC) => "set the sysctl user.max_user_namespaces to 1 or more",
+                Some(libc::EPERM) => "run this as root, as the controller must be",
+                Some(libc::EINVAL) => {
+                    "use a root file system that is mounted, not the kernel's initramfs, and a kernel with CONFIG_USER_NS"
+                }
+                _ => "use a kernel with CONFIG_USER_NS, and let root make namespaces",
+            };
+            Finding::failed(format!("no machine can be jailed: {error}"), to_do)
+        }
+    }
+}
+
 /// BPF, by which port-forward finds its way into a pod's machine.
 pub fn port_forward() -> Finding {
     match pericarp_controller::probe_port_forward() {

@@ -104,6 +104,7 @@ fn everything(arguments: &Arguments, usual_config: &Path) -> io::Result<Vec<Item
         item("cgroups", host::cgroups()),
         item("overlayfs", host::overlayfs()),
         item("tun", host::tun()),
+        item("jail", host::jail()),
         item("port-forward", host::port_forward()),
     ];
     let path = arguments.config.as_deref().unwrap_or(usual_config);

@@ -143,6 +143,9 @@ impl Share {
             SharedRoot::Disks(Some(snapshot)) => (WRITABLE, Some(writable::mount(snapshot)?)),
             SharedRoot::Disks(None) => (WRITABLE, None),
         };
+        if let Some(root) = &root {
+            mounts::make_inert(root).map_err(MountError::new("take the devices from", Path::new(name)))?;
+        }
         let mut wanted = Vec::with_capacity(volumes.len());
         for (volume, needed) in self.add_user(container, volumes)? {
             let mount = match needed {
@@ -378,6 +381,7 @@ impl DetachedVolume {
             Propagation::Slave => SetPropagation::Slave,
         };
         mounts::set_propagation(&mount, propagation).map_err(failed(volume))?;
+        mounts::make_inert(&mount).map_err(failed(volume))?;
         Ok(Self { mount, is_directory })
     }
 }

@@ -4,6 +4,7 @@
 //! such a thread does it does by names that it resolves there: of the host it sees only the descriptors that it has.
 
 use std::{
+    fs::File,
     io,
     os::fd::{AsFd as _, OwnedFd},
     path::{Path, PathBuf},
@@ -11,6 +12,8 @@ use std::{
 };
 
 use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
     process::fchdir,
     thread::{ThreadNameSpaceType, UnshareFlags, move_into_thread_name_spaces, unshare_unsafe},
 };
@@ -61,8 +64,15 @@ impl Place {
         };
         thread::scope(|scope| {
             let thread = thread::Builder::new().name("share".into()).spawn_scoped(scope, || {
+                let own = File::open("/proc/thread-self/ns/mnt").map_err(ShareError::Enter)?;
                 self.enter_on_this_thread(machine.as_ref())?;
-                work(self.path())
+                let done = work(self.path());
+                // Who waits for this thread may find it still there for a moment, and the machine's mounts with it.
+                if machine.is_some() {
+                    move_into_thread_name_spaces(own.as_fd(), ThreadNameSpaceType::MOUNT)
+                        .map_err(|errno| ShareError::Enter(errno.into()))?;
+                }
+                done
             });
             let joined = thread.map_err(ShareError::Enter)?.join();
             joined.unwrap_or_else(|_| Err(ShareError::Enter(io::Error::other("the thread panicked"))))
@@ -78,12 +88,14 @@ impl Place {
                 let entered = move_into_thread_name_spaces(machine.as_fd(), ThreadNameSpaceType::MOUNT);
                 match entered {
                     // It has ended, and is not yet waited for.
-                    Err(rustix::io::Errno::SRCH) => return Err(ShareError::Gone),
+                    Err(Errno::SRCH) if has_ended(machine) => return Err(ShareError::Gone),
                     entered => entered.map_err(|errno| ShareError::Enter(errno.into()))?,
                 }
-                // One that has not left the host's files yet, or that has left its namespaces while it ends.
-                if mounts::open_place(Path::new("/proc")).is_ok() {
-                    return Err(ShareError::Gone);
+                // One that has not left the host's files yet.
+                match mounts::open_place(Path::new("/proc")) {
+                    Err(Errno::NOENT) => {}
+                    Ok(_) => return Err(ShareError::Gone),
+                    Err(errno) => return Err(ShareError::Enter(errno.into())),
                 }
                 let share = mounts::open_place(path).map_err(MountError::new("open", path));
                 let share = match share {
@@ -103,4 +115,10 @@ impl Place {
         };
         Ok(fchdir(&bare).map_err(MountError::new("enter", path))?)
     }
+}
+
+/// Whether all threads of a process have ended.
+fn has_ended(pidfd: &OwnedFd) -> bool {
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    poll(&mut [PollFd::new(pidfd, PollFlags::IN)], Some(&now)).is_ok_and(|ready| ready > 0)
 }

@@ -153,6 +153,26 @@ fn the_hosts_mount_table_has_nothing_of_a_pod_and_its_places_can_be_removed() {
 }
 
 #[test]
+fn a_device_node_in_an_image_or_a_volume_is_no_device_of_the_hosts() {
+    let place = Place::new();
+    let root = place.root();
+    fs::create_dir(place.path("data")).unwrap();
+    for name in ["root/null", "data/null"] {
+        let mode = rustix::fs::Mode::from_raw_mode(0o666);
+        let device = rustix::fs::makedev(1, 3);
+        rustix::fs::mknodat(CWD, place.path(name), FileType::CharacterDevice, mode, device).unwrap();
+    }
+    place.share.add(&id("c1"), &root, &[place.volume("data", ReadOnly::No)], None).unwrap();
+    for name in ["c1/rootfs/null", ".volumes/data/null"] {
+        // It is there, for the guest to make of it what its own kernel does.
+        assert!(fs::symlink_metadata(place.shared(name)).is_ok());
+        let error = fs::File::open(place.shared(name)).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::PermissionDenied, "{name}");
+    }
+    fs::File::open(place.path("data/null")).unwrap();
+}
+
+#[test]
 fn a_process_that_has_not_left_the_hosts_files_has_no_share() {
     let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
     let directory = tempfile::tempdir().unwrap();

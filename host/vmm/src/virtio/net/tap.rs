@@ -243,7 +243,7 @@ fn offload_flags(features: u64) -> libc::c_uint {
     flags
 }
 
-/// Attaches to a tap. The calling thread enters the tap's namespace and stays there, so it must end afterwards.
+/// Attaches to a tap. The calling thread enters the tap's namespace, and has to leave it again.
 fn attach(namespace: &OwnedFd, netns: &Path, name: &str, queues: u16) -> Result<Vec<OwnedFd>, TapError> {
     let request = interface_request(name, queues)?;
     move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))
