@@ -28,8 +28,8 @@ pub struct Attachments {
 }
 
 impl Attachments {
-    /// Reserves the huge pages of a new container, attaches its disks and mounts its volumes. Returns its spec, changed
-    /// to use them.
+    /// Reserves the huge pages of a new container, attaches its disks and mounts its volumes and its root. Returns its
+    /// spec, changed to use them.
     pub async fn attach(
         id: &ContainerId,
         storage: &PodStorage,
@@ -57,7 +57,7 @@ impl Attachments {
         self.huge_pages.set(resources).await
     }
 
-    /// Unmounts the volumes that no other container uses, frees the huge pages, and detaches the disks.
+    /// Unmounts its root and the volumes that no other container uses, frees the huge pages, and detaches the disks.
     pub async fn detach(self) {
         self.volumes.release().await;
         drop(self.sub_paths);

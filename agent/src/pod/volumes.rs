@@ -1,9 +1,14 @@
-//! The pod's volumes in the guest.
+//! The pod's volumes in the guest, and its containers' root file systems.
 //!
-//! The share announces each volume as a file system of its own, which the kernel mounts in the namespace that accesses
+//! The share announces each of them as a file system of its own, which the kernel mounts in the namespace that accesses
 //! it first. If each container did that in its own mount namespace, containers that share a volume would have different
 //! file systems for it, without common locks, sockets, notifications and mapped pages. So the agent accesses the
 //! volumes first. Its mounts are in every mount namespace that is created afterwards.
+//!
+//! It does so with root file systems for another reason. A container's last process would otherwise unmount its root as
+//! it ends. If it was killed while pages of a file were being read ahead, the kernel releases that file only when they
+//! have arrived, and does not wait for the host's answer to that. An unmount before the answer is a bug that stops the
+//! kernel (Linux 6.12, `fs/fuse/file.c`, `fuse_readpages_end`: "Busy inodes after unmount").
 
 use std::{
     collections::HashMap,
@@ -33,10 +38,10 @@ pub struct MountedVolumes {
 }
 
 impl Volumes {
-    /// Mounts the volumes of a spec. They stay mounted until the result is released or dropped.
+    /// Mounts the volumes and the root of a spec. They stay mounted until the result is released or dropped.
     pub async fn mount(self: &Arc<Self>, spec: &Spec) -> MountedVolumes {
         let mut mounted = MountedVolumes { volumes: Arc::clone(self), paths: Vec::new() };
-        for path in volumes_of(spec) {
+        for path in file_systems_of(spec) {
             let users = Arc::clone(self.counts().entry(path.clone()).or_default());
             let mut count = users.lock().await;
             *count += 1;
@@ -54,10 +59,8 @@ impl Volumes {
         *count -= 1;
         if *count == 0 {
             let mount = path.clone();
-            // On another thread, because the kernel waits for the host's answer. This fails for a volume that is a
-            // single file, and for one that could not be mounted.
-            let unmounted = move || unmount(&mount, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
-            let _ = tokio::task::spawn_blocking(unmounted).await;
+            // On another thread, because the kernel waits for the host's answer.
+            let _ = tokio::task::spawn_blocking(move || unmount_when_settled(&mount)).await;
         }
         drop(count);
         let mut counts = self.counts();
@@ -93,17 +96,31 @@ impl Drop for MountedVolumes {
     }
 }
 
-/// The paths of the volumes that a container mounts, each once.
-fn volumes_of(spec: &Spec) -> Vec<PathBuf> {
-    let directory = Path::new(SHARE_DIR).join(VOLUMES);
+/// The paths of the share's file systems that a container uses, each once: the volumes that it mounts, and its root
+/// unless that is made of disks.
+fn file_systems_of(spec: &Spec) -> Vec<PathBuf> {
+    let share = Path::new(SHARE_DIR);
+    let volumes = share.join(VOLUMES);
     let mounts = spec.mounts().iter().flatten();
     let mut paths: Vec<PathBuf> = mounts
         .filter_map(|mount| mount.source().clone())
-        .filter(|source| source.parent() == Some(&directory))
+        .filter(|source| source.parent() == Some(&volumes))
         .collect();
+    let root = spec.root().as_ref().map(|root| root.path().clone());
+    paths.extend(root.filter(|root| root != share && root.starts_with(share)));
     paths.sort();
     paths.dedup();
     paths
+}
+
+/// Unmounts a file system of the share that no process uses any more, when the host has answered all that they have
+/// asked for. This fails for a volume that is a single file, and for one that could not be mounted.
+fn unmount_when_settled(path: &Path) {
+    // The host answers in order, and the kernel waits for both of these answers. Before the first one, the pages have
+    // arrived that were being read for processes that are dead now; before the second one, their files are released.
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC | OFlags::NOFOLLOW;
+    drop(rustix::fs::open(path, flags, Mode::empty()));
+    let _ = unmount(path, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW);
 }
 
 /// Opens `path` as a directory, at which the kernel mounts the volume (kernel: `fs/namei.c`, `traverse_mounts`).
@@ -127,8 +144,20 @@ mod tests {
     #[test]
     fn only_volumes_of_the_share_are_looked_at_and_each_once() {
         let one = format!("{SHARE_DIR}/{VOLUMES}/1");
-        let found = volumes_of(&spec(&[&one, "/run/pericarp/etc/hosts", &one, SHARE_DIR, "proc"]));
+        let found = file_systems_of(&spec(&[&one, "/run/pericarp/etc/hosts", &one, SHARE_DIR, "proc"]));
         assert_eq!(found, [PathBuf::from(one)]);
+    }
+
+    #[test]
+    fn a_root_in_the_share_is_the_agents_mount_and_no_other_root_is() {
+        let of_root = |path: &str| {
+            let spec = serde_json::json!({ "ociVersion": "1.2.0", "root": { "path": path } });
+            file_systems_of(&serde_json::from_value(spec).unwrap())
+        };
+        let root = format!("{SHARE_DIR}/c1/rootfs");
+        assert_eq!(of_root(&root), [PathBuf::from(&root)]);
+        assert_eq!(of_root("/run/pericarp/layers/c1"), Vec::<PathBuf>::new());
+        assert_eq!(of_root(SHARE_DIR), Vec::<PathBuf>::new());
     }
 
     fn volume() -> (PathBuf, Spec) {

@@ -292,12 +292,14 @@ fn cmdline(config: &MachineConfig, slot_plan: &SlotPlan) -> String {
     // quiet, 8250.nr_uarts=1: each character and each probed port costs an exit from the guest.
     // reboot=k: the guest resets itself through the keyboard controller, which the bus understands.
     // panic=-1: a guest that panics ends at once, and its pod with it.
+    // oops=panic: so does one whose kernel has found a fault of its own. It would go on with a process that never ends,
+    // and whoever waits for that process would wait for ever.
     // no_timer_check, tsc=reliable: there is no timer chip to check against; the TSC is KVM's.
     // rcupdate.rcu_expedited=1: nothing in a small guest gains from lazy grace periods.
     // dummy.numdummies=0: a pod's first interface should not be a dummy.
     // random.trust_cpu: the guest's random numbers are seeded by the processor's generator and virtio-rng.
     let mut line = String::from(
-        "console=ttyS0 8250.nr_uarts=1 quiet reboot=k panic=-1 no_timer_check tsc=reliable \
+        "console=ttyS0 8250.nr_uarts=1 quiet reboot=k panic=-1 oops=panic no_timer_check tsc=reliable \
          rcupdate.rcu_expedited=1 dummy.numdummies=0 random.trust_cpu=on",
     );
     if config.vcpus_max() > config.vcpus {

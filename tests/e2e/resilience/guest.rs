@@ -203,6 +203,27 @@ impl ScriptedGuests {
 }
 
 #[test]
+fn a_container_that_is_killed_while_it_reads_a_file_ends_and_its_guest_goes_on() -> Result<()> {
+    on_pericarp(async |node| {
+        let (pod, other) = privileged(node, "killed-reading").await?;
+        // Nothing stays in memory for long, so that there is always something that is read ahead.
+        other
+            .shell("(while sleep 0.02; do echo 1 > /proc/sys/vm/drop_caches; done) > /dev/null 2>&1 &")
+            .await?;
+        for round in 0..8 {
+            let script = "echo reading; while :; do cat /bin/busybox > /dev/null; done";
+            let container = pod.container(&format!("reader-{round}")).script(script).start().await?;
+            container.wait_for_output("reading\n").await?;
+            // Its last process is the last one with its root file system.
+            container.stop(0).await?;
+            container.remove().await?;
+        }
+        assert_eq!(other.shell("echo alive").await?, "alive");
+        Ok(())
+    })
+}
+
+#[test]
 fn a_stuck_guest_is_ended_when_its_time_is_over_and_no_other() -> Result<()> {
     on_pericarp(async |node| {
         let mut guests = ScriptedGuests::new(node).await?;

@@ -456,13 +456,11 @@ fn nothing_is_left_in_a_controller_by_random_operations() -> Result<()> {
         model.remove_all().await?;
         model.agrees().await.context("after all pods were removed")?;
         let mut after = size_of_controller()?;
-        for _ in 0..300 {
-            if after.0.len() <= before.0.len() {
-                break;
-            }
-            tokio::time::sleep(Duration::from_millis(100)).await;
+        let closed = wait_until("as few open descriptors as before", async || {
             after = size_of_controller()?;
-        }
+            Ok(after.0.len() <= before.0.len())
+        })
+        .await;
         println!(
             "the controller's descriptors and memory: {} and {} bytes, in the end {} and {} bytes",
             before.0.len(),
@@ -470,7 +468,7 @@ fn nothing_is_left_in_a_controller_by_random_operations() -> Result<()> {
             after.0.len(),
             after.1
         );
-        ensure!(after.0.len() <= before.0.len(), "open in the end: {:?}; before: {:?}", after.0, before.0);
+        closed.with_context(|| format!("open in the end: {:?}; before: {:?}", after.0, before.0))?;
         ensure!(after.1 <= before.1 + GROWTH_MAX, "the controller has grown by {} bytes", after.1 - before.1);
         Ok(())
     })

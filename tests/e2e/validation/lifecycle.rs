@@ -72,8 +72,8 @@ fn a_pod_that_names_nothing_has_a_life_like_any_other() -> Result<()> {
         let life = [Created, Started, StoppedContainerd, Deleted];
         assert_eq!(told.of(&pod.id).await?, life);
         assert_eq!(told.of(&stopped.id).await?, life);
-        // Of a container that is removed while it runs, the last two are sent in either order: containerd lets the
-        // removal go on before it sends that the container has stopped (`criService.handleContainerExit`).
+        // The last two events of a container that is removed while it runs are sent in either order: containerd lets
+        // the removal go on before it sends that the container has stopped (`criService.handleContainerExit`).
         let mut of_removed = told.of(&container.id).await?;
         of_removed.sort_unstable();
         assert_eq!(of_removed, life);
