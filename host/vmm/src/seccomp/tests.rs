@@ -58,6 +58,16 @@ fn what_another_process_does() {
     on_thread(kind, move || match what.as_str() {
         "work" => work(),
         "panic" => panic!("a defect"),
+        "blocked" => {
+            // SAFETY: the set is initialized before it is used, and outlives the calls.
+            unsafe {
+                let mut signals = std::mem::zeroed();
+                libc::sigemptyset(&raw mut signals);
+                libc::sigaddset(&raw mut signals, libc::SIGSYS);
+                libc::pthread_sigmask(libc::SIG_BLOCK, &raw const signals, std::ptr::null_mut());
+            }
+            attacks::make("execve");
+        }
         call => {
             attacks::make(call);
         }
@@ -147,6 +157,12 @@ fn no_thread_opens_files_or_takes_another_users_ids_but_the_one_that_serves_them
         assert_ended_by_filter(kind, "openat", "openat");
         assert_ended_by_filter(kind, "setfsuid", "setfsuid");
     }
+}
+
+#[test]
+fn the_kernel_ends_a_process_that_has_blocked_the_handlers_signal() {
+    let output = run(ThreadKind::Vcpu, "blocked");
+    assert_eq!(output.status.signal(), Some(libc::SIGSYS), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 #[test]
