@@ -97,6 +97,18 @@ impl FaultPoint {
     }
 }
 
+/// What a test wants the next machine to do as if it had been captured: an environment variable of the machine.
+#[cfg(feature = "fault-points")]
+pub fn requested_attack() -> Option<(&'static str, String)> {
+    Some((pericarp_vmm::ATTACK_VARIABLE, requested::claim_attack()?))
+}
+
+/// None.
+#[cfg(not(feature = "fault-points"))]
+pub fn requested_attack() -> Option<(&'static str, String)> {
+    None
+}
+
 /// Each point by its name, for [`FaultPoint::ALL`] and a test to be of one mind.
 #[cfg(test)]
 mod tests {

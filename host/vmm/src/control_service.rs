@@ -20,12 +20,14 @@ use pericarp_protos::{
 };
 
 use crate::{
+    attack,
     disks::{Disks, InsertError, NamedCounters, Removal},
     error::ExitReason,
     lock::unpoisoned,
     memory::{self, GuestMemory},
     memory_hotplug::{MemoryHotplug, MemoryRequestError},
     received_descriptors::ReceivedDescriptors,
+    thread_kind::ThreadKind,
     vcpu::Vcpus,
     virtio::mem::WaitError,
 };
@@ -61,7 +63,7 @@ impl ControlService {
         unpoisoned(self.vcpus.lock())
     }
 
-    /// Serves on a socket that is already listening, until the returned server is dropped.
+    /// Serves on a socket that is already listening, on threads that the calling thread starts.
     pub fn serve(self, listener: UnixListener) -> ttrpc::Result<Server> {
         let mut server = Server::new()
             .set_thread_count_default(2)
@@ -76,6 +78,8 @@ impl ControlService {
 
 impl Machine for ControlService {
     fn status(&self, _context: &TtrpcContext, _request: StatusRequest) -> ttrpc::Result<StatusResponse> {
+        attack::allow();
+        attack::reached(ThreadKind::Control);
         let devices =
             self.counters.iter().cloned().chain(self.disks.counters()).map(device_counters).collect();
         Ok(StatusResponse {

@@ -14,7 +14,8 @@ use thiserror::Error;
 use crate::{
     bus::Bus,
     lock::unpoisoned,
-    threads::{ThreadKind, ThreadSpawner},
+    thread_kind::ThreadKind,
+    threads::ThreadSpawner,
     virtio::{
         Counter, Device as _,
         blk::{Blk, DiskError, Extent},
@@ -153,7 +154,7 @@ impl Disks {
             unpoisoned(occupied.by_slot.lock()).remove(&slot);
             occupied.removed.notify_all();
         };
-        self.threads.spawn(ThreadKind::Unprivileged, &format!("close{slot}"), remove).map(drop)
+        self.threads.spawn(ThreadKind::DiskRemoval, &format!("close{slot}"), remove).map(drop)
     }
 
     /// The counters of all disks. Reading them waits for no device.

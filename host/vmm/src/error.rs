@@ -9,6 +9,7 @@ use crate::{
     arch::current::{boot::BootError, layout::DEVICES_MAX, registers::RegisterError},
     config::MachineConfig,
     memory::MemoryError,
+    threads::RestrictError,
     virtio::{device_slot::SlotError, fs::FsError, net::NetError, vsock::VsockError},
 };
 
@@ -75,6 +76,8 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    #[error(transparent)]
+    Restrict(#[from] RestrictError),
     #[error("cannot serve the control socket")]
     Control(#[source] ttrpc::Error),
 }

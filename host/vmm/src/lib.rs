@@ -7,6 +7,7 @@
 //! do have threads of their own ([`virtio`]). The controller's calls are served by some more ([`control_service`]).
 
 mod arch;
+mod attack;
 mod bounded_file;
 mod bus;
 mod config;
@@ -21,16 +22,21 @@ mod memory;
 mod memory_hotplug;
 mod probe;
 mod received_descriptors;
+mod seccomp;
 mod signals;
 mod slot_plan;
+mod thread_kind;
 mod threads;
 mod vcpu;
 mod virtio;
 
 pub use arch::current::probe::Progress;
+#[cfg(feature = "fault-points")]
+pub use attack::VARIABLE as ATTACK_VARIABLE;
 pub use config::{ConsoleConfig, MachineConfig, NetConfig, ShareConfig, VsockConfig};
 pub use error::{Error, ExitReason};
 pub use log::{LAST_WORDS, Log};
 pub use machine::{Inherited, monotonic_ns, run};
 pub use probe::{ProbeError, probe};
+pub use seccomp::{FILTER_EXIT_STATUS, FILTER_VIOLATION};
 pub use virtio::vsock::{PortForward, VsockSockets};

@@ -3,13 +3,14 @@
 use std::{
     fmt::Write as _,
     fs::File,
+    io,
     os::{fd::OwnedFd, unix::net::UnixListener},
     sync::{Arc, Mutex, atomic::AtomicU8, mpsc},
 };
 
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VmFd};
-use pericarp_protos::vmm_blocking::BootTimes;
+use pericarp_protos::{ttrpc::Server, vmm_blocking::BootTimes};
 use vm_memory::{GuestMemory as _, GuestMemoryRegion as _};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -19,6 +20,7 @@ use crate::{
         layout::{self, DEVICE_SIZE, DEVICES, FIRST_IRQ, SERIAL_IRQ},
         registers,
     },
+    attack,
     bus::{Bus, VmExitCounters},
     config::MachineConfig,
     console::{self, Console},
@@ -30,7 +32,8 @@ use crate::{
     received_descriptors::ReceivedDescriptors,
     signals::end_on_sigterm,
     slot_plan::SlotPlan,
-    threads::{ThreadKind, ThreadSpawner, renounce_privileges},
+    thread_kind::ThreadKind,
+    threads::{ThreadSpawner, renounce_privileges},
     vcpu::{VcpuFactory, Vcpus},
     virtio::{
         Device,
@@ -64,7 +67,7 @@ pub struct Inherited {
 /// From now on, a panic on any thread aborts the process. The process should exit soon after this returns: vCPU threads
 /// may still be running.
 pub fn run(config: &MachineConfig, inherited: Inherited, process_start_ns: u64) -> Result<ExitReason, Error> {
-    abort_on_panic();
+    prepare_process()?;
     end_on_sigterm().map_err(|source| Error::Io { what: "process end when it is asked to", source })?;
     let kvm = Kvm::new().map_err(Error::OpenKvm)?;
     check_size(config, &kvm)?;
@@ -109,9 +112,8 @@ pub fn run(config: &MachineConfig, inherited: Inherited, process_start_ns: u64) 
     registers::enter_kernel(boot_vcpu, entry)?;
     let kernel_loaded_ns = monotonic_ns();
 
-    // Everything is open. The threads that serve calls are started by the library, and inherit from this one.
-    let restricted = ThreadKind::Unprivileged.restrict();
-    restricted.map_err(|source| Error::Io { what: "threads without privileges", source })?;
+    // Everything is open. From here on, this thread needs nothing of the host but the other threads.
+    ThreadKind::Main.restrict()?;
     let (exit_reasons, received_reasons) = mpsc::channel();
     let vcpus_started_ns = monotonic_ns();
     let mut running = Vcpus {
@@ -152,9 +154,40 @@ pub fn run(config: &MachineConfig, inherited: Inherited, process_start_ns: u64) 
             .map_err(|source| Error::Io { what: "the thread that takes descriptors", source })?,
         exit_reasons,
     };
-    let _server = service.serve(inherited.control).map_err(Error::Control)?;
+    let _server = serve(service, inherited.control, &threads)?;
     let Ok(reason) = received_reasons.recv() else { unreachable!("the control service holds a sender") };
     Ok(reason)
+}
+
+/// Serves the controller's calls. The library starts threads for that itself, which inherit what the thread may do that
+/// starts the first of them.
+fn serve(service: ControlService, listener: UnixListener, threads: &ThreadSpawner) -> Result<Server, Error> {
+    let failed = |source| Error::Io { what: "the thread that serves the control socket", source };
+    let (started, is_started) = mpsc::sync_channel(1);
+    let start = move || {
+        // The other end waits for it.
+        let _ = started.send(service.serve(listener));
+    };
+    threads.spawn(ThreadKind::Control, "control", start).map_err(failed)?;
+    is_started.recv().map_err(|error| failed(io::Error::other(error)))?.map_err(Error::Control)
+}
+
+/// Makes all threads get their memory from glibc's first arena. For others, glibc opens files the first time that a
+/// thread makes one or gives back some of its memory (`arena_get2`, `check_may_shrink_heap`), which most threads may
+/// not. A machine's threads allocate little while they serve a guest.
+fn allocate_from_one_arena() -> Result<(), Error> {
+    // SAFETY: it sets a parameter of the allocator, before there are other threads.
+    match unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) } {
+        0 => Err(Error::Io { what: "allocator use one arena", source: io::ErrorKind::Unsupported.into() }),
+        _ => Ok(()),
+    }
+}
+
+/// Sets what holds for all threads, before there are others.
+pub(crate) fn prepare_process() -> Result<(), Error> {
+    attack::prepare();
+    abort_on_panic();
+    allocate_from_one_arena()
 }
 
 /// Makes a panic on any thread end the process: it must not leave half a machine running.

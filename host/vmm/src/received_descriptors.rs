@@ -16,10 +16,7 @@ use rustix::{
     net::{SocketFlags, accept_with},
 };
 
-use crate::{
-    lock::unpoisoned,
-    threads::{ThreadKind, ThreadSpawner},
-};
+use crate::{attack, lock::unpoisoned, thread_kind::ThreadKind, threads::ThreadSpawner};
 
 /// Sets that wait for their call. The controller makes one call at a time; what a controller that was killed has left
 /// is closed when as many have followed.
@@ -51,13 +48,14 @@ impl ReceivedDescriptors {
         let shared = received.clone();
         let receive = move || {
             loop {
+                attack::reached(ThreadKind::Descriptors);
                 if let Err(error) = shared.receive_next(&listener) {
                     tracing::warn!(%error, "descriptors are not taken");
                     thread::sleep(PAUSE);
                 }
             }
         };
-        threads.spawn(ThreadKind::Unprivileged, "descriptors", receive)?;
+        threads.spawn(ThreadKind::Descriptors, "descriptors", receive)?;
         Ok(received)
     }
 

@@ -1,4 +1,5 @@
-//! The machine's threads: each is of a [`ThreadKind`], which decides what it may do.
+//! The machine's threads: each is of a [`ThreadKind`], which decides which privileges it has ([`ThreadKind::restrict`])
+//! and which system calls it may make ([`seccomp`]).
 //!
 //! A thread inherits the privileges of the one that starts it, and devices start theirs when the guest's driver
 //! activates them, on the thread of a vCPU, which has none. So one thread, the spawner, starts all others: it does
@@ -22,29 +23,49 @@ use rustix::{
         set_no_new_privs,
     },
 };
+use thiserror::Error;
+
+use crate::{
+    seccomp::{self, FilterError},
+    thread_kind::ThreadKind,
+};
 
 /// Requests that wait for the spawner. Whoever makes one waits for its answer, so that no more can wait than the
 /// machine
 /// has threads.
 const REQUESTS: usize = 1;
 
-/// What a thread is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum ThreadKind {
-    /// Runs a vCPU, or a device's worker that needs no privilege.
-    Unprivileged,
-    /// Serves the share: it reads and writes files whoever owns them.
-    Fs,
+/// A thread cannot be restricted to what its kind needs.
+#[derive(Debug, Error)]
+pub enum RestrictError {
+    #[error("the capabilities of the thread {thread} cannot be dropped")]
+    Capabilities {
+        thread: &'static str,
+        #[source]
+        source: io::Error,
+    },
+    #[error(transparent)]
+    Filter(#[from] FilterError),
 }
 
 impl ThreadKind {
-    /// Drops what a thread of this kind must not have. It is called on that thread, before it sees anything of a
-    /// guest's.
-    pub fn restrict(self) -> io::Result<()> {
-        match self {
-            Self::Unprivileged => drop_capabilities(),
-            Self::Fs => Ok(restrict_capabilities()?),
-        }
+    /// Drops what a thread of this kind must not have, and refuses it all system calls that it does not need. It is
+    /// called on that thread, before it sees anything of a guest's.
+    pub fn restrict(self) -> Result<(), RestrictError> {
+        let restricted = match self {
+            // Whoever starts a thread that needs privileges has them itself.
+            Self::Spawner | Self::Fs => restrict_capabilities().map_err(io::Error::from),
+            Self::Main
+            | Self::Vcpu
+            | Self::Vsock
+            | Self::Net
+            | Self::Blk
+            | Self::Descriptors
+            | Self::DiskRemoval
+            | Self::Control => drop_capabilities(),
+        };
+        restricted.map_err(|source| RestrictError::Capabilities { thread: self.name(), source })?;
+        Ok(seccomp::install(self)?)
     }
 }
 
@@ -123,10 +144,12 @@ impl std::fmt::Debug for Request {
 }
 
 impl ThreadSpawner {
-    /// Starts the spawner. It has no more privileges than the threads that it starts.
+    /// Starts the spawner. It has no more privileges than the threads that it starts. From now on, a system call that a
+    /// thread's filter does not allow ends the process with a line that names both.
     pub fn start() -> io::Result<Self> {
+        seccomp::report_violations()?;
         let (sender, requests) = mpsc::sync_channel(REQUESTS);
-        start(ThreadKind::Fs, "spawner".to_owned(), Box::new(move || serve(&requests)))?;
+        start(ThreadKind::Spawner, "spawner".to_owned(), Box::new(move || serve(&requests)))?;
         Ok(Self(sender))
     }
 
@@ -154,7 +177,7 @@ fn serve(requests: &Receiver<Request>) {
 fn start(kind: ThreadKind, name: String, work: Box<dyn FnOnce() + Send>) -> io::Result<JoinHandle<()>> {
     let (ready, is_ready) = mpsc::sync_channel(1);
     let thread = Builder::new().name(name).spawn(move || {
-        let restricted = kind.restrict();
+        let restricted = kind.restrict().map_err(io::Error::other);
         let may_work = restricted.is_ok();
         // The other end waits for it.
         let _ = ready.send(restricted);
@@ -168,23 +191,40 @@ fn start(kind: ThreadKind, name: String, work: Box<dyn FnOnce() + Send>) -> io::
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
-    fn permitted(spawner: &ThreadSpawner, kind: ThreadKind) -> CapabilitySet {
+    /// The sets of capabilities of a new thread of a kind, which cannot look for itself: permitted, effective,
+    /// inheritable.
+    fn sets(spawner: &ThreadSpawner, kind: ThreadKind) -> [CapabilitySet; 3] {
         let (sender, receiver) = mpsc::channel();
-        let work = move || sender.send(capabilities(None).unwrap()).unwrap();
-        spawner.spawn(kind, "test", work).unwrap().join().unwrap();
-        let sets = receiver.recv().unwrap();
-        assert_eq!(sets.effective, sets.permitted);
-        assert!(sets.inheritable.is_empty());
-        sets.permitted
+        let (end, ended) = mpsc::channel::<()>();
+        let work = move || {
+            sender.send(rustix::thread::gettid()).unwrap();
+            let _ = ended.recv();
+        };
+        let thread = spawner.spawn(kind, "test", work).unwrap();
+        let status =
+            fs::read_to_string(format!("/proc/self/task/{}/status", receiver.recv().unwrap())).unwrap();
+        drop(end);
+        thread.join().unwrap();
+        ["CapPrm", "CapEff", "CapInh"].map(|key| {
+            let line = status.lines().find_map(|line| line.strip_prefix(&format!("{key}:"))).unwrap();
+            CapabilitySet::from_bits_retain(u64::from_str_radix(line.trim(), 16).unwrap())
+        })
     }
 
     #[test]
     fn only_the_thread_that_serves_files_has_capabilities_and_only_those_for_files() {
         let spawner = ThreadSpawner::start().unwrap();
-        assert!(permitted(&spawner, ThreadKind::Unprivileged).is_empty());
-        let for_files = permitted(&spawner, ThreadKind::Fs);
+        for kind in
+            [ThreadKind::Vcpu, ThreadKind::Vsock, ThreadKind::Net, ThreadKind::Blk, ThreadKind::Control]
+        {
+            assert!(sets(&spawner, kind).iter().all(CapabilitySet::is_empty), "{kind:?}");
+        }
+        let [for_files, effective, inheritable] = sets(&spawner, ThreadKind::Fs);
+        assert_eq!((effective, inheritable), (for_files, CapabilitySet::empty()));
         // Whoever runs this may have none.
         let own = capabilities(None).unwrap().permitted;
         assert_eq!(
@@ -203,8 +243,17 @@ mod tests {
         let spawner = ThreadSpawner::start().unwrap();
         let from_vcpu = spawner.clone();
         let (sender, receiver) = mpsc::channel();
-        let work = move || sender.send(permitted(&from_vcpu, ThreadKind::Fs)).unwrap();
-        spawner.spawn(ThreadKind::Unprivileged, "vcpu0", work).unwrap().join().unwrap();
-        assert_eq!(receiver.recv().unwrap(), permitted(&spawner, ThreadKind::Fs));
+        let (end, ended) = mpsc::channel::<()>();
+        let of_files = move || {
+            sender.send(rustix::thread::gettid()).unwrap();
+            let _ = ended.recv();
+        };
+        let work = move || drop(from_vcpu.spawn(ThreadKind::Fs, "fs", of_files).unwrap());
+        spawner.spawn(ThreadKind::Vcpu, "vcpu0", work).unwrap().join().unwrap();
+        let status =
+            fs::read_to_string(format!("/proc/self/task/{}/status", receiver.recv().unwrap())).unwrap();
+        drop(end);
+        let permitted = sets(&spawner, ThreadKind::Fs)[0].bits();
+        assert!(status.contains(&format!("CapPrm:\t{permitted:016x}\n")), "{status}");
     }
 }

@@ -10,9 +10,11 @@ use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 
 use crate::{
     arch::current::{cpuid, registers},
+    attack,
     bus::{Bus, PortWrite},
     error::{Error, ExitReason, refused},
-    threads::{ThreadKind, ThreadSpawner},
+    thread_kind::ThreadKind,
+    threads::ThreadSpawner,
 };
 
 /// Makes a machine's vCPUs, each in its state after a reset.
@@ -90,7 +92,7 @@ fn spawn_vcpu_thread(
     bus: Arc<Bus>,
     exit_reasons: Sender<ExitReason>,
 ) -> io::Result<JoinHandle<()>> {
-    threads.spawn(ThreadKind::Unprivileged, &format!("vcpu{id}"), move || {
+    threads.spawn(ThreadKind::Vcpu, &format!("vcpu{id}"), move || {
         let reason = run(&mut vcpu, &bus);
         // There is no receiver any more only if the machine is ending already.
         let _ = exit_reasons.send(reason);
@@ -121,6 +123,7 @@ pub fn unexpected_exit(exit: &VcpuExit) -> ExitReason {
 
 fn run(vcpu: &mut VcpuFd, bus: &Bus) -> ExitReason {
     loop {
+        attack::reached(ThreadKind::Vcpu);
         match vcpu.run() {
             Ok(VcpuExit::MmioRead(_, data)) => bus.mmio_read(data),
             Ok(VcpuExit::MmioWrite(address, data)) => bus.mmio_write(address, data),

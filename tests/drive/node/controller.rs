@@ -71,6 +71,33 @@ impl Drop for PendingKill {
     }
 }
 
+/// A request that the next machine act as if it had been captured (`host/vmm/src/attack.rs`). Dropping it withdraws the
+/// request.
+pub struct PendingAttack {
+    file: PathBuf,
+}
+
+impl PendingAttack {
+    /// Asks that a thread of a kind make a system call once the pod has started.
+    pub fn of_next_machine(thread: &str, call: &str) -> Result<Self> {
+        let file =
+            std::env::var_os(FAULT_FILE).context("the node's controller was started without fault points")?;
+        fs::write(&file, format!("attack {thread} {call}"))?;
+        Ok(Self { file: file.into() })
+    }
+
+    /// Whether a machine has been started with it.
+    pub fn is_claimed(&self) -> bool {
+        !self.file.exists()
+    }
+}
+
+impl Drop for PendingAttack {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.file);
+    }
+}
+
 /// Where the node's own controller writes its log.
 const LOG: &str = "/results/pericarp.log";
 

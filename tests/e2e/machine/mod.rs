@@ -2,6 +2,7 @@
 
 mod devices;
 pub mod disks;
+mod filters;
 mod guest_kernel;
 mod jail;
 mod process;

@@ -9,8 +9,9 @@ use std::{
 
 use super::FaultPoint;
 
-/// The variable that names a file. In it is what a test asks for: the name of the next point to be killed at, or "hold"
-/// and the name of the next point to be held up at for as long as a file of the name with ".held" is there.
+/// The variable that names a file. In it is what a test asks for: the name of the next point to be killed at; "hold"
+/// and the name of the next point to be held up at for as long as a file of the name with ".held" is there; or
+/// "attack", and the thread and the system call with which the next machine is to act as if it had been captured.
 const FILE: &str = "PERICARP_FAULT_FILE";
 
 /// How often a point that is held up looks whether it may go on.
@@ -33,6 +34,14 @@ pub fn act(point: FaultPoint) {
         // Whoever removes it is the one that dies: several pods may be here at once.
         kill(name);
     }
+}
+
+/// The thread and the call of an attack, which is then no longer asked for.
+pub fn claim_attack() -> Option<String> {
+    let file = std::env::var_os(FILE)?;
+    let request = fs::read_to_string(&file).ok()?;
+    let attack = request.trim().strip_prefix("attack ")?.to_owned();
+    fs::remove_file(&file).is_ok().then_some(attack)
 }
 
 fn hold_up(file: &Path, name: &str) {

@@ -24,13 +24,15 @@ use pericarp_protos::{
         ResizeResponse, StatusRequest, StatusResponse, WaitMemoryRequest,
     },
 };
-use pericarp_vmm::{Inherited, MachineConfig, PortForward, VsockSockets};
+use pericarp_vmm::{FILTER_EXIT_STATUS, Inherited, MachineConfig, PortForward, VsockSockets};
 use rustix::{
     fs::{OFlags, fcntl_getfl, fcntl_setfl},
     process::{Pid, Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid},
 };
 use serde::{Deserialize, Serialize};
 use tokio::io::{Interest, unix::AsyncFd};
+
+use crate::fault::requested_attack;
 
 /// Names of a pod's files in its directory.
 pub mod file {
@@ -68,6 +70,11 @@ pub enum Exit {
 }
 
 impl Exit {
+    /// Whether one of the machine's own filters of system calls has ended it, as far as this tells.
+    pub fn is_by_filter(self) -> bool {
+        matches!(self, Exit::Code(FILTER_EXIT_STATUS) | Exit::Signal(libc::SIGSYS))
+    }
+
     /// As a shell would report it; what `Controller.Wait` answers.
     pub fn status(self) -> u32 {
         match self {
@@ -117,6 +124,9 @@ impl Machine {
         command.argument("vmm")?.argument("--config")?.argument(&path)?;
         if let Some(filter) = std::env::var_os(LOG_FILTER) {
             command.variable(LOG_FILTER, filter)?;
+        }
+        if let Some((name, attack)) = requested_attack() {
+            command.variable(name, attack)?;
         }
         let Inherited {
             control,
@@ -375,6 +385,13 @@ mod tests {
         assert_eq!(tail(file.path(), 1000), "first\nsecond  [2J\nlast");
         assert_eq!(tail(file.path(), 5), "last");
         assert_eq!(tail(Path::new("/no/such/log"), 5), "");
+    }
+
+    #[test]
+    fn the_end_by_a_filter_is_told_from_others_with_and_without_its_handler() {
+        assert!(Exit::Code(FILTER_EXIT_STATUS).is_by_filter() && Exit::Signal(libc::SIGSYS).is_by_filter());
+        let others = [Exit::Code(0), Exit::Code(1), Exit::Signal(9), Exit::Signal(6), Exit::Unknown];
+        assert!(!others.into_iter().any(Exit::is_by_filter));
     }
 
     #[test]

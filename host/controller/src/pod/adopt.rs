@@ -19,7 +19,7 @@ use super::{
     Ended, Environment, Pod,
     files::PodFiles,
     life::{Life, Running},
-    machine_exit::{last_words, own_last_words},
+    machine_exit::{ENDED_BY_FILTER, is_by_filter, last_words, own_last_words},
     owned::{Extent, Owned, Resource},
     progress::Progress,
     record::{self, End, Record, RecordError, Stage},
@@ -35,7 +35,7 @@ use crate::{
         process::{self, Process},
         size::Size,
     },
-    telemetry::error_chain::chain,
+    telemetry::{counters, error_chain::chain},
 };
 
 /// The namespace of kubelet's pods, where nothing tells of another.
@@ -359,16 +359,22 @@ fn observed_end(files: &PodFiles) -> End {
     let (log, console) = (files.log(), files.console());
     let written = fs::metadata(&log).and_then(|log| log.modified());
     // The last thing that it does by itself is to say so.
-    let own = if own_last_words(&log).is_some() {
-        Some(Exit::Code(1))
-    } else {
-        machine::tail(&log, 256).contains(pericarp_vmm::LAST_WORDS).then_some(Exit::Code(0))
+    let own = match own_last_words(&log) {
+        Some(words) if is_by_filter(Exit::Unknown, &words) => {
+            Some(Exit::Code(pericarp_vmm::FILTER_EXIT_STATUS))
+        }
+        Some(_) => Some(Exit::Code(1)),
+        None => machine::tail(&log, 256).contains(pericarp_vmm::LAST_WORDS).then_some(Exit::Code(0)),
     };
     let (exit, at) = match (own, written) {
         (Some(exit), Ok(written)) => (exit, written),
         (own, _) => (own.unwrap_or(Exit::Unknown), SystemTime::now()),
     };
     let words = last_words(&log, &console, None);
+    if exit.is_by_filter() {
+        let ended_by_filter = counters::MACHINES_ENDED_BY_FILTER.add_one();
+        tracing::error!(log = %log.display(), words, ended_by_filter, "{ENDED_BY_FILTER}");
+    }
     End::new(Ended { exit, at }, Some(format!("the machine ended while no controller ran: {words}")))
 }
 

@@ -11,7 +11,11 @@ use crate::{
         cgroup,
         machine::{self, Exit, Machine},
     },
+    telemetry::counters,
 };
+
+/// What is said of a machine that one of its filters has ended. Then it has a defect, or somebody has captured it.
+pub(super) const ENDED_BY_FILTER: &str = "the machine was ended by its own filter of system calls";
 
 /// Bytes of a log that an error quotes.
 const QUOTE_MAX: u64 = 600;
@@ -49,12 +53,17 @@ impl Pod {
             tracing::info!(pod = self.id(), ?exit, "machine stopped");
         } else {
             let words = self.last_words().await;
-            tracing::warn!(pod = self.id(), ?exit, words, "machine ended unexpectedly");
+            let reason = if is_by_filter(exit, &words) {
+                let ended_by_filter = counters::MACHINES_ENDED_BY_FILTER.add_one();
+                tracing::error!(pod = self.id(), words, ended_by_filter, "{ENDED_BY_FILTER}");
+                format!("{ENDED_BY_FILTER}: {words}")
+            } else {
+                tracing::warn!(pod = self.id(), ?exit, words, "machine ended unexpectedly");
+                format!("the machine ended unexpectedly ({exit:?}): {words}")
+            };
             self.status.send_modify(|status| {
                 // A stuck guest's is known.
-                status
-                    .reason
-                    .get_or_insert_with(|| format!("the machine ended unexpectedly ({exit:?}): {words}"));
+                status.reason.get_or_insert(reason);
             });
         }
         FaultPoint::MachineEnded.reached();
@@ -76,6 +85,11 @@ impl Pod {
         let cgroup = self.status.borrow().owned.cgroup();
         self.blocking.run(move || last_words(&log, &console, cgroup.as_deref())).await
     }
+}
+
+/// Whether a machine's filter has ended it. If nobody could tell how it ended, its last words do.
+pub(super) fn is_by_filter(exit: Exit, words: &str) -> bool {
+    exit.is_by_filter() || exit == Exit::Unknown && words.ends_with(pericarp_vmm::FILTER_VIOLATION)
 }
 
 /// What the files of a machine tell about its end. `cgroup` is the machine's, if it was in one. Blocks.

@@ -413,6 +413,40 @@ async fn what_runs_of_a_pod_is_removed_when_its_machine_ends() {
     let _ = process.wait();
 }
 
+/// The controller's log, the pod's status and the counter tell of a machine that its own filter has ended.
+#[tokio::test]
+async fn a_machine_that_its_filter_has_ended_is_told_with_thread_and_call() {
+    let directory = tempfile::tempdir().unwrap();
+    let (pod, mut task) = undriven(directory.path());
+    std::fs::create_dir(pod.directory()).unwrap();
+    let line =
+        format!("error: thread vcpu made system call 257 (openat), {}\n", pericarp_vmm::FILTER_VIOLATION);
+    std::fs::write(pod.files.log(), line).unwrap();
+    let status = pericarp_vmm::FILTER_EXIT_STATUS;
+    let mut process = std::process::Command::new("sh")
+        .args(["-c", &format!("read line; exit {status}")])
+        .stdin(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let (pid, pidfd) = Process::of(process.id()).unwrap().open().unwrap().unwrap();
+    task.is_machine_watched = true;
+    pod.watch_machine(Machine::adopt(pid, pidfd).unwrap());
+    task.spawn(Life::running_with(life::Running::taken_over(process.id(), spec().resources)));
+    let before = crate::telemetry::counters::MACHINES_ENDED_BY_FILTER.get();
+    drop(process.stdin.take());
+    assert_eq!(pod.wait().await.exit, Exit::Code(status));
+    let reason = pod.status().reason.unwrap();
+    assert!(
+        reason.starts_with("the machine was ended by its own filter of system calls: thread vcpu"),
+        "{reason}"
+    );
+    assert!(reason.contains("system call 257 (openat)"), "{reason}");
+    assert_eq!(record::end_on_record(pod.directory()).unwrap().exit, Exit::Code(status));
+    assert!(crate::telemetry::counters::MACHINES_ENDED_BY_FILTER.get() > before);
+    // Its exit status was taken by whoever watched it.
+    let _ = process.wait();
+}
+
 /// Whoever takes events may handle those of the whole node one after the other.
 #[tokio::test(start_paused = true)]
 async fn a_guest_that_tells_of_very_much_is_heard_slowly() {

@@ -34,10 +34,7 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT as _, QueueT as _};
 use vm_memory::{Bytes as _, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::{
-    memory::GuestMemory,
-    threads::{ThreadKind, ThreadSpawner},
-};
+use crate::{memory::GuestMemory, thread_kind::ThreadKind, threads::ThreadSpawner};
 
 /// Device types (virtio 1.2, section 5).
 pub mod device_type {

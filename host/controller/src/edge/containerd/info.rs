@@ -4,7 +4,10 @@ use std::collections::HashMap;
 
 use serde_json::{Map, Value, json};
 
-use crate::pod::{Pod, life::Phase};
+use crate::{
+    pod::{Pod, life::Phase},
+    telemetry::counters,
+};
 
 /// Two entries: one with the keys that containerd's own sandboxes have (`podsandbox`, `SandboxInfo`), which containerd
 /// 2.3 writes anew with what it knows itself, and one with what belongs to Pericarp.
@@ -44,6 +47,8 @@ pub async fn of_pod(pod: &Pod) -> HashMap<String, String> {
         "containers": status.containers,
         "owned": status.owned,
         "reason": status.reason,
+        // Not of this pod: those of all pods since the controller was started.
+        "machinesEndedByFilter": counters::MACHINES_ENDED_BY_FILTER.get(),
     });
     HashMap::from([("info".to_owned(), sandbox.to_string()), ("pericarp".to_owned(), pericarp.to_string())])
 }

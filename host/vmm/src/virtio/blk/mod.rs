@@ -23,7 +23,7 @@ use super::{
     ActivateError, Activation, Counter, Device, F_EVENT_IDX, RunningWorker, all_queues, device_type,
     read_config_bytes,
 };
-use crate::threads::ThreadKind;
+use crate::thread_kind::ThreadKind;
 
 const F_SIZE_MAX: u64 = 1 << 1;
 const F_SEG_MAX: u64 = 1 << 2;
@@ -117,7 +117,7 @@ impl Device for Blk {
         let [queue] = all_queues(activation.queues)?;
         let (name, disk) = (self.name.clone(), self.disk.clone());
         let (serial, counters) = (self.serial, self.counters.clone());
-        let worker = super::start_worker(&activation.threads, ThreadKind::Unprivileged, &self.name, |stop| {
+        let worker = super::start_worker(&activation.threads, ThreadKind::Blk, &self.name, |stop| {
             let worker = Worker::new(name, activation.memory, queue, disk, serial, counters, stop)?;
             Ok(move || worker.run())
         });

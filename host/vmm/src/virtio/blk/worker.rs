@@ -7,7 +7,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{Counters, SERIAL_SIZE, disk::Disk, request};
 use crate::{
+    attack,
     memory::GuestMemory,
+    thread_kind::ThreadKind,
     virtio::{
         ActiveQueue,
         wait_context::{WaitContext, event_tokens},
@@ -58,6 +60,7 @@ impl Worker {
     pub fn run(mut self) {
         let mut more = true;
         loop {
+            attack::reached(ThreadKind::Blk);
             match self.handle_events(more.then_some(Duration::ZERO)) {
                 Ok(ControlFlow::Continue(())) => {}
                 Ok(ControlFlow::Break(())) => return,

@@ -39,7 +39,7 @@ use super::{
     ActivateError, Activation, Counter, Device, F_EVENT_IDX, RunningWorker, all_queues, device_type,
     read_config_bytes,
 };
-use crate::{config::ShareConfig, threads::ThreadKind};
+use crate::{config::ShareConfig, thread_kind::ThreadKind};
 
 /// `VIRTIO_F_INDIRECT_DESC`: large requests take one entry of the ring.
 const F_INDIRECT_DESC: u64 = 1 << 28;

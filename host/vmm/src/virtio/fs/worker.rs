@@ -15,7 +15,9 @@ use super::{
     staging::{Staging, StagingError},
 };
 use crate::{
+    attack,
     memory::GuestMemory,
+    thread_kind::ThreadKind,
     virtio::{
         ActiveQueue, Chain, Counter,
         wait_context::{WaitContext, event_tokens},
@@ -82,6 +84,7 @@ impl Worker {
             return;
         }
         loop {
+            attack::reached(ThreadKind::Fs);
             match self.serve_pending() {
                 Ok(ControlFlow::Continue(())) => {}
                 Ok(ControlFlow::Break(())) => return,

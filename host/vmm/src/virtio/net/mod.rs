@@ -48,11 +48,7 @@ use self::{
 use super::{
     ActivateError, Activation, Counter, Device, F_EVENT_IDX, RunningWorker, device_type, read_config_bytes,
 };
-use crate::{
-    config::NetConfig,
-    memory::GuestMemory,
-    threads::{ThreadKind, ThreadSpawner},
-};
+use crate::{config::NetConfig, memory::GuestMemory, thread_kind::ThreadKind, threads::ThreadSpawner};
 
 /// Feature bits (virtio 1.2, section 5.1.3).
 mod feature {
@@ -183,7 +179,7 @@ impl Net {
             let steering = (features & feature::MQ != 0).then(|| Steering::new(other_taps));
             let name = format!("{}.control", self.name);
             let memory = memory.clone();
-            self.workers.push(super::start_worker(threads, ThreadKind::Unprivileged, &name, |stop| {
+            self.workers.push(super::start_worker(threads, ThreadKind::Net, &name, |stop| {
                 let control = ControlQueue::new(name.clone(), memory, queue, steering, stop)?;
                 Ok(move || control.run())
             })?);
@@ -202,7 +198,7 @@ impl Net {
     ) -> io::Result<()> {
         let receiver = Receiver::new(pair.receive, memory, features, self.counters.clone());
         let transmitter = Transmitter::new(pair.transmit, memory, self.counters.clone());
-        self.workers.push(super::start_worker(threads, ThreadKind::Unprivileged, name, |stop| {
+        self.workers.push(super::start_worker(threads, ThreadKind::Net, name, |stop| {
             let worker = Worker::new(name.to_owned(), receiver, transmitter, tap, stop)?;
             Ok(move || worker.run())
         })?);

@@ -9,7 +9,11 @@ use super::{
     tap::Tap,
     transmit::{TransmitOutcome, Transmitter},
 };
-use crate::virtio::wait_context::{WaitContext, event_tokens};
+use crate::{
+    attack,
+    thread_kind::ThreadKind,
+    virtio::wait_context::{WaitContext, event_tokens},
+};
 
 /// Most frames moved one way before the other way has its turn.
 const BATCH: usize = 64;
@@ -71,6 +75,7 @@ impl Worker {
     pub fn run(mut self) {
         let mut more = true;
         loop {
+            attack::reached(ThreadKind::Net);
             match self.handle_events(more.then_some(Duration::ZERO)) {
                 Ok(ControlFlow::Continue(())) => {}
                 Ok(ControlFlow::Break(())) => return,

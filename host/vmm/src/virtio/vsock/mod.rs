@@ -38,11 +38,7 @@ use super::{
     ActivateError, Activation, ActiveQueue, Counter, Device, F_EVENT_IDX, RunningWorker, all_queues,
     device_type, read_config_bytes,
 };
-use crate::{
-    config::VsockConfig,
-    memory::GuestMemory,
-    threads::{ThreadKind, ThreadSpawner},
-};
+use crate::{config::VsockConfig, memory::GuestMemory, thread_kind::ThreadKind, threads::ThreadSpawner};
 
 /// Receive, transmit and event queue.
 const QUEUE_SIZES: [u16; 3] = [256, 256, 16];
@@ -118,7 +114,7 @@ impl Vsock {
     ) -> io::Result<()> {
         let sockets = self.sockets.take().ok_or(io::ErrorKind::NotConnected)?;
         let mux = Mux::new(self.config, sockets, self.counters.clone())?;
-        let worker = super::start_worker(threads, ThreadKind::Unprivileged, "vsock", |stop| {
+        let worker = super::start_worker(threads, ThreadKind::Vsock, "vsock", |stop| {
             let worker = Worker::new(memory, queues, mux, stop)?;
             Ok(move || worker.run())
         })?;

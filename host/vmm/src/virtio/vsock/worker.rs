@@ -16,7 +16,9 @@ use super::{
     token::Token,
 };
 use crate::{
+    attack,
     memory::GuestMemory,
+    thread_kind::ThreadKind,
     virtio::{ActiveQueue, Chain},
 };
 
@@ -52,6 +54,7 @@ impl Worker {
     pub fn run(mut self) {
         let mut more = true;
         loop {
+            attack::reached(ThreadKind::Vsock);
             let timeout = if more { Some(Duration::ZERO) } else { self.timeout() };
             match self.handle_events(timeout) {
                 Ok(ControlFlow::Continue(())) => {}
