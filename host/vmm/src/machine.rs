@@ -24,6 +24,7 @@ use crate::{
     control_service::ControlService,
     disks::{Disks, NamedCounters},
     error::{Error, ExitReason, refused},
+    lock::unpoisoned,
     memory::{self, GuestMemory},
     memory_hotplug::{HotplugRegion, MemoryHotplug},
     received_descriptors::ReceivedDescriptors,
@@ -129,12 +130,12 @@ pub fn run(
         vcpu_count: AtomicU8::new(running.count),
         vcpus: Mutex::new(running),
         memory,
-        counters: [device_counters, vec![vm_exit_counters(&bus)]].concat(),
+        counters: [device_counters, vec![console_counters(&bus), vm_exit_counters(&bus)]].concat(),
         memory_hotplug: match hotplug_region.as_ref().zip(slot_plan.memory_hotplug) {
             Some((region, slot)) => MemoryHotplug::new(boot_bytes, region, bus.clone(), slot),
             None => MemoryHotplug::disabled(boot_bytes),
         },
-        disks: Disks::new(bus, threads.clone(), slot_plan.disks),
+        disks: Disks::new(bus, threads.clone(), slot_plan.disks, config.rate_limits.disk),
         descriptors: ReceivedDescriptors::receive_from(inherited.descriptors, &threads)
             .map_err(|source| Error::Io { what: "the thread that takes descriptors", source })?,
         exit_reasons,
@@ -204,10 +205,10 @@ fn make_boot_devices(config: &MachineConfig, vsock: VsockSockets) -> Result<Vec<
     let mut devices: Vec<Box<dyn Device>> =
         vec![Box::new(Vsock::new(config.vsock, vsock)?), Box::new(Rng::default())];
     if let Some(share) = &config.share {
-        devices.push(Box::new(Fs::new(share)?));
+        devices.push(Box::new(Fs::new(share, &config.rate_limits.fs)?));
     }
     for (index, net) in config.nets.iter().enumerate() {
-        devices.push(Box::new(Net::new(index, net)?));
+        devices.push(Box::new(Net::new(index, net, &config.rate_limits)?));
     }
     Ok(devices)
 }
@@ -221,8 +222,9 @@ fn make_bus(
     threads: &ThreadSpawner,
     devices: Vec<Box<dyn Device>>,
 ) -> Result<Bus, Error> {
-    let console = Console::open(&config.console, interrupt_line(vm, SERIAL_IRQ)?)
-        .map_err(|source| Error::Console { path: config.console.path.clone(), source })?;
+    let console =
+        Console::open(&config.console, &config.rate_limits.console, interrupt_line(vm, SERIAL_IRQ)?)
+            .map_err(|source| Error::Console { path: config.console.path.clone(), source })?;
     assert_eq!(devices.len(), slot_plan.boot_devices.len(), "the slot plan counts other devices");
     // Each slot keeps the mapping of its page.
     let pages = register_page::allocate(slot_plan.all().len())?;
@@ -255,6 +257,10 @@ fn interrupt_line(vm: &VmFd, irq: u32) -> Result<EventFd, Error> {
 
 fn device_counters(devices: &[Box<dyn Device>]) -> Vec<NamedCounters> {
     devices.iter().map(|device| (device.name().to_owned(), device.counters())).collect()
+}
+
+fn console_counters(bus: &Bus) -> NamedCounters {
+    ("console".to_owned(), unpoisoned(bus.console.lock()).counters())
 }
 
 fn vm_exit_counters(bus: &Bus) -> NamedCounters {

@@ -5,5 +5,6 @@ pub mod disks;
 mod guest_kernel;
 mod jail;
 mod process;
+mod rate_limits;
 pub mod resize;
 mod starvation;

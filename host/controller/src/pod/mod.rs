@@ -63,7 +63,10 @@ use self::{
 };
 use crate::{
     blocking::BlockingWork,
-    config::Config,
+    config::{
+        Config,
+        rate_limits::{self, RateLimitError},
+    },
     guest::service::{AgentFeatures, Prepared},
     host::{
         machine::{Exit, MachineControl},
@@ -107,6 +110,12 @@ pub enum PodError {
          the pod, or set nested_virtualization = true in the controller's configuration"
     )]
     NestedVirtualization { pod: String },
+    #[error("{pod}")]
+    RateLimit {
+        pod: String,
+        #[source]
+        source: RateLimitError,
+    },
     #[error("{pod} cannot be started: it is {phase:?}")]
     Phase { pod: String, phase: Phase },
     #[error("{pod} cannot be started")]
@@ -165,6 +174,9 @@ impl Pod {
         let pod = spec.title();
         if spec.nested_virtualization && !environment.config.nested_virtualization {
             return Err(PodError::NestedVirtualization { pod });
+        }
+        if let Err(source) = rate_limits::check(&environment.config.rate_limits, &spec.rate_limits) {
+            return Err(PodError::RateLimit { pod, source });
         }
         let size = Size::at_start(&spec.resources, &environment.config, environment.capacity)
             .map_err(|source| PodError::Size { pod, source })?;

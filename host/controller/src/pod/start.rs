@@ -28,6 +28,7 @@ use super::{
     task::{PodTask, Reply},
 };
 use crate::{
+    config::rate_limits,
     fault::FaultPoint,
     guest::{
         Agent,
@@ -268,7 +269,7 @@ impl Pod {
         self.blocking.run(move || UserNamespace::of_netns(&netns)).await.map(Some)
     }
 
-    fn machine_config(&self, nets: Vec<NetConfig>) -> MachineConfig {
+    pub(super) fn machine_config(&self, nets: Vec<NetConfig>) -> MachineConfig {
         let config = &self.environment.config;
         let most = Size::most(config, self.environment.capacity);
         MachineConfig {
@@ -292,6 +293,7 @@ impl Pod {
                 directory: self.files.share_directory(),
             }),
             nets,
+            rate_limits: rate_limits::tightest(&config.rate_limits, &self.spec.rate_limits),
         }
     }
 

@@ -1,10 +1,12 @@
 use std::{
+    num::NonZeroU64,
     path::Path,
     sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };
 
 use pericarp_protos::{host::HostClient, ttrpc};
+use pericarp_vmm::{RateLimit, RateLimits};
 use tokio::sync::watch;
 
 use super::{
@@ -83,6 +85,33 @@ async fn a_pod_that_asks_for_nested_virtualization_is_refused_where_it_is_not_al
     assert!(matches!(&error, PodError::NestedVirtualization { .. }), "{error:?}");
     let text = error.to_string();
     assert!(text.contains("default/web") && text.contains("nested_virtualization = true"), "{text}");
+}
+
+#[tokio::test]
+async fn a_pod_has_the_nodes_rate_limits_or_tighter_ones_and_is_refused_if_it_asks_for_more() {
+    let directory = tempfile::tempdir().unwrap();
+    let rate = |operations: u64| {
+        let disk = RateLimit { operations_per_second: NonZeroU64::new(operations), ..RateLimit::default() };
+        RateLimits { disk, ..RateLimits::default() }
+    };
+    let environment = |limits: RateLimits| {
+        let config = Config { rate_limits: limits, run_dir: directory.path().into(), ..Config::default() };
+        let others = environment(directory.path());
+        let others = Arc::try_unwrap(others).unwrap_or_else(|_| panic!("nobody else has it yet"));
+        Arc::new(Environment { config, ..others })
+    };
+    let create = |operations: u64| {
+        Pod::create(PodSpec { rate_limits: rate(operations), ..spec() }, environment(rate(100)))
+    };
+    for (asked, effective) in [(0, 100), (50, 50), (100, 100)] {
+        let pod = create(asked).unwrap();
+        assert_eq!(pod.machine_config(Vec::new()).rate_limits, rate(effective));
+        pod.remove().await.unwrap();
+    }
+    let error = create(101).err().unwrap();
+    let text = crate::telemetry::error_chain::chain(&error);
+    let annotation = "io.pericarp.rate-limit.disk.operations-per-second is 101";
+    assert!(text.contains("default/web") && text.contains(annotation) && text.contains("100"), "{text}");
 }
 
 #[tokio::test]
