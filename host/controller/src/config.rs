@@ -1,12 +1,14 @@
 //! The controller's configuration: `/etc/pericarp/config.toml`.
 
+pub mod rate_limits;
+
 use std::{
     fs, io,
     path::{Path, PathBuf},
     time::Duration,
 };
 
-use pericarp_vmm::MachineConfig;
+use pericarp_vmm::{MachineConfig, RateLimits};
 use serde::Deserialize;
 
 /// Below this a guest does not start, so a pod with a smaller limit gets this much. Its containers'
@@ -44,6 +46,8 @@ pub struct Config {
     pub defaults: Defaults,
     /// The largest machine that a pod may ask for.
     pub limits: Limits,
+    /// How much the devices of each pod's machine may do in a second. A pod may ask for less.
+    pub rate_limits: RateLimits,
 }
 
 /// The size of a machine whose pod has neither resources nor annotations.
@@ -82,6 +86,7 @@ impl Default for Config {
             log: "info".into(),
             defaults: Defaults::default(),
             limits: Limits::default(),
+            rate_limits: RateLimits::default(),
         }
     }
 }
@@ -166,6 +171,9 @@ impl Config {
         if self.ready_timeout_seconds == 0 {
             return wrong("ready_timeout_seconds", "must be at least 1");
         }
+        if let Some(mistake) = rate_limits::mistake_in(&self.rate_limits) {
+            return wrong("rate_limits", &mistake);
+        }
         Ok(())
     }
 
@@ -192,6 +200,10 @@ impl Config {
 
 #[cfg(test)]
 mod tests {
+    use std::num::NonZeroU64;
+
+    use pericarp_vmm::RateLimit;
+
     use super::*;
 
     fn parse(text: &str) -> Result<Config, Error> {
@@ -217,6 +229,27 @@ mod tests {
         let config = parse("[defaults]\nvcpus = 2\n[limits]\nmemory_mib = 4096").unwrap();
         assert_eq!((config.defaults.vcpus, config.defaults.memory_mib), (2, 512));
         assert_eq!(config.limits.memory_mib, Some(4096));
+    }
+
+    #[test]
+    fn devices_have_no_rate_limits_unless_they_are_set() {
+        assert_eq!(parse("").unwrap().rate_limits, RateLimits::default());
+        let text = "[rate_limits.net_receive]\nbytes_per_second = 1000\n[rate_limits.fs]\noperations_per_second = 5\n\
+                    operations_burst = 7";
+        let limits = parse(text).unwrap().rate_limits;
+        let expected = RateLimit { bytes_per_second: NonZeroU64::new(1000), ..RateLimit::default() };
+        assert_eq!(limits.net_receive, expected);
+        assert_eq!(limits.fs.operations_burst, Some(7));
+        for text in
+            ["[rate_limits.net]", "[rate_limits.disk]\nbytes = 1", "[rate_limits.disk]\nbytes_per_second = 0"]
+        {
+            assert!(matches!(parse(text), Err(Error::Parse { .. })), "{text}");
+        }
+        for text in
+            ["[rate_limits.disk]\nbytes_burst = 1", "[rate_limits.console]\noperations_per_second = 1"]
+        {
+            assert!(matches!(parse(text), Err(Error::Value { key: "rate_limits", .. })), "{text}");
+        }
     }
 
     #[test]

@@ -92,7 +92,7 @@ pub async fn serve(config: Config) -> Result<(), ServeError> {
     let user_namespace = pericarp_jail::make_user_namespace();
     if let Err(error) = &user_namespace {
         // The pods that there are go on, and are taken over.
-        tracing::error!(%error, "no pod can be started: there is no user namespace for machines; `pericarp check` helps");
+        tracing::error!(%error, "no pod can be started without a user namespace for machines; `pericarp check` helps");
     }
     let capacity = HostCapacity::read();
     let containers = Arc::new(ContainerdContainers::new(channel.clone()));

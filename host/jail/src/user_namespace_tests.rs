@@ -54,7 +54,7 @@ fn capabilities_in_it_are_none_on_the_host() {
     let namespace = make_user_namespace().unwrap();
     let seen = inside(&namespace, || {
         let all = rustix::thread::capabilities(None).unwrap().effective;
-        // Each of these is refused for want of a capability on the host, which an attempt cannot change.
+        // Each of these needs a capability on the host, and changes nothing without one.
         let name = rustix::system::sethostname(b"x").unwrap_err();
         let device = rustix::fs::mknodat(
             rustix::fs::CWD,

@@ -18,7 +18,7 @@ use std::{
 use anyhow::{Context as _, bail};
 use clap::{Args, Parser, Subcommand};
 use pericarp_controller::config::Config;
-use pericarp_vmm::{ExitReason, Inherited, MachineConfig, PortForward, VsockSockets};
+use pericarp_vmm::{ExitReason, InheritedDescriptors, MachineConfig, PortForward, VsockSockets};
 
 /// One KVM microVM around every Kubernetes pod.
 #[derive(Parser)]
@@ -198,7 +198,7 @@ fn run(process_start_ns: u64) -> anyhow::Result<ExitCode> {
             vmm(
                 &config,
                 || {
-                    Ok(Inherited {
+                    Ok(InheritedDescriptors {
                         control: control.listener()?,
                         descriptors: descriptors.listener()?,
                         vsock: vsock.sockets()?,
@@ -234,7 +234,7 @@ fn serve(path: Option<&Path>) -> anyhow::Result<()> {
 
 fn vmm(
     config: &Path,
-    open: impl FnOnce() -> anyhow::Result<Inherited>,
+    open: impl FnOnce() -> anyhow::Result<InheritedDescriptors>,
     process_start_ns: u64,
 ) -> anyhow::Result<()> {
     let log = pericarp_vmm::Log::to_stderr().context("cannot write the machine's log")?;

@@ -1,6 +1,6 @@
 //! The configuration of a machine: the file that `pericarp vmm --config` reads.
 
-use std::path::PathBuf;
+use std::{num::NonZeroU64, path::PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -45,6 +45,9 @@ pub struct MachineConfig {
     /// The guest's network devices, in the order in which it finds them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub nets: Vec<NetConfig>,
+    /// How much the guest's devices may do in a second. There are no limits unless they are set.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub rate_limits: RateLimits,
 }
 
 impl MachineConfig {
@@ -148,6 +151,47 @@ pub struct ShareConfig {
     pub directory: Option<PathBuf>,
 }
 
+/// How much a machine's devices may do in a second.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RateLimits {
+    /// Frames that the guest receives, on each network device. A frame is as large as it crosses the tap: up to 64 KiB,
+    /// where the guest's driver takes segments that large.
+    #[serde(skip_serializing_if = "is_default")]
+    pub net_receive: RateLimit,
+    /// Frames that the guest sends, on each network device.
+    #[serde(skip_serializing_if = "is_default")]
+    pub net_transmit: RateLimit,
+    /// Requests to each disk, and the bytes that are read and written.
+    #[serde(skip_serializing_if = "is_default")]
+    pub disk: RateLimit,
+    /// Requests to the share, and the bytes of files that are read, written and copied.
+    #[serde(skip_serializing_if = "is_default")]
+    pub fs: RateLimit,
+    /// Bytes that the guest prints to its console. There are no operations.
+    #[serde(skip_serializing_if = "is_default")]
+    pub console: RateLimit,
+}
+
+/// A limit of operations and of bytes: see [`rate_limiter`](crate::rate_limiter) for what exactly it allows. A burst
+/// without a rate means nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RateLimit {
+    /// `None`: without a limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bytes_per_second: Option<NonZeroU64>,
+    /// Bytes beyond the limit, once, from the device's start on. `None`: no bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bytes_burst: Option<u64>,
+    /// `None`: without a limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub operations_per_second: Option<NonZeroU64>,
+    /// Operations beyond the limit, once, from the device's start on. `None`: no operations.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub operations_burst: Option<u64>,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -160,6 +204,7 @@ mod tests {
         assert_eq!((config.vcpus_max(), config.memory_max_mib()), (2, 512));
         assert_eq!(config.disk_slots, MachineConfig::DISK_SLOTS);
         assert!(!config.nested_virtualization);
+        assert_eq!(config.rate_limits, RateLimits::default());
         let again: MachineConfig = serde_json::from_str(&serde_json::to_string(&config).unwrap()).unwrap();
         assert_eq!(again, config);
     }

@@ -13,6 +13,7 @@ use thiserror::Error;
 
 use crate::{
     bus::Bus,
+    config::RateLimit,
     lock::unpoisoned,
     thread_kind::ThreadKind,
     threads::ThreadSpawner,
@@ -43,6 +44,8 @@ pub struct Disks {
     threads: ThreadSpawner,
     /// The numbers of the slots for disks.
     slots: Range<u32>,
+    /// What each disk may do.
+    limit: RateLimit,
     occupied: Arc<OccupiedSlots>,
 }
 
@@ -74,9 +77,9 @@ enum SlotState {
 }
 
 impl Disks {
-    /// A machine without disks, which may be inserted into `slots` of the bus.
-    pub fn new(bus: Arc<Bus>, threads: ThreadSpawner, slots: Range<u32>) -> Self {
-        Self { bus, threads, slots, occupied: Arc::default() }
+    /// A machine without disks, which may be inserted into `slots` of the bus. Each of them has a limit of its own.
+    pub fn new(bus: Arc<Bus>, threads: ThreadSpawner, slots: Range<u32>, limit: RateLimit) -> Self {
+        Self { bus, threads, slots, limit, occupied: Arc::default() }
     }
 
     /// Inserts a disk into a free slot. Returns the slot's number and where on the disk the segments are.
@@ -114,7 +117,7 @@ impl Disks {
         read_only: bool,
         serial: &str,
     ) -> Result<(Vec<Extent>, NamedCounters), InsertError> {
-        let disk = Blk::new(slot, files, read_only, serial)?;
+        let disk = Blk::new(slot, files, read_only, serial, &self.limit)?;
         let extents = disk.extents();
         let counters = (disk.name().to_owned(), disk.counters());
         self.bus.slot(slot).insert(Box::new(disk))?;
@@ -212,7 +215,11 @@ mod tests {
         let slot = DeviceSlot::new(0, page, guest_memory(), threads.clone(), Arc::new(NoRegistrar));
         Arc::new(Bus {
             slots: vec![Mutex::new(slot)],
-            console: Mutex::new(Console::new(console::open_log(&config).unwrap(), EventFd::new(0).unwrap())),
+            console: Mutex::new(Console::new(
+                console::open_log(&config).unwrap(),
+                &RateLimit::default(),
+                EventFd::new(0).unwrap(),
+            )),
             exits: VmExitCounters::default(),
         })
     }
@@ -234,7 +241,7 @@ mod tests {
         fs::write(&file, vec![0; 4096]).unwrap();
         let threads = threads();
         let bus = bus(directory.path(), &threads);
-        let disks = Disks::new(bus.clone(), threads, 0..1);
+        let disks = Disks::new(bus.clone(), threads, 0..1, RateLimit::default());
         let (slot, _) = disks.insert(open(&file), true, "d").unwrap();
         assert_eq!(disks.devices(), [slot]);
         // As when the guest, or a request that takes long, keeps the device busy.

@@ -27,6 +27,7 @@ use crate::{
     control_service::ControlService,
     disks::{Disks, NamedCounters},
     error::{Error, ExitReason, refused},
+    lock::unpoisoned,
     memory::{self, GuestMemory},
     memory_hotplug::{HotplugRegion, MemoryHotplug},
     received_descriptors::ReceivedDescriptors,
@@ -48,7 +49,7 @@ use crate::{
 
 /// What whoever starts a machine has opened for it.
 #[derive(Debug)]
-pub struct Inherited {
+pub struct InheritedDescriptors {
     /// A listening socket on which [`Machine`](pericarp_protos::vmm_blocking::Machine) is served once the vCPUs run.
     pub control: UnixListener,
     /// A listening socket on which files of disks arrive ([`pericarp_protos::descriptors`]).
@@ -66,7 +67,11 @@ pub struct Inherited {
 ///
 /// From now on, a panic on any thread aborts the process. The process should exit soon after this returns: vCPU threads
 /// may still be running.
-pub fn run(config: &MachineConfig, inherited: Inherited, process_start_ns: u64) -> Result<ExitReason, Error> {
+pub fn run(
+    config: &MachineConfig,
+    inherited: InheritedDescriptors,
+    process_start_ns: u64,
+) -> Result<ExitReason, Error> {
     prepare_process()?;
     end_on_sigterm().map_err(|source| Error::Io { what: "process end when it is asked to", source })?;
     let kvm = Kvm::new().map_err(Error::OpenKvm)?;
@@ -74,8 +79,10 @@ pub fn run(config: &MachineConfig, inherited: Inherited, process_start_ns: u64) 
     let console_log = console::open_log(&config.console)
         .map_err(|source| Error::Console { path: config.console.path.clone(), source })?;
     let images = boot::Images::open(&config.kernel, &config.initramfs)?;
-    let nets =
-        (0..).zip(&config.nets).map(|(index, net)| Net::new(index, net)).collect::<Result<Vec<_>, _>>()?;
+    let nets = (0..)
+        .zip(&config.nets)
+        .map(|(index, net)| Net::new(index, net, &config.rate_limits))
+        .collect::<Result<Vec<_>, _>>()?;
     fs::raise_file_limit();
     // Everything of the host's is open. There is no other thread yet, not even one of the kernel's.
     let descriptors = leave_host_files(config)?;
@@ -102,7 +109,7 @@ pub fn run(config: &MachineConfig, inherited: Inherited, process_start_ns: u64) 
         .map_err(|source| Error::Io { what: "process unable to gain privileges", source })?;
     let threads = ThreadSpawner::start()
         .map_err(|source| Error::Io { what: "the thread that starts others", source })?;
-    let console = Console::new(console_log, interrupt_line(&vm, SERIAL_IRQ)?);
+    let console = Console::new(console_log, &config.rate_limits.console, interrupt_line(&vm, SERIAL_IRQ)?);
     let bus = Arc::new(make_bus(console, &slot_plan, &vm, &memory, &threads, devices)?);
     let kvm_ready_ns = monotonic_ns();
 
@@ -144,12 +151,12 @@ pub fn run(config: &MachineConfig, inherited: Inherited, process_start_ns: u64) 
         vcpu_count: AtomicU8::new(running.count),
         vcpus: Mutex::new(running),
         memory,
-        counters: [device_counters, vec![vm_exit_counters(&bus)]].concat(),
+        counters: [device_counters, vec![console_counters(&bus), vm_exit_counters(&bus)]].concat(),
         memory_hotplug: match hotplug_region.as_ref().zip(slot_plan.memory_hotplug) {
             Some((region, slot)) => MemoryHotplug::new(boot_bytes, region, bus.clone(), slot),
             None => MemoryHotplug::disabled(boot_bytes),
         },
-        disks: Disks::new(bus, threads.clone(), slot_plan.disks),
+        disks: Disks::new(bus, threads.clone(), slot_plan.disks, config.rate_limits.disk),
         descriptors: ReceivedDescriptors::receive_from(inherited.descriptors, &threads)
             .map_err(|source| Error::Io { what: "the thread that takes descriptors", source })?,
         exit_reasons,
@@ -265,7 +272,7 @@ fn make_boot_devices(
     let mut devices: Vec<Box<dyn Device>> =
         vec![Box::new(Vsock::new(config.vsock, vsock)?), Box::new(Rng::default())];
     if let Some(share) = &config.share {
-        devices.push(Box::new(Fs::new(share, descriptors)?));
+        devices.push(Box::new(Fs::new(share, &config.rate_limits.fs, descriptors)?));
     }
     for net in nets {
         devices.push(Box::new(net));
@@ -314,6 +321,10 @@ fn interrupt_line(vm: &VmFd, irq: u32) -> Result<EventFd, Error> {
 
 fn device_counters(devices: &[Box<dyn Device>]) -> Vec<NamedCounters> {
     devices.iter().map(|device| (device.name().to_owned(), device.counters())).collect()
+}
+
+fn console_counters(bus: &Bus) -> NamedCounters {
+    ("console".to_owned(), unpoisoned(bus.console.lock()).counters())
 }
 
 fn vm_exit_counters(bus: &Bus) -> NamedCounters {

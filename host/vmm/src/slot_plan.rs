@@ -56,7 +56,7 @@ impl SlotPlan {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::{ConsoleConfig, NetConfig, ShareConfig, VsockConfig};
+    use crate::config::{ConsoleConfig, NetConfig, RateLimits, ShareConfig, VsockConfig};
 
     fn config(share: bool, nets: usize, disk_slots: u8) -> MachineConfig {
         let net = NetConfig {
@@ -81,6 +81,7 @@ mod tests {
             vsock: VsockConfig::default(),
             share: share.then(|| ShareConfig { tag: "s".into(), directory: None }),
             nets: vec![net; nets],
+            rate_limits: RateLimits::default(),
         }
     }
 

@@ -6,10 +6,10 @@ use anyhow::{Context, Result, ensure};
 use pericarp_tests::{ContainerBuilder, Pod, api, on_node, on_pericarp};
 
 /// A loop device of the node.
-struct Loop(String);
+pub struct Loop(String);
 
 impl Loop {
-    fn of(file: &str) -> Result<Self> {
+    pub fn of(file: &str) -> Result<Self> {
         let output =
             Command::new("losetup").args(["--find", "--show", file]).output().context("run losetup")?;
         ensure!(output.status.success(), "losetup: {}", String::from_utf8_lossy(&output.stderr));
@@ -33,7 +33,8 @@ pub async fn disks_of(pod: &Pod) -> Result<usize> {
     Ok(devices.keys().filter(|name| name.starts_with("disk")).count())
 }
 
-fn with_device(container: ContainerBuilder, disk: &Loop, permissions: &str) -> ContainerBuilder {
+/// Gives a container a loop device as `/dev/data`.
+pub fn with_device(container: ContainerBuilder, disk: &Loop, permissions: &str) -> ContainerBuilder {
     container.with(|config| {
         config.devices.push(api::Device {
             container_path: "/dev/data".to_owned(),

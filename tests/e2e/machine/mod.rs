@@ -6,5 +6,6 @@ mod filters;
 mod guest_kernel;
 mod jail;
 mod process;
+mod rate_limits;
 pub mod resize;
 mod starvation;

@@ -7,7 +7,7 @@ mod random;
 
 use std::{
     collections::BTreeSet,
-    env, fs,
+    fs,
     path::Path,
     time::{Duration, Instant},
 };
@@ -27,7 +27,10 @@ use rustix::process::Signal;
 use tokio::time::timeout;
 use tonic::{Code, Status};
 
-use self::{cancellation::Call, random::Random};
+use self::{
+    cancellation::Call,
+    random::{Random, number},
+};
 use super::{
     clean_up, directory,
     faults::{OF_REMOVAL, OF_START, OF_STOP},
@@ -399,13 +402,6 @@ async fn during<T>(fault: Fault, operation: impl Future<Output = T>) -> Result<(
             Ok((result, true))
         }
     }
-}
-
-fn number(variable: &str) -> Result<Option<u64>> {
-    env::var(variable)
-        .ok()
-        .map(|value| value.parse().with_context(|| format!("{variable}={value}")))
-        .transpose()
 }
 
 /// The files that the node's controller has open, and its memory in bytes.

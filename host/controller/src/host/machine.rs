@@ -24,7 +24,7 @@ use pericarp_protos::{
         ResizeResponse, StatusRequest, StatusResponse, WaitMemoryRequest,
     },
 };
-use pericarp_vmm::{FILTER_EXIT_STATUS, Inherited, MachineConfig, PortForward, VsockSockets};
+use pericarp_vmm::{FILTER_EXIT_STATUS, InheritedDescriptors, MachineConfig, PortForward, VsockSockets};
 use rustix::{
     fs::{OFlags, fcntl_getfl, fcntl_setfl},
     process::{Pid, Signal, WaitId, WaitIdOptions, pidfd_send_signal, waitid},
@@ -106,13 +106,13 @@ pub fn bind_descriptors(path: &Path) -> io::Result<OwnedFd> {
 }
 
 impl Machine {
-    /// Starts `pericarp vmm` in the pod's directory. It alone has what it inherits from then on. `cgroup` is the directory
-    /// of the cgroup that it belongs to. After an error there is no process. Blocks for as long as the kernel takes to
-    /// start one.
+    /// Starts `pericarp vmm` in the pod's directory. It alone has what it inherits from then on. `cgroup` is the
+    /// directory of the cgroup that it belongs to. After an error there is no process. Blocks for as long as the kernel
+    /// takes to start one.
     pub fn spawn(
         directory: &Path,
         config: &MachineConfig,
-        inherited: Inherited,
+        inherited: InheritedDescriptors,
         cgroup: Option<File>,
     ) -> io::Result<Machine> {
         let path = directory.join(file::CONFIG);
@@ -128,7 +128,7 @@ impl Machine {
         if let Some((name, attack)) = requested_attack() {
             command.variable(name, attack)?;
         }
-        let Inherited {
+        let InheritedDescriptors {
             control,
             descriptors,
             vsock: VsockSockets { listener, host, forward },

@@ -53,7 +53,7 @@ impl RunningPod {
     }
 
     fn rootfs(&self) -> PathBuf {
-        self.process.seen("c1/rootfs")
+        self.process.host_path("c1/rootfs")
     }
 
     /// The mount that the container's root file system is; 0 if there is none.
@@ -134,5 +134,5 @@ async fn a_pod_has_so_many_containers_prepared_ahead_and_no_more() {
     running.task.life.advance(Life::Ended);
     let request = running.request("one");
     running.task.prepare_ahead("late".parse().unwrap(), request).await;
-    assert!(!running.process.seen("late").exists());
+    assert!(!running.process.host_path("late").exists());
 }

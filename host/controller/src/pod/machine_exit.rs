@@ -110,3 +110,7 @@ pub(super) fn own_last_words(log: &Path) -> Option<String> {
     let log = machine::tail(log, QUOTE_MAX);
     log.lines().rev().find_map(|line| line.strip_prefix("error: ")).map(str::to_owned)
 }
+
+#[cfg(test)]
+#[path = "machine_exit_tests.rs"]
+mod tests;

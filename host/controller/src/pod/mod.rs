@@ -64,7 +64,10 @@ use self::{
 };
 use crate::{
     blocking::BlockingWork,
-    config::Config,
+    config::{
+        Config,
+        rate_limits::{self, RateLimitError},
+    },
     guest::service::{AgentFeatures, Prepared},
     host::{
         machine::{Exit, MachineControl},
@@ -84,7 +87,7 @@ pub struct Environment {
     pub events: Arc<dyn EventSink>,
     pub capacity: HostCapacity,
     pub boots: BootQueue,
-    /// In which all machines are. Without one, none can be started.
+    /// The user namespace of all machines. Without one, none can be started.
     pub machines_user_namespace: Option<OwnedFd>,
     /// Reads a record that an older controller has left in a pod's directory; `None` if it cannot be read either.
     pub read_older_record: fn(&[u8], &Path) -> Option<Record>,
@@ -111,6 +114,12 @@ pub enum PodError {
          the pod, or set nested_virtualization = true in the controller's configuration"
     )]
     NestedVirtualization { pod: String },
+    #[error("{pod}")]
+    RateLimit {
+        pod: String,
+        #[source]
+        source: RateLimitError,
+    },
     #[error("{pod} cannot be started: it is {phase:?}")]
     Phase { pod: String, phase: Phase },
     #[error("{pod} cannot be started")]
@@ -169,6 +178,9 @@ impl Pod {
         let pod = spec.title();
         if spec.nested_virtualization && !environment.config.nested_virtualization {
             return Err(PodError::NestedVirtualization { pod });
+        }
+        if let Err(source) = rate_limits::check(&environment.config.rate_limits, &spec.rate_limits) {
+            return Err(PodError::RateLimit { pod, source });
         }
         let size = Size::at_start(&spec.resources, &environment.config, environment.capacity)
             .map_err(|source| PodError::Size { pod, source })?;

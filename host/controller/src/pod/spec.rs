@@ -7,6 +7,7 @@ use std::{
 };
 
 use pericarp_protos::id::SandboxId;
+use pericarp_vmm::RateLimits;
 use serde::{Deserialize, Serialize};
 
 use crate::host::{size::PodResources, user_namespace::IdMap};
@@ -38,6 +39,9 @@ pub struct PodSpec {
     pub resources: PodResources,
     /// Whether it may have virtual machines of its own.
     pub nested_virtualization: bool,
+    /// How much the machine's devices may do in a second, if that is less than the node allows.
+    #[serde(default)]
+    pub rate_limits: RateLimits,
     /// The request for it as it was made, for people who look into the pod.
     pub request: serde_json::Value,
 }
@@ -69,6 +73,7 @@ impl PodSpec {
             cgroup_parent: String::new(),
             resources: PodResources::default(),
             nested_virtualization: false,
+            rate_limits: RateLimits::default(),
             request: serde_json::Value::Null,
         }
     }

@@ -14,8 +14,8 @@ use std::{
 
 use pericarp_protos::{guest, ttrpc};
 use pericarp_vmm::{
-    ConsoleConfig, Inherited, MachineConfig, NetConfig, PortForward, ShareConfig, VsockConfig, VsockSockets,
-    monotonic_ns,
+    ConsoleConfig, InheritedDescriptors, MachineConfig, NetConfig, PortForward, ShareConfig, VsockConfig,
+    VsockSockets, monotonic_ns,
 };
 use thiserror::Error;
 use tokio::time::{Instant, sleep};
@@ -31,6 +31,7 @@ use super::{
     task::{PodTask, Reply},
 };
 use crate::{
+    config::rate_limits,
     fault::FaultPoint,
     guest::{
         Agent,
@@ -100,7 +101,7 @@ fn make(what: &'static str) -> impl FnOnce(io::Error) -> StartError {
 
 /// What a machine inherits, and the end of the guest's connection to the host that stays here.
 struct Sockets {
-    of_machine: Inherited,
+    of_machine: InheritedDescriptors,
     guest: UnixStream,
 }
 
@@ -114,7 +115,7 @@ impl Sockets {
         let vsock = VsockSockets { listener, host: Some(host), forward: None };
         let user_namespace = user_namespace.ok_or(StartError::NoJail)?;
         let user_namespace = Some(user_namespace.try_clone().map_err(make("user namespace"))?);
-        Ok(Self { of_machine: Inherited { control, descriptors, vsock, user_namespace }, guest })
+        Ok(Self { of_machine: InheritedDescriptors { control, descriptors, vsock, user_namespace }, guest })
     }
 }
 
@@ -214,7 +215,7 @@ impl PodTask {
     async fn make_machine(
         &mut self,
         nets: Vec<NetConfig>,
-        inherited: Inherited,
+        inherited: InheritedDescriptors,
         cgroup: Option<Cgroup>,
     ) -> Result<u32, StartError> {
         let config = self.pod.machine_config(nets);
@@ -274,7 +275,7 @@ impl Pod {
         self.blocking.run(move || UserNamespace::of_netns(&netns)).await.map(Some)
     }
 
-    fn machine_config(&self, nets: Vec<NetConfig>) -> MachineConfig {
+    pub(super) fn machine_config(&self, nets: Vec<NetConfig>) -> MachineConfig {
         let config = &self.environment.config;
         let most = Size::most(config, self.environment.capacity);
         MachineConfig {
@@ -295,6 +296,7 @@ impl Pod {
             vsock: VsockConfig { host_port: Some(guest::HOST_PORT), forward_port: Some(guest::FORWARD_PORT) },
             share: Some(ShareConfig { tag: guest::SHARE_TAG.into(), directory: None }),
             nets,
+            rate_limits: rate_limits::tightest(&config.rate_limits, &self.spec.rate_limits),
         }
     }
 

@@ -1,10 +1,12 @@
 use std::{
+    num::NonZeroU64,
     path::Path,
     sync::atomic::{AtomicBool, Ordering},
     time::Duration,
 };
 
 use pericarp_protos::{host::HostClient, ttrpc};
+use pericarp_vmm::{RateLimit, RateLimits};
 use tokio::sync::watch;
 
 use super::{
@@ -84,6 +86,33 @@ async fn a_pod_that_asks_for_nested_virtualization_is_refused_where_it_is_not_al
     assert!(matches!(&error, PodError::NestedVirtualization { .. }), "{error:?}");
     let text = error.to_string();
     assert!(text.contains("default/web") && text.contains("nested_virtualization = true"), "{text}");
+}
+
+#[tokio::test]
+async fn a_pod_has_the_nodes_rate_limits_or_tighter_ones_and_is_refused_if_it_asks_for_more() {
+    let directory = tempfile::tempdir().unwrap();
+    let rate = |operations: u64| {
+        let disk = RateLimit { operations_per_second: NonZeroU64::new(operations), ..RateLimit::default() };
+        RateLimits { disk, ..RateLimits::default() }
+    };
+    let environment = |limits: RateLimits| {
+        let config = Config { rate_limits: limits, run_dir: directory.path().into(), ..Config::default() };
+        let others = environment(directory.path());
+        let others = Arc::try_unwrap(others).unwrap_or_else(|_| panic!("nobody else has it yet"));
+        Arc::new(Environment { config, ..others })
+    };
+    let create = |operations: u64| {
+        Pod::create(PodSpec { rate_limits: rate(operations), ..spec() }, environment(rate(100)))
+    };
+    for (asked, effective) in [(0, 100), (50, 50), (100, 100)] {
+        let pod = create(asked).unwrap();
+        assert_eq!(pod.machine_config(Vec::new()).rate_limits, rate(effective));
+        pod.remove().await.unwrap();
+    }
+    let error = create(101).err().unwrap();
+    let text = crate::telemetry::error_chain::chain(&error);
+    let annotation = "io.pericarp.rate-limit.disk.operations-per-second is 101";
+    assert!(text.contains("default/web") && text.contains(annotation) && text.contains("100"), "{text}");
 }
 
 #[tokio::test]
@@ -409,40 +438,6 @@ async fn what_runs_of_a_pod_is_removed_when_its_machine_ends() {
     assert_eq!(record::end_on_record(pod.directory()).unwrap().exit, Exit::Signal(9));
     pod.remove().await.unwrap();
     assert!(!pod.directory().exists());
-    // Its exit status was taken by whoever watched it.
-    let _ = process.wait();
-}
-
-/// The controller's log, the pod's status and the counter tell of a machine that its own filter has ended.
-#[tokio::test]
-async fn a_machine_that_its_filter_has_ended_is_told_with_thread_and_call() {
-    let directory = tempfile::tempdir().unwrap();
-    let (pod, mut task) = undriven(directory.path());
-    std::fs::create_dir(pod.directory()).unwrap();
-    let line =
-        format!("error: thread vcpu made system call 257 (openat), {}\n", pericarp_vmm::FILTER_VIOLATION);
-    std::fs::write(pod.files.log(), line).unwrap();
-    let status = pericarp_vmm::FILTER_EXIT_STATUS;
-    let mut process = std::process::Command::new("sh")
-        .args(["-c", &format!("read line; exit {status}")])
-        .stdin(std::process::Stdio::piped())
-        .spawn()
-        .unwrap();
-    let (pid, pidfd) = Process::of(process.id()).unwrap().open().unwrap().unwrap();
-    task.is_machine_watched = true;
-    pod.watch_machine(Machine::adopt(pid, pidfd).unwrap());
-    task.spawn(Life::running_with(life::Running::taken_over(process.id(), spec().resources)));
-    let before = crate::telemetry::counters::MACHINES_ENDED_BY_FILTER.get();
-    drop(process.stdin.take());
-    assert_eq!(pod.wait().await.exit, Exit::Code(status));
-    let reason = pod.status().reason.unwrap();
-    assert!(
-        reason.starts_with("the machine was ended by its own filter of system calls: thread vcpu"),
-        "{reason}"
-    );
-    assert!(reason.contains("system call 257 (openat)"), "{reason}");
-    assert_eq!(record::end_on_record(pod.directory()).unwrap().exit, Exit::Code(status));
-    assert!(crate::telemetry::counters::MACHINES_ENDED_BY_FILTER.get() > before);
     // Its exit status was taken by whoever watched it.
     let _ = process.wait();
 }

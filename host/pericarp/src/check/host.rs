@@ -155,7 +155,7 @@ pub fn jail() -> Finding {
                 Some(libc::ENOSPC) => "set the sysctl user.max_user_namespaces to 1 or more",
                 Some(libc::EPERM) => "run this as root, as the controller must be",
                 Some(libc::EINVAL) => {
-                    "use a root file system that is mounted, not the kernel's initramfs, and a kernel with CONFIG_USER_NS"
+                    "use a mounted root file system, not the kernel's initramfs, and a kernel with CONFIG_USER_NS"
                 }
                 _ => "use a kernel with CONFIG_USER_NS, and let root make namespaces",
             };

@@ -3,7 +3,8 @@
 //! A [`Device`] sits behind the transport ([`mmio`]) in a slot ([`device_slot`]). Once the guest's driver has activated
 //! it, its queues belong to the device: their addresses and sizes can no longer change. Devices with much to do serve
 //! them on threads of their own, each of which waits on a [`wait_context`] and is started by [`start_worker`]; the
-//! others ([`rng`], [`mem`]) on the thread of the vCPU that notifies them.
+//! others ([`rng`], [`mem`]) on the thread of the vCPU that notifies them. Workers keep to the rate limit of their
+//! device, if it has one ([`throttle`]).
 //!
 //! Trust: everything in the guest's memory is hostile, rings and descriptors included, and can change at any time. A
 //! descriptor is read once and what it says is checked; an error of a queue ([`virtio_queue::Error`]) means that the
@@ -19,6 +20,7 @@ pub mod register_page;
 pub mod rng;
 #[cfg(test)]
 pub mod testing;
+pub mod throttle;
 pub mod vsock;
 pub mod wait_context;
 
@@ -26,7 +28,7 @@ use std::{
     io,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering, fence},
+        atomic::{Ordering, fence},
     },
 };
 
@@ -34,6 +36,7 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT as _, QueueT as _};
 use vm_memory::{Bytes as _, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
+pub use crate::counter::Counter;
 use crate::{memory::GuestMemory, thread_kind::ThreadKind, threads::ThreadSpawner};
 
 /// Device types (virtio 1.2, section 5).
@@ -233,20 +236,6 @@ impl Interrupt {
         // An eventfd refuses a write only when its counter is about to overflow, and then the guest
         // has an interrupt pending anyway.
         let _ = self.0.write(1);
-    }
-}
-
-/// A number to which a worker adds and which the control service reads.
-#[derive(Clone, Debug, Default)]
-pub struct Counter(Arc<AtomicU64>);
-
-impl Counter {
-    pub fn add(&self, amount: u64) {
-        self.0.fetch_add(amount, Ordering::Relaxed);
-    }
-
-    pub fn get(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
     }
 }
 

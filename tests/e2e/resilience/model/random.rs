@@ -1,4 +1,8 @@
-//! Random numbers that a seed repeats.
+//! Random numbers that a seed repeats, and the numbers that a run is given.
+
+use std::env;
+
+use anyhow::{Context as _, Result};
 
 /// `SplitMix64`: the same sequence for the same seed, everywhere.
 pub struct Random(u64);
@@ -20,4 +24,12 @@ impl Random {
     pub fn below(&mut self, limit: usize) -> usize {
         usize::try_from(self.next() % u64::try_from(limit.max(1)).unwrap_or(1)).unwrap_or(0)
     }
+}
+
+/// The number in an environment variable, if it is set.
+pub fn number(variable: &str) -> Result<Option<u64>> {
+    env::var(variable)
+        .ok()
+        .map(|value| value.parse().with_context(|| format!("{variable}={value}")))
+        .transpose()
 }

@@ -6,6 +6,7 @@ use std::{
 };
 
 use pericarp_protos::{cri, id::SandboxId};
+use pericarp_vmm::RateLimits;
 use prost::{DecodeError, Message as _};
 use serde::Deserialize;
 use thiserror::Error;
@@ -15,7 +16,7 @@ use super::{
     refusals::{self, Refusal},
 };
 use crate::{
-    config::MINIMUM_MEMORY_MIB,
+    config::{MINIMUM_MEMORY_MIB, rate_limits},
     host::{
         network::InterfaceStatus,
         process::Process,
@@ -54,7 +55,9 @@ pub enum PodSpecError {
     #[error("{pod}: {what} cannot be given to a pod in a machine of its own: {remedy}")]
     Refused { pod: String, what: String, remedy: &'static str },
     #[error("{pod}: annotation {key} is {value:?}; it must be {expected}")]
-    Annotation { pod: String, key: &'static str, value: String, expected: String },
+    Annotation { pod: String, key: String, value: String, expected: String },
+    #[error("{pod}: there is no annotation {key}; those for rate limits are {known}")]
+    NoAnnotation { pod: String, key: String, known: String },
 }
 
 /// Reads a `PodSandboxConfig`, and refuses what is not understood or cannot be done. `source_namespace` is
@@ -80,9 +83,11 @@ pub fn pod_spec(
         annotations.number(MEMORY_ANNOTATION, MINIMUM_MEMORY_MIB)?,
     );
     let nested = annotations.flag(NESTED_ANNOTATION)?;
+    let limits = annotations.rate_limits()?;
     spec.resources.fixed_vcpus = vcpus;
     spec.resources.fixed_memory_mib = memory;
     spec.nested_virtualization = nested;
+    spec.rate_limits = limits;
     Ok(spec)
 }
 
@@ -149,7 +154,7 @@ struct Annotations<'a> {
 }
 
 impl Annotations<'_> {
-    fn number(&self, key: &'static str, minimum: u32) -> Result<Option<u64>, PodSpecError> {
+    fn number(&self, key: &str, minimum: u32) -> Result<Option<u64>, PodSpecError> {
         let Some(value) = self.config.annotations.get(key) else { return Ok(None) };
         match value.parse::<u64>() {
             Ok(number) if number >= u64::from(minimum) => Ok(Some(number)),
@@ -157,7 +162,7 @@ impl Annotations<'_> {
         }
     }
 
-    fn flag(&self, key: &'static str) -> Result<bool, PodSpecError> {
+    fn flag(&self, key: &str) -> Result<bool, PodSpecError> {
         match self.config.annotations.get(key).map(String::as_str) {
             None | Some("false") => Ok(false),
             Some("true") => Ok(true),
@@ -165,10 +170,34 @@ impl Annotations<'_> {
         }
     }
 
-    fn wrong(&self, key: &'static str, value: &str, expected: String) -> PodSpecError {
-        let value = value.chars().take(QUOTE_MAX).collect();
+    /// What all annotations for rate limits say together.
+    fn rate_limits(&self) -> Result<RateLimits, PodSpecError> {
+        let mut limits = RateLimits::default();
+        for (key, value) in &self.config.annotations {
+            if !key.starts_with(rate_limits::ANNOTATION_PREFIX) {
+                continue;
+            }
+            let Ok(number) = value.parse() else {
+                return Err(self.wrong(key, value, format!("a whole number from 1 to {}", u64::MAX)));
+            };
+            if !rate_limits::set_annotated(&mut limits, key, number) {
+                let (pod, key) = (self.pod.to_owned(), quoted(key));
+                let known = rate_limits::annotations().collect::<Vec<_>>().join(", ");
+                return Err(PodSpecError::NoAnnotation { pod, key, known });
+            }
+        }
+        Ok(limits)
+    }
+
+    fn wrong(&self, key: &str, value: &str, expected: String) -> PodSpecError {
+        let (key, value) = (quoted(key), quoted(value));
         PodSpecError::Annotation { pod: self.pod.to_owned(), key, value, expected }
     }
+}
+
+/// As much of an annotation as an error quotes.
+fn quoted(text: &str) -> String {
+    text.chars().take(QUOTE_MAX).collect()
 }
 
 /// The record of a pod that a controller before version 0.2 has left, which spoke CRI.
@@ -310,6 +339,25 @@ mod tests {
         }
         let long = spec_of(&annotated(NESTED_ANNOTATION, &"x".repeat(10_000))).unwrap_err();
         assert!(long.len() < 300, "{long}");
+    }
+
+    #[test]
+    fn annotations_limit_devices_and_are_refused_if_they_say_anything_else() {
+        let key = |name: &str| format!("{}{name}", rate_limits::ANNOTATION_PREFIX);
+        let limits = spec_of(&annotated(&key("fs.operations-per-second"), "50")).unwrap().rate_limits;
+        assert_eq!(limits.fs.operations_per_second.map(u64::from), Some(50));
+        assert_eq!(spec_of(&named()).unwrap().rate_limits, RateLimits::default());
+        for value in ["", "0", "-1", "1.5", "1M", "18446744073709551616"] {
+            let error = spec_of(&annotated(&key("disk.bytes-per-second"), value)).unwrap_err();
+            let quoted = format!("disk.bytes-per-second is {value:?}; it must be a whole number from 1");
+            assert!(error.contains("default/web") && error.contains(&quoted), "{error}");
+        }
+        for name in ["disk.bytes_per_second", "console.operations-burst", "tape.bytes-burst", ""] {
+            let error = spec_of(&annotated(&key(name), "1")).unwrap_err();
+            let (quoted, known) = (format!("no annotation {};", key(name)), key("console.bytes-burst"));
+            assert!(error.contains("default/web") && error.contains(&quoted), "{error}");
+            assert!(error.contains(&known), "{error}");
+        }
     }
 
     #[test]

@@ -27,6 +27,7 @@ use super::{
     pod_spec::{POD_CONFIG_TYPE, PodSpecError, cpu_and_memory, pod_spec},
 };
 use crate::{
+    config::rate_limits::RateLimitError,
     host::cgroup,
     pod::{Environment, Pod, PodError, ResizeError, StartError, life::Phase},
     pods::{Pods, remove_unless_claimed},
@@ -70,7 +71,11 @@ impl From<PodSpecError> for Status {
 impl From<PodError> for Status {
     fn from(error: PodError) -> Self {
         let code = match &error {
-            PodError::NestedVirtualization { .. } => Code::PermissionDenied,
+            PodError::NestedVirtualization { .. }
+            | PodError::RateLimit { source: RateLimitError::TooMuch { .. }, .. } => Code::PermissionDenied,
+            PodError::RateLimit { source: RateLimitError::BurstWithoutRate { .. }, .. } => {
+                Code::InvalidArgument
+            }
             PodError::Size { .. } | PodError::Resize { source: ResizeError::Size(_), .. } => {
                 Code::ResourceExhausted
             }

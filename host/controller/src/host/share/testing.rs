@@ -51,7 +51,7 @@ impl JailedProcess {
     }
 
     /// The path by which this process sees something in the share.
-    pub fn seen(&self, name: impl AsRef<Path>) -> PathBuf {
+    pub fn host_path(&self, name: impl AsRef<Path>) -> PathBuf {
         Path::new(&format!("/proc/{}/root/share", self.pid)).join(name)
     }
 

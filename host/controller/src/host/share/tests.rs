@@ -31,7 +31,7 @@ impl Place {
     }
 
     fn shared(&self, name: &str) -> PathBuf {
-        self.machine.seen(name)
+        self.machine.host_path(name)
     }
 
     fn unmount(&self, name: &str) {

@@ -93,7 +93,7 @@ mod tests {
         }
 
         fn seen_by_guest(&self, name: &str) -> PathBuf {
-            self.machine.seen("c1").join(WRITABLE).join(name)
+            self.machine.host_path("c1").join(WRITABLE).join(name)
         }
 
         fn add(&self) -> Result<(), String> {
@@ -148,7 +148,7 @@ mod tests {
         }
         // The place itself is a mount, of a share that cannot be written.
         assert!(fs::remove_dir(place.seen_by_guest("")).is_err());
-        assert!(fs::rename(place.seen_by_guest(""), place.machine.seen("c1/other")).is_err());
+        assert!(fs::rename(place.seen_by_guest(""), place.machine.host_path("c1/other")).is_err());
         assert_eq!(place.manifest(), before);
     }
 
@@ -171,7 +171,10 @@ mod tests {
                 let error = place.add().unwrap_err();
                 assert!(error.contains(&format!("snapshot/fs/{name}")), "{what}: {error}");
                 assert_eq!(place.manifest(), before, "{what}");
-                assert!(!place.machine.seen("c1").exists(), "{what}: nothing of it is left in the share");
+                assert!(
+                    !place.machine.host_path("c1").exists(),
+                    "{what}: nothing of it is left in the share"
+                );
             }
         }
     }

@@ -1,5 +1,6 @@
 use std::{
     io::Write as _,
+    num::NonZeroU64,
     time::{Duration, Instant},
 };
 
@@ -23,9 +24,13 @@ fn open(file: &tempfile::NamedTempFile) -> Vec<OwnedFd> {
 }
 
 fn disk(read_only: bool) -> (Blk, tempfile::NamedTempFile) {
+    disk_with_limit(read_only, &RateLimit::default())
+}
+
+fn disk_with_limit(read_only: bool, limit: &RateLimit) -> (Blk, tempfile::NamedTempFile) {
     let mut file = tempfile::NamedTempFile::new().unwrap();
     file.write_all(&[9; 4096]).unwrap();
-    (Blk::new(5, open(&file), read_only, "serial").unwrap(), file)
+    (Blk::new(5, open(&file), read_only, "serial", limit).unwrap(), file)
 }
 
 fn activate(disk: &mut Blk, memory: &GuestMemory, queue: ActiveQueue) {
@@ -67,8 +72,9 @@ fn the_configuration_tells_size_limits_and_what_can_be_done() {
 #[test]
 fn a_serial_number_that_is_too_long_is_refused() {
     let (_, file) = disk(true);
-    assert!(Blk::new(0, open(&file), true, "12345678901234567890").is_ok());
-    let error = Blk::new(0, open(&file), true, "123456789012345678901").map(drop).unwrap_err();
+    let new = |serial| Blk::new(0, open(&file), true, serial, &RateLimit::default()).map(drop);
+    assert!(new("12345678901234567890").is_ok());
+    let error = new("123456789012345678901").unwrap_err();
     assert!(error.to_string().contains("123456789012345678901"), "{error}");
 }
 
@@ -143,4 +149,65 @@ fn a_broken_queue_stops_the_worker_and_nothing_else() {
     notify.write(1).unwrap();
     wait_until(|| disk.worker.as_ref().unwrap().0.is_finished());
     disk.stop();
+}
+
+/// Has so many requests served that are there all at once. Returns how long it took, the disk's start included.
+fn time_of_reads(count: u16, limit: &RateLimit) -> Duration {
+    let start = Instant::now();
+    let (mut disk, _file) = disk_with_limit(true, limit);
+    let memory = guest_memory();
+    let (mut ring, queue) = Ring::new(&memory, 0x8000, 128);
+    let notify = queue.notified.try_clone().unwrap();
+    let head = ring.add(&chain());
+    for _ in 1..count {
+        ring.offer(head);
+    }
+    activate(&mut disk, &memory, queue);
+    let mut served = 0;
+    wait_until(|| {
+        // What the guest notifies makes no difference.
+        notify.write(1).unwrap();
+        while ring.used().is_some() {
+            served += 1;
+        }
+        served == count
+    });
+    let elapsed = start.elapsed();
+    disk.stop();
+    let throttled = disk.throttle.throttled().get();
+    assert!((1..=u64::from(count)).contains(&throttled), "{throttled}");
+    elapsed
+}
+
+#[test]
+fn a_disk_serves_as_many_requests_as_its_limit_allows_and_all_of_them_in_the_end() {
+    let limit = RateLimit { operations_per_second: NonZeroU64::new(100), ..RateLimit::default() };
+    // The bucket holds ten.
+    let elapsed = time_of_reads(40, &limit);
+    assert!(elapsed >= Duration::from_millis(300), "{elapsed:?}");
+}
+
+#[test]
+fn a_disk_moves_as_many_bytes_as_its_limit_allows_beyond_its_burst() {
+    let rate = NonZeroU64::new(51_200);
+    let limit = RateLimit { bytes_per_second: rate, bytes_burst: Some(10_240), ..RateLimit::default() };
+    // The bucket holds the bytes of ten requests, and the burst those of twenty. The last one may overdraw it.
+    let elapsed = time_of_reads(61, &limit);
+    assert!(elapsed >= Duration::from_millis(300), "{elapsed:?}");
+}
+
+#[test]
+fn a_disk_that_waits_for_its_limit_stops_at_once() {
+    let limit = RateLimit { bytes_per_second: NonZeroU64::new(1), ..RateLimit::default() };
+    let (mut disk, _file) = disk_with_limit(true, &limit);
+    let memory = guest_memory();
+    let (mut ring, queue) = Ring::new(&memory, 0x8000, 128);
+    let head = ring.add(&chain());
+    ring.offer(head);
+    activate(&mut disk, &memory, queue);
+    wait_until(|| disk.throttle.throttled().get() == 1);
+    // The next request would be served in 512 s.
+    disk.stop();
+    assert_eq!(ring.used(), Some((head, 513)));
+    assert_eq!(ring.used(), None);
 }

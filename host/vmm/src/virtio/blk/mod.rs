@@ -21,9 +21,9 @@ use self::{
 };
 use super::{
     ActivateError, Activation, Counter, Device, F_EVENT_IDX, RunningWorker, all_queues, device_type,
-    read_config_bytes,
+    read_config_bytes, throttle::Throttle,
 };
-use crate::thread_kind::ThreadKind;
+use crate::{config::RateLimit, thread_kind::ThreadKind};
 
 const F_SIZE_MAX: u64 = 1 << 1;
 const F_SEG_MAX: u64 = 1 << 2;
@@ -61,11 +61,18 @@ pub struct Blk {
     serial: [u8; SERIAL_SIZE],
     worker: Option<RunningWorker>,
     counters: Counters,
+    throttle: Throttle,
 }
 
 impl Blk {
     /// Makes a disk of its segments. `index` distinguishes the machine's disks.
-    pub fn new(index: u32, files: Vec<OwnedFd>, read_only: bool, serial: &str) -> Result<Self, DiskError> {
+    pub fn new(
+        index: u32,
+        files: Vec<OwnedFd>,
+        read_only: bool,
+        serial: &str,
+        limit: &RateLimit,
+    ) -> Result<Self, DiskError> {
         let mut bytes = [0; SERIAL_SIZE];
         bytes
             .get_mut(..serial.len())
@@ -77,6 +84,7 @@ impl Blk {
             serial: bytes,
             worker: None,
             counters: Counters::default(),
+            throttle: Throttle::new(limit),
         })
     }
 
@@ -116,9 +124,10 @@ impl Device for Blk {
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let [queue] = all_queues(activation.queues)?;
         let (name, disk) = (self.name.clone(), self.disk.clone());
-        let (serial, counters) = (self.serial, self.counters.clone());
+        let (serial, counters, throttle) = (self.serial, self.counters.clone(), self.throttle.clone());
         let worker = super::start_worker(&activation.threads, ThreadKind::Blk, &self.name, |stop| {
             let worker = Worker::new(name, activation.memory, queue, disk, serial, counters, stop)?;
+            let worker = worker.limited_by(throttle);
             Ok(move || worker.run())
         });
         self.worker = Some(worker.map_err(ActivateError::Worker)?);
@@ -138,6 +147,7 @@ impl Device for Blk {
             ("write_bytes", counters.write_bytes.clone()),
             ("flushes", counters.flushes.clone()),
             ("errors", counters.errors.clone()),
+            ("throttled", self.throttle.throttled()),
         ]
     }
 }

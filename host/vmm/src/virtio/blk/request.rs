@@ -26,37 +26,46 @@ pub enum Status {
     Unsupported = VIRTIO_BLK_S_UNSUPP as u8,
 }
 
-/// Serves one request. Returns the number of bytes that the device has written to its buffers.
+/// What has come of a request.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Served {
+    /// Bytes that the device has written to the request's buffers.
+    pub written: u32,
+    /// Bytes of the disk that were to be read or written, if the request was one that can be executed.
+    pub moved: u64,
+}
+
+/// Serves one request.
 pub fn serve(
     memory: &GuestMemory,
     chain: Chain<'_>,
     disk: &Disk,
     serial: &[u8; SERIAL_SIZE],
     counters: &Counters,
-) -> u32 {
+) -> Served {
     let (readable, mut writable) = match buffers(memory, chain) {
         Ok(buffers) => buffers,
         Err(error) => {
             // It is not known either where the request's status belongs.
             tracing::debug!(%error, "blk: a request is dropped");
             counters.errors.add(1);
-            return 0;
+            return Served::default();
         }
     };
     let Some(status_byte) = writable.take_last_byte() else {
         tracing::debug!("blk: a request without room for its status is dropped");
         counters.errors.add(1);
-        return 0;
+        return Served::default();
     };
     let room = writable.length();
-    let status = execute(readable, writable, disk, serial, counters);
+    let (status, moved) = execute(readable, writable, disk, serial, counters);
     if status != Status::Ok {
         counters.errors.add(1);
     }
     status_byte.copy_from(&[status as u8]);
     let written = if status == Status::Ok { room } else { 0 };
     // The guest decides how much room there is. A number that is too large for the used ring saturates.
-    u32::try_from(written.saturating_add(1)).unwrap_or(u32::MAX)
+    Served { written: u32::try_from(written.saturating_add(1)).unwrap_or(u32::MAX), moved }
 }
 
 /// The buffers that the device reads and those that it writes. Each descriptor is read once.
@@ -70,49 +79,48 @@ fn buffers<'a>(memory: &'a GuestMemory, chain: Chain<'a>) -> Result<(IoVecs<'a>,
 }
 
 /// Executes a request. `readable` is the header, followed by the data to be written; `writable` is the room for data
-/// that is read.
+/// that is read. Returns the status, and how many bytes were to be moved.
 fn execute(
     mut readable: IoVecs<'_>,
     writable: IoVecs<'_>,
     disk: &Disk,
     serial: &[u8; SERIAL_SIZE],
     counters: &Counters,
-) -> Status {
+) -> (Status, u64) {
     let mut header = [0; HEADER_SIZE];
     if readable.take_first(HEADER_SIZE as u64).copy_to(&mut header) < HEADER_SIZE {
-        return Status::IoError;
+        return (Status::IoError, 0);
     }
     let [t0, t1, t2, t3, _, _, _, _, sector @ ..] = header;
     let sector = u64::from_le_bytes(sector);
-    match u32::from_le_bytes([t0, t1, t2, t3]) {
+    let status = match u32::from_le_bytes([t0, t1, t2, t3]) {
         VIRTIO_BLK_T_IN => {
             let length = writable.length();
-            let Some(offset) = offset(disk, sector, length) else { return Status::IoError };
+            let Some(offset) = offset(disk, sector, length) else { return (Status::IoError, 0) };
             counters.reads.add(1);
             counters.read_bytes.add(length);
-            status_of("read", disk.read(offset, writable))
+            return (status_of("read", disk.read(offset, writable)), length);
         }
         VIRTIO_BLK_T_OUT if !disk.is_read_only() => {
             let length = readable.length();
-            let Some(offset) = offset(disk, sector, length) else { return Status::IoError };
+            let Some(offset) = offset(disk, sector, length) else { return (Status::IoError, 0) };
             counters.writes.add(1);
             counters.write_bytes.add(length);
-            status_of("written", disk.write(offset, readable))
+            return (status_of("written", disk.write(offset, readable)), length);
         }
         VIRTIO_BLK_T_OUT => Status::IoError,
         VIRTIO_BLK_T_FLUSH if !disk.is_read_only() => {
             counters.flushes.add(1);
             status_of("flushed", disk.flush())
         }
+        VIRTIO_BLK_T_GET_ID if writable.length() < SERIAL_SIZE as u64 => Status::IoError,
         VIRTIO_BLK_T_GET_ID => {
-            if writable.length() < SERIAL_SIZE as u64 {
-                return Status::IoError;
-            }
             writable.copy_from(serial);
             Status::Ok
         }
         _ => Status::Unsupported,
-    }
+    };
+    (status, 0)
 }
 
 /// The offset in bytes at which a request begins on the disk. `None` if a part of it is beyond the end, if it is not in

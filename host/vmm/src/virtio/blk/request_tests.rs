@@ -34,8 +34,15 @@ impl Guest {
         let (mut ring, mut queue) = Ring::new(&self.memory, 0x8000, 16);
         ring.add(chain);
         let chain = queue.pop(&self.memory).unwrap().unwrap();
-        let written = serve(&self.memory, chain, &self.disk, SERIAL, &self.counters);
-        (written, self.memory.read_obj(GuestAddress(STATUS)).unwrap())
+        let before = self.moved_since(0);
+        let served = serve(&self.memory, chain, &self.disk, SERIAL, &self.counters);
+        assert_eq!(served.moved, self.moved_since(before));
+        (served.written, self.memory.read_obj(GuestAddress(STATUS)).unwrap())
+    }
+
+    /// Bytes that have been read and written, less an earlier number of them.
+    fn moved_since(&self, before: u64) -> u64 {
+        self.counters.read_bytes.get() + self.counters.write_bytes.get() - before
     }
 
     fn header(&self, kind: u32, sector: u64) -> Buffer {
@@ -190,6 +197,6 @@ fn a_request_of_too_many_buffers_is_dropped() {
     ring.add(&[readable(table, u32::try_from(count * 16).unwrap())]);
     guest.memory.write_obj(4u16, GuestAddress(0x8000 + 12)).unwrap();
     let chain = queue.pop(&guest.memory).unwrap().unwrap();
-    assert_eq!(serve(&guest.memory, chain, &guest.disk, SERIAL, &guest.counters), 0);
+    assert_eq!(serve(&guest.memory, chain, &guest.disk, SERIAL, &guest.counters), Served::default());
     assert_eq!(guest.counters.errors.get(), 1);
 }

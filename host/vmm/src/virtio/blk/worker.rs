@@ -12,6 +12,7 @@ use crate::{
     thread_kind::ThreadKind,
     virtio::{
         ActiveQueue,
+        throttle::{NextTurn, Throttle},
         wait_context::{WaitContext, event_tokens},
     },
 };
@@ -37,6 +38,7 @@ pub struct Worker {
     disk: Arc<Disk>,
     serial: [u8; SERIAL_SIZE],
     counters: Counters,
+    throttle: Throttle,
     wait_context: WaitContext<Token>,
 }
 
@@ -53,15 +55,21 @@ impl Worker {
         let wait_context = WaitContext::new()?;
         wait_context.add(&queue.notified, Token::RequestQueue)?;
         wait_context.add(stop, Token::Stop)?;
-        Ok(Self { name, memory, queue, disk, serial, counters, wait_context })
+        let throttle = Throttle::default();
+        Ok(Self { name, memory, queue, disk, serial, counters, throttle, wait_context })
+    }
+
+    /// Gives the worker a rate limit to keep.
+    pub fn limited_by(self, throttle: Throttle) -> Self {
+        Self { throttle, ..self }
     }
 
     /// Serves until the stop event is written or the guest breaks the queue.
     pub fn run(mut self) {
-        let mut more = true;
+        let mut turn = NextTurn::Now;
         loop {
             attack::reached(ThreadKind::Blk);
-            match self.handle_events(more.then_some(Duration::ZERO)) {
+            match self.handle_events(turn.timeout()) {
                 Ok(ControlFlow::Continue(())) => {}
                 Ok(ControlFlow::Break(())) => return,
                 Err(error) => {
@@ -69,8 +77,11 @@ impl Worker {
                     return;
                 }
             }
-            more = match self.serve() {
-                Ok(more) => more,
+            if turn.has_to_wait() {
+                continue;
+            }
+            turn = match self.serve() {
+                Ok(turn) => turn,
                 Err(error) => {
                     tracing::warn!(device = self.name, %error, "the guest broke its queue; the device stops");
                     return;
@@ -91,19 +102,25 @@ impl Worker {
         Ok(ControlFlow::Continue(()))
     }
 
-    /// Serves a batch of requests. Returns whether there may be more without another notification. An error means that
-    /// the guest has broken the queue.
-    fn serve(&mut self) -> Result<bool, virtio_queue::Error> {
+    /// Serves a batch of requests. Returns when it is to serve the next one. An error means that the guest has broken
+    /// the queue.
+    fn serve(&mut self) -> Result<NextTurn, virtio_queue::Error> {
         self.queue.queue.disable_notification(&self.memory)?;
         for _ in 0..BATCH {
             let Some(chain) = self.queue.pop(&self.memory)? else {
-                return self.queue.queue.enable_notification(&self.memory);
+                let more = self.queue.queue.enable_notification(&self.memory)?;
+                return Ok(if more { NextTurn::Now } else { NextTurn::OnEvent });
             };
+            if let Some(not_before) = self.throttle.not_before() {
+                self.queue.unpop();
+                return Ok(NextTurn::NotBefore(not_before));
+            }
             let head = chain.head_index();
-            let written = request::serve(&self.memory, chain, &self.disk, &self.serial, &self.counters);
-            self.queue.add_used(&self.memory, head, written)?;
+            let served = request::serve(&self.memory, chain, &self.disk, &self.serial, &self.counters);
+            self.throttle.charge(served.moved);
+            self.queue.add_used(&self.memory, head, served.written)?;
             self.queue.signal(&self.memory)?;
         }
-        Ok(true)
+        Ok(NextTurn::Now)
     }
 }

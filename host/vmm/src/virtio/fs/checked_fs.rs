@@ -12,6 +12,7 @@ use virtiofsd::{
 };
 
 use super::{credentials::FsCredentials, names};
+use crate::virtio::Counter;
 
 type Inode = <PassthroughFs as FileSystem>::Inode;
 type Handle = <PassthroughFs as FileSystem>::Handle;
@@ -23,11 +24,21 @@ const OPEN_NONBLOCK: u32 = libc::O_NONBLOCK.cast_unsigned();
 const COPY_MAX: u64 = 16 << 20;
 
 /// The share, with operations that check what the guest asks for.
-pub struct CheckedFs(PassthroughFs);
+pub struct CheckedFs {
+    inner: PassthroughFs,
+    /// Bytes of files that have been read, written or copied.
+    data_bytes: Counter,
+}
 
 impl CheckedFs {
-    pub fn new(inner: PassthroughFs) -> Self {
-        Self(inner)
+    pub fn new(inner: PassthroughFs, data_bytes: Counter) -> Self {
+        Self { inner, data_bytes }
+    }
+
+    /// Counts bytes of data that an operation has moved.
+    fn count_data(&self, moved: io::Result<usize>) -> io::Result<usize> {
+        self.data_bytes.add(*moved.as_ref().unwrap_or(&0) as u64);
+        moved
     }
 }
 
@@ -58,7 +69,7 @@ fn required_features() -> FsOptions {
 macro_rules! pass_through {
     ($(fn $name:ident(&self $(, $argument:ident: $type:ty)*) $(-> $returned:ty)?;)*) => {
         $(fn $name(&self $(, $argument: $type)*) $(-> $returned)? {
-            self.0.$name($($argument),*)
+            self.inner.$name($($argument),*)
         })*
     };
 }
@@ -73,12 +84,12 @@ impl FileSystem for CheckedFs {
             tracing::warn!(?capable, "fs: the guest's kernel cannot do what this device needs");
             return Err(io::Error::from_raw_os_error(libc::EPROTO));
         }
-        self.0.init(capable)
+        self.inner.init(capable)
     }
 
     fn lookup(&self, context: Context, parent: Inode, name: &CStr) -> io::Result<Entry> {
         names::check(name)?;
-        self.0.lookup(context, parent, name)
+        self.inner.lookup(context, parent, name)
     }
 
     fn symlink(
@@ -90,7 +101,7 @@ impl FileSystem for CheckedFs {
         extensions: Extensions,
     ) -> io::Result<Entry> {
         names::check(name)?;
-        self.0.symlink(context, target, parent, name, extensions)
+        self.inner.symlink(context, target, parent, name, extensions)
     }
 
     fn mknod(
@@ -105,7 +116,7 @@ impl FileSystem for CheckedFs {
     ) -> io::Result<Entry> {
         names::check(name)?;
         check_node(mode, device)?;
-        self.0.mknod(context, parent, name, mode, device, umask, extensions)
+        self.inner.mknod(context, parent, name, mode, device, umask, extensions)
     }
 
     fn mkdir(
@@ -118,17 +129,17 @@ impl FileSystem for CheckedFs {
         extensions: Extensions,
     ) -> io::Result<Entry> {
         names::check(name)?;
-        self.0.mkdir(context, parent, name, mode, umask, extensions)
+        self.inner.mkdir(context, parent, name, mode, umask, extensions)
     }
 
     fn unlink(&self, context: Context, parent: Inode, name: &CStr) -> io::Result<()> {
         names::check(name)?;
-        self.0.unlink(context, parent, name)
+        self.inner.unlink(context, parent, name)
     }
 
     fn rmdir(&self, context: Context, parent: Inode, name: &CStr) -> io::Result<()> {
         names::check(name)?;
-        self.0.rmdir(context, parent, name)
+        self.inner.rmdir(context, parent, name)
     }
 
     fn rename(
@@ -142,12 +153,12 @@ impl FileSystem for CheckedFs {
     ) -> io::Result<()> {
         names::check(old_name)?;
         names::check(new_name)?;
-        self.0.rename(context, old_parent, old_name, new_parent, new_name, flags)
+        self.inner.rename(context, old_parent, old_name, new_parent, new_name, flags)
     }
 
     fn link(&self, context: Context, inode: Inode, new_parent: Inode, new_name: &CStr) -> io::Result<Entry> {
         names::check(new_name)?;
-        self.0.link(context, inode, new_parent, new_name)
+        self.inner.link(context, inode, new_parent, new_name)
     }
 
     fn create(
@@ -163,7 +174,7 @@ impl FileSystem for CheckedFs {
     ) -> io::Result<(Entry, Option<Handle>, OpenOptions)> {
         names::check(name)?;
         let flags = flags | OPEN_NONBLOCK;
-        self.0.create(context, parent, name, mode, kill_privileges, flags, umask, extensions)
+        self.inner.create(context, parent, name, mode, kill_privileges, flags, umask, extensions)
     }
 
     /// Opens a file without blocking. Reading files of tracefs, for example, waits until there is something to read,
@@ -176,7 +187,7 @@ impl FileSystem for CheckedFs {
         kill_privileges: bool,
         flags: u32,
     ) -> io::Result<OpenReply> {
-        self.0.open(context, inode, kill_privileges, flags | OPEN_NONBLOCK)
+        self.inner.open(context, inode, kill_privileges, flags | OPEN_NONBLOCK)
     }
 
     fn setxattr(
@@ -189,17 +200,17 @@ impl FileSystem for CheckedFs {
         extra: SetxattrFlags,
     ) -> io::Result<()> {
         names::check_attribute(name)?;
-        self.0.setxattr(context, inode, name, value, flags, extra)
+        self.inner.setxattr(context, inode, name, value, flags, extra)
     }
 
     fn getxattr(&self, context: Context, inode: Inode, name: &CStr, size: u32) -> io::Result<GetxattrReply> {
         names::check_attribute(name)?;
-        self.0.getxattr(context, inode, name, size)
+        self.inner.getxattr(context, inode, name, size)
     }
 
     fn removexattr(&self, context: Context, inode: Inode, name: &CStr) -> io::Result<()> {
         names::check_attribute(name)?;
-        self.0.removexattr(context, inode, name)
+        self.inner.removexattr(context, inode, name)
     }
 
     fn read<W: ZeroCopyWriter>(
@@ -213,7 +224,8 @@ impl FileSystem for CheckedFs {
         lock_owner: Option<u64>,
         flags: u32,
     ) -> io::Result<usize> {
-        self.0.read(context, inode, handle, writer, size, offset, lock_owner, flags)
+        let read = self.inner.read(context, inode, handle, writer, size, offset, lock_owner, flags);
+        self.count_data(read)
     }
 
     fn write<R: ZeroCopyReader>(
@@ -230,7 +242,7 @@ impl FileSystem for CheckedFs {
         flags: u32,
     ) -> io::Result<usize> {
         let _credentials = FsCredentials::for_data(context, delayed);
-        self.0.write(
+        let written = self.inner.write(
             context,
             inode,
             handle,
@@ -241,7 +253,8 @@ impl FileSystem for CheckedFs {
             delayed,
             kill_privileges,
             flags,
-        )
+        );
+        self.count_data(written)
     }
 
     fn fallocate(
@@ -254,7 +267,7 @@ impl FileSystem for CheckedFs {
         length: u64,
     ) -> io::Result<()> {
         let _credentials = FsCredentials::for_data(context, false);
-        self.0.fallocate(context, inode, handle, mode, offset, length)
+        self.inner.fallocate(context, inode, handle, mode, offset, length)
     }
 
     fn copyfilerange(
@@ -272,7 +285,19 @@ impl FileSystem for CheckedFs {
         let _credentials = FsCredentials::for_data(context, false);
         // A copy may be shorter than what is asked for. The longest would occupy the device for minutes.
         let length = length.min(COPY_MAX);
-        self.0.copyfilerange(context, from, from_handle, from_offset, to, to_handle, to_offset, length, flags)
+        let inner = &self.inner;
+        let copied = inner.copyfilerange(
+            context,
+            from,
+            from_handle,
+            from_offset,
+            to,
+            to_handle,
+            to_offset,
+            length,
+            flags,
+        );
+        self.count_data(copied)
     }
 
     pass_through! {

@@ -37,9 +37,12 @@ use virtiofsd::{
 use self::checked_fs::CheckedFs;
 use super::{
     ActivateError, Activation, Counter, Device, F_EVENT_IDX, RunningWorker, all_queues, device_type,
-    read_config_bytes,
+    read_config_bytes, throttle::Throttle,
 };
-use crate::{config::ShareConfig, thread_kind::ThreadKind};
+use crate::{
+    config::{RateLimit, ShareConfig},
+    thread_kind::ThreadKind,
+};
 
 /// `VIRTIO_F_INDIRECT_DESC`: large requests take one entry of the ring.
 const F_INDIRECT_DESC: u64 = 1 << 28;
@@ -69,19 +72,28 @@ pub enum FsError {
     Attributes(#[source] virtiofsd::passthrough::xattrmap::Error),
 }
 
+/// Counted by the worker, read by the control service.
+#[derive(Clone, Debug, Default)]
+pub struct Counters {
+    requests: Counter,
+    /// Bytes of files that have been read, written or copied.
+    data_bytes: Counter,
+}
+
 /// The shared directory's device.
 pub struct Fs {
     config: [u8; TAG_SIZE + 4],
     server: Arc<Server<CheckedFs>>,
     worker: Option<RunningWorker>,
-    requests: Counter,
+    counters: Counters,
+    throttle: Throttle,
 }
 
 impl Fs {
     /// Prepares to serve a directory. This raises the process's limit of open files as far as it may, and clears its
     /// umask (in virtiofsd), because the guest's kernel applies those of its processes. `descriptors` is
     /// `/proc/self/fd`, for a process that has no `/proc`.
-    pub fn new(share: &ShareConfig, descriptors: Option<File>) -> Result<Self, FsError> {
+    pub fn new(share: &ShareConfig, limit: &RateLimit, descriptors: Option<File>) -> Result<Self, FsError> {
         if share.tag.is_empty() || share.tag.len() > TAG_SIZE {
             return Err(FsError::Tag { tag: share.tag.clone() });
         }
@@ -110,11 +122,13 @@ impl Fs {
         let mut config = [0; TAG_SIZE + 4];
         config[..share.tag.len()].copy_from_slice(share.tag.as_bytes());
         config[TAG_SIZE..].copy_from_slice(&1u32.to_le_bytes());
+        let counters = Counters::default();
         Ok(Self {
             config,
-            server: Arc::new(Server::new(CheckedFs::new(passthrough))),
+            server: Arc::new(Server::new(CheckedFs::new(passthrough, counters.data_bytes.clone()))),
             worker: None,
-            requests: Counter::default(),
+            counters,
+            throttle: Throttle::new(limit),
         })
     }
 }
@@ -169,9 +183,10 @@ impl Device for Fs {
 
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let queues = all_queues(activation.queues)?;
-        let (server, requests) = (self.server.clone(), self.requests.clone());
+        let (server, counters) = (self.server.clone(), self.counters.clone());
+        let throttle = self.throttle.clone();
         let worker = super::start_worker(&activation.threads, ThreadKind::Fs, "fs", |stop| {
-            let worker = worker::Worker::new(activation.memory, queues, server, requests, stop)?;
+            let worker = worker::Worker::new(activation.memory, queues, server, counters, throttle, stop)?;
             Ok(move || worker.run())
         });
         self.worker = Some(worker.map_err(ActivateError::Worker)?);
@@ -183,6 +198,10 @@ impl Device for Fs {
     }
 
     fn counters(&self) -> Vec<(&'static str, Counter)> {
-        vec![("requests", self.requests.clone())]
+        vec![
+            ("requests", self.counters.requests.clone()),
+            ("data_bytes", self.counters.data_bytes.clone()),
+            ("throttled", self.throttle.throttled()),
+        ]
     }
 }

@@ -47,6 +47,10 @@ pub enum RequestError {
     Room { room: usize, needed: usize },
     #[error("the guest asks for operation {0}, which this device does not have")]
     Unknown(u32),
+    #[error(
+        "the guest asks for operation {0} over the high-priority queue, which is for FORGET and INTERRUPT"
+    )]
+    NotUrgent(u32),
     #[error("the guest's request has flags {0:#x}, which this device does not know")]
     Flags(u32),
     #[error("the guest asks for a kind of allocation, {0:#x}, that this device does not know")]
@@ -81,6 +85,15 @@ pub struct Request<'a> {
     pub length: usize,
     /// Bytes of the room for the reply.
     pub room: usize,
+}
+
+/// Checks a request of the high-priority queue, as [`check`] does. It must be one of those that the queue is for
+/// (virtio 1.2, section 5.11.6): they have no rate limit, and others would have none there either.
+pub fn check_urgent(request: &Request) -> Result<usize, RequestError> {
+    match Opcode::try_from(request.header.opcode) {
+        Ok(Opcode::Forget | Opcode::BatchForget | Opcode::Interrupt) => check(request),
+        _ => Err(RequestError::NotUrgent(request.header.opcode)),
+    }
 }
 
 /// Checks a request. Returns how many bytes of the room for its reply may be used.

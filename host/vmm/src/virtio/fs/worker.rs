@@ -1,6 +1,6 @@
 //! The thread that serves the guest's file system requests.
 
-use std::{io, io::Write as _, ops::ControlFlow, sync::Arc, time::Duration};
+use std::{io, io::Write as _, ops::ControlFlow, sync::Arc};
 
 use thiserror::Error;
 use virtio_queue::QueueT as _;
@@ -9,9 +9,10 @@ use vm_memory::ByteValued as _;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{
+    Counters,
     checked_fs::CheckedFs,
     credentials::FsCredentials,
-    request::{self, REPLY_HEADER_SIZE},
+    request::{self, REPLY_HEADER_SIZE, Request, RequestError},
     staging::{Staging, StagingError},
 };
 use crate::{
@@ -19,7 +20,8 @@ use crate::{
     memory::GuestMemory,
     thread_kind::ThreadKind,
     virtio::{
-        ActiveQueue, Chain, Counter,
+        ActiveQueue, Chain,
+        throttle::{NextTurn, Throttle},
         wait_context::{WaitContext, event_tokens},
     },
 };
@@ -49,15 +51,21 @@ pub enum WorkerError {
     Queue(#[from] virtio_queue::Error),
 }
 
+/// Checks a request. Returns how many bytes of the room for its reply may be used.
+type Check = fn(&Request<'_>) -> Result<usize, RequestError>;
+
 /// Serves both queues.
 pub struct Worker {
     memory: GuestMemory,
     queues: [ActiveQueue; 2],
-    /// Whether each queue may have requests without another notification.
-    pending: [bool; 2],
+    /// When each queue is to be served again.
+    turns: [NextTurn; 2],
     server: Arc<Server<CheckedFs>>,
     staging: Staging,
-    requests: Counter,
+    counters: Counters,
+    /// What the request queue is limited to. What comes over the high-priority queue lets the guest's kernel free
+    /// memory or end a request, and has no limit.
+    throttle: Throttle,
     wait_context: WaitContext<Token>,
 }
 
@@ -66,7 +74,8 @@ impl Worker {
         memory: GuestMemory,
         queues: [ActiveQueue; 2],
         server: Arc<Server<CheckedFs>>,
-        requests: Counter,
+        counters: Counters,
+        throttle: Throttle,
         stop: &EventFd,
     ) -> io::Result<Self> {
         let wait_context = WaitContext::new()?;
@@ -74,7 +83,8 @@ impl Worker {
         wait_context.add(&queues[REQUEST_QUEUE].notified, Token::RequestQueue)?;
         wait_context.add(stop, Token::Stop)?;
         let staging = Staging::new(&memory).map_err(io::Error::other)?;
-        Ok(Self { memory, queues, pending: [false; 2], server, staging, requests, wait_context })
+        let turns = [NextTurn::OnEvent; 2];
+        Ok(Self { memory, queues, turns, server, staging, counters, throttle, wait_context })
     }
 
     /// Serves until the stop event is written or the guest breaks a queue.
@@ -102,16 +112,16 @@ impl Worker {
             return Ok(ControlFlow::Break(()));
         }
         for index in 0..self.queues.len() {
-            if self.pending[index] {
-                self.pending[index] = self.serve(index)?;
+            if self.turns[index] != NextTurn::OnEvent && !self.turns[index].has_to_wait() {
+                self.turns[index] = self.serve(index)?;
             }
         }
         Ok(ControlFlow::Continue(()))
     }
 
     fn wait(&mut self) -> io::Result<ControlFlow<()>> {
-        let timeout = self.pending.contains(&true).then_some(Duration::ZERO);
-        for event in self.wait_context.wait::<4>(timeout)? {
+        let [urgent, requests] = self.turns;
+        for event in self.wait_context.wait::<4>(urgent.or(requests).timeout())? {
             let index = match event.token {
                 Token::Stop => return Ok(ControlFlow::Break(())),
                 Token::HighPriorityQueue => HIGH_PRIORITY_QUEUE,
@@ -119,35 +129,50 @@ impl Worker {
             };
             // An error means that there was no notification after all.
             let _ = self.queues[index].notified.read();
-            self.pending[index] = true;
+            if !self.turns[index].has_to_wait() {
+                self.turns[index] = NextTurn::Now;
+            }
         }
         Ok(ControlFlow::Continue(()))
     }
 
-    /// Serves a batch of requests of a queue. Returns whether there may be more without another notification. An error
-    /// means that the guest has broken the queue.
-    fn serve(&mut self, index: usize) -> Result<bool, virtio_queue::Error> {
-        let Self { memory, queues, server, staging, requests, .. } = self;
+    /// Serves a batch of requests of a queue. Returns when it is to serve the next one. An error means that the guest
+    /// has broken the queue.
+    fn serve(&mut self, index: usize) -> Result<NextTurn, virtio_queue::Error> {
+        let Self { memory, queues, server, staging, counters, throttle, .. } = self;
+        let (throttle, check): (_, Check) = match index {
+            HIGH_PRIORITY_QUEUE => (None, request::check_urgent),
+            _ => (Some(throttle), request::check),
+        };
         let queue = &mut queues[index];
         queue.queue.disable_notification(&*memory)?;
         for _ in 0..BATCH {
             let Some(chain) = queue.pop(memory)? else {
-                return queue.queue.enable_notification(&*memory);
+                let more = queue.queue.enable_notification(&*memory)?;
+                return Ok(if more { NextTurn::Now } else { NextTurn::OnEvent });
             };
-            requests.add(1);
+            if let Some(not_before) = throttle.as_ref().and_then(|throttle| throttle.not_before()) {
+                queue.unpop();
+                return Ok(NextTurn::NotBefore(not_before));
+            }
+            counters.requests.add(1);
+            let moved_before = counters.data_bytes.get();
             let head = chain.head_index();
-            let length = serve_request(memory, staging, server, chain).unwrap_or_else(|error| {
+            let length = serve_request(memory, staging, server, chain, check).unwrap_or_else(|error| {
                 // There is not even a FUSE header, so that there can be no reply.
                 tracing::debug!(error = &error as &dyn std::error::Error, "fs: a request is dropped");
                 0
             });
+            if let Some(throttle) = &throttle {
+                throttle.charge(counters.data_bytes.get().wrapping_sub(moved_before));
+            }
             let Ok(length) = u32::try_from(length) else {
                 unreachable!("a reply has at most a header and DATA_MAX bytes")
             };
             queue.add_used(memory, head, length)?;
             queue.signal(memory)?;
         }
-        Ok(true)
+        Ok(NextTurn::Now)
     }
 }
 
@@ -164,10 +189,11 @@ fn serve_request(
     staging: &mut Staging,
     server: &Server<CheckedFs>,
     chain: Chain<'_>,
+    check: Check,
 ) -> Result<usize, StagingError> {
     let request = staging.copy_request(guest, chain)?;
     let header = request.header;
-    let errno = match request::check(&request) {
+    let errno = match check(&request) {
         Ok(room) => {
             let (reader, writer) = staging.reader_and_writer(room)?;
             let _credentials = FsCredentials::for_request(&header);

@@ -47,8 +47,14 @@ use self::{
 };
 use super::{
     ActivateError, Activation, Counter, Device, F_EVENT_IDX, RunningWorker, device_type, read_config_bytes,
+    throttle::Throttle,
 };
-use crate::{config::NetConfig, memory::GuestMemory, thread_kind::ThreadKind, threads::ThreadSpawner};
+use crate::{
+    config::{NetConfig, RateLimits},
+    memory::GuestMemory,
+    thread_kind::ThreadKind,
+    threads::ThreadSpawner,
+};
 
 /// Feature bits (virtio 1.2, section 5.1.3).
 mod feature {
@@ -117,6 +123,13 @@ struct Counters {
     tx_dropped: Counter,
 }
 
+/// The rate limits of the directions, which the workers of all pairs keep together.
+#[derive(Clone, Default)]
+struct Throttles {
+    receive: Throttle,
+    transmit: Throttle,
+}
+
 /// A network interface of the guest.
 pub struct Net {
     name: String,
@@ -127,13 +140,14 @@ pub struct Net {
     /// The tap's queues, one for each pair. They go to the workers when the device is activated.
     taps: Vec<Tap>,
     counters: Counters,
+    throttles: Throttles,
     /// The workers of the pairs and of the control queue.
     workers: Vec<RunningWorker>,
 }
 
 impl Net {
     /// Attaches to the device's tap. `index` distinguishes the machine's network devices.
-    pub fn new(index: usize, config: &NetConfig) -> Result<Self, NetError> {
+    pub fn new(index: usize, config: &NetConfig, limits: &RateLimits) -> Result<Self, NetError> {
         if config.mtu < MTU_MIN {
             return Err(NetError::Mtu { tap: config.tap.clone(), mtu: config.mtu });
         }
@@ -149,6 +163,10 @@ impl Net {
             queue_sizes: queues::sizes(pairs),
             taps,
             counters: Counters::default(),
+            throttles: Throttles {
+                receive: Throttle::new(&limits.net_receive),
+                transmit: Throttle::new(&limits.net_transmit),
+            },
             workers: Vec::new(),
         })
     }
@@ -196,8 +214,9 @@ impl Net {
         pair: QueuePair,
         tap: Arc<Tap>,
     ) -> io::Result<()> {
-        let receiver = Receiver::new(pair.receive, memory, features, self.counters.clone());
-        let transmitter = Transmitter::new(pair.transmit, memory, self.counters.clone());
+        let (counters, throttles) = (self.counters.clone(), self.throttles.clone());
+        let receiver = Receiver::new(pair.receive, memory, features, counters.clone(), throttles.receive);
+        let transmitter = Transmitter::new(pair.transmit, memory, counters, throttles.transmit);
         self.workers.push(super::start_worker(threads, ThreadKind::Net, name, |stop| {
             let worker = Worker::new(name.to_owned(), receiver, transmitter, tap, stop)?;
             Ok(move || worker.run())
@@ -276,6 +295,8 @@ impl Device for Net {
             ("tx_packets", counters.tx_packets.clone()),
             ("tx_bytes", counters.tx_bytes.clone()),
             ("tx_dropped", counters.tx_dropped.clone()),
+            ("rx_throttled", self.throttles.receive.throttled()),
+            ("tx_throttled", self.throttles.transmit.throttled()),
         ]
     }
 }
@@ -317,14 +338,16 @@ mod tests {
     #[test]
     fn an_mtu_that_no_guest_takes_is_a_clear_error() {
         let config = NetConfig { mtu: 67, ..config() };
-        let error = Net::new(0, &config).map(drop).unwrap_err().to_string();
+        let error = Net::new(0, &config, &RateLimits::default()).map(drop).unwrap_err().to_string();
         assert!(error.contains("67") && error.contains("tap0"), "{error}");
     }
 
     #[test]
     fn a_number_of_pairs_that_there_cannot_be_is_a_clear_error() {
         for queue_pairs in [0, NetConfig::QUEUE_PAIRS_MAX + 1, u16::MAX] {
-            let error = Net::new(0, &NetConfig { queue_pairs, ..config() }).map(drop).unwrap_err();
+            let error = Net::new(0, &NetConfig { queue_pairs, ..config() }, &RateLimits::default())
+                .map(drop)
+                .unwrap_err();
             assert!(matches!(&error, NetError::QueuePairs { tap, .. } if tap == "tap0"), "{error}");
         }
     }

@@ -49,7 +49,7 @@ impl Harness {
             mtu: 1500,
             queue_pairs: PAIRS,
         };
-        let mut device = Net::new(0, &config).unwrap();
+        let mut device = Net::new(0, &config, &RateLimits::default()).unwrap();
         switch_on("tap0");
         let memory = guest_memory();
         let features = device.features() & !(refused | F_EVENT_IDX) | F_VERSION_1;
@@ -220,7 +220,7 @@ fn a_driver_without_the_first_pair_cannot_activate_the_device() {
             mtu: 1500,
             queue_pairs: PAIRS,
         };
-        let mut device = Net::new(0, &config).unwrap();
+        let mut device = Net::new(0, &config, &RateLimits::default()).unwrap();
         let features = device.features() | F_VERSION_1;
         let queues = (0..5).map(|_| None).collect();
         let refused =

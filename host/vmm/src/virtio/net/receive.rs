@@ -1,6 +1,6 @@
 //! The receive queue: moves frames from the tap into the buffers that the guest has made available.
 
-use std::{collections::VecDeque, os::fd::AsFd as _};
+use std::{collections::VecDeque, os::fd::AsFd as _, time::Instant};
 
 use virtio_queue::QueueT as _;
 
@@ -9,7 +9,10 @@ use super::{
     iovecs::{ChainPart, FrameIoVecs, IoVecError},
     tap::{Tap, TapFailure},
 };
-use crate::{memory::GuestMemory, virtio::ActiveQueue};
+use crate::{
+    memory::GuestMemory,
+    virtio::{ActiveQueue, throttle::Throttle},
+};
 
 /// Offset of `num_buffers` in a frame's header (`struct virtio_net_hdr`).
 const NUM_BUFFERS_OFFSET: usize = 10;
@@ -23,6 +26,8 @@ pub enum ReceiveOutcome {
     TapEmpty,
     /// The guest has made no buffers available. It notifies the queue when it does.
     NoBuffers,
+    /// No frame may be moved before this time, because of the rate limit.
+    Throttled(Instant),
     /// The tap is gone.
     TapGone,
 }
@@ -41,6 +46,8 @@ pub struct Receiver {
     pub queue: ActiveQueue,
     memory: GuestMemory,
     counters: Counters,
+    /// The limit of frames to the guest.
+    pub throttle: Throttle,
     /// Whether a frame may fill several chains.
     merge: bool,
     /// Chains that were taken from the queue, oldest first. Those that a frame does not fill are used for the next one.
@@ -57,11 +64,18 @@ pub struct Receiver {
 }
 
 impl Receiver {
-    pub fn new(queue: ActiveQueue, memory: &GuestMemory, features: u64, counters: Counters) -> Self {
+    pub fn new(
+        queue: ActiveQueue,
+        memory: &GuestMemory,
+        features: u64,
+        counters: Counters,
+        throttle: Throttle,
+    ) -> Self {
         Self {
             queue,
             memory: memory.clone(),
             counters,
+            throttle,
             merge: features & feature::MRG_RXBUF != 0,
             ready: VecDeque::new(),
             room: 0,
@@ -86,7 +100,15 @@ impl Receiver {
                 let more = self.queue.queue.enable_notification(&self.memory)?;
                 return Ok(if more { ReceiveOutcome::BudgetSpent } else { ReceiveOutcome::NoBuffers });
             }
-            match self.iovecs.read_from(tap.as_fd(), &mut self.spill) {
+            // How long the frame is, and whether there is one, is not known before it has been read.
+            if let Some(not_before) = self.throttle.not_before() {
+                return Ok(ReceiveOutcome::Throttled(not_before));
+            }
+            let read = self.iovecs.read_from(tap.as_fd(), &mut self.spill);
+            if let Ok(length) = read {
+                self.throttle.charge(frame_bytes(length));
+            }
+            match read {
                 // A tap never returns 0. A descriptor at its end would return nothing else any more.
                 Ok(0) => return Ok(ReceiveOutcome::TapGone),
                 Ok(length) if length <= self.room => self.return_frame(length)?,
@@ -174,7 +196,12 @@ impl Receiver {
         self.iovecs.remove_first(iovecs);
         self.queue.add_used_together(&self.memory, &self.filled)?;
         self.counters.rx_packets.add(1);
-        self.counters.rx_bytes.add(length.saturating_sub(usize::from(HEADER_SIZE)) as u64);
+        self.counters.rx_bytes.add(frame_bytes(length));
         Ok(())
     }
+}
+
+/// Bytes of the frame in so many bytes that were read with its header.
+fn frame_bytes(length: usize) -> u64 {
+    length.saturating_sub(usize::from(HEADER_SIZE)) as u64
 }

@@ -1,6 +1,6 @@
 //! The transmit queue: moves the guest's frames from its memory into the tap.
 
-use std::os::fd::AsFd as _;
+use std::{os::fd::AsFd as _, time::Instant};
 
 use virtio_queue::QueueT as _;
 
@@ -11,7 +11,7 @@ use super::{
 };
 use crate::{
     memory::GuestMemory,
-    virtio::{ActiveQueue, Chain},
+    virtio::{ActiveQueue, Chain, throttle::Throttle},
 };
 
 /// Bytes of an Ethernet header.
@@ -26,6 +26,8 @@ pub enum TransmitOutcome {
     QueueEmpty,
     /// The tap takes no frame at the moment.
     TapFull,
+    /// No frame may be moved before this time, because of the rate limit.
+    Throttled(Instant),
     /// The tap is gone.
     TapGone,
 }
@@ -44,13 +46,15 @@ pub struct Transmitter {
     pub queue: ActiveQueue,
     memory: GuestMemory,
     counters: Counters,
+    throttle: Throttle,
     /// The memory of one frame.
     iovecs: FrameIoVecs,
 }
 
 impl Transmitter {
-    pub fn new(queue: ActiveQueue, memory: &GuestMemory, counters: Counters) -> Self {
-        Self { queue, memory: memory.clone(), counters, iovecs: FrameIoVecs::new(memory.clone()) }
+    pub fn new(queue: ActiveQueue, memory: &GuestMemory, counters: Counters, throttle: Throttle) -> Self {
+        let iovecs = FrameIoVecs::new(memory.clone());
+        Self { queue, memory: memory.clone(), counters, throttle, iovecs }
     }
 
     /// Moves at most `budget` frames to the tap. Without a tap, they are dropped. An error means that the guest has
@@ -78,13 +82,22 @@ impl Transmitter {
                 }
                 return Ok(TransmitOutcome::QueueEmpty);
             };
+            if let Some(not_before) = self.throttle.not_before() {
+                self.queue.unpop();
+                return Ok(TransmitOutcome::Throttled(not_before));
+            }
             let head = chain.head_index();
             match send(&mut self.iovecs, chain, tap) {
                 SendOutcome::Sent(length) => {
+                    let bytes = (length - usize::from(HEADER_SIZE)) as u64;
                     self.counters.tx_packets.add(1);
-                    self.counters.tx_bytes.add((length - usize::from(HEADER_SIZE)) as u64);
+                    self.counters.tx_bytes.add(bytes);
+                    self.throttle.charge(bytes);
                 }
-                SendOutcome::Dropped => self.counters.tx_dropped.add(1),
+                SendOutcome::Dropped => {
+                    self.counters.tx_dropped.add(1);
+                    self.throttle.charge(0);
+                }
                 SendOutcome::TapFull => {
                     // The frame is read and checked again when the tap takes frames again.
                     self.queue.unpop();

@@ -12,7 +12,10 @@ use super::{
 use crate::{
     attack,
     thread_kind::ThreadKind,
-    virtio::wait_context::{WaitContext, event_tokens},
+    virtio::{
+        throttle::NextTurn,
+        wait_context::{WaitContext, event_tokens},
+    },
 };
 
 /// Most frames moved one way before the other way has its turn.
@@ -20,7 +23,6 @@ const BATCH: usize = 64;
 /// The tap reports changes only (`EPOLLET`): frames that wait because the guest has no buffers for them do not wake the
 /// worker again and again.
 const TAP_READABLE: EventSet = EventSet::IN.union(EventSet::EDGE_TRIGGERED);
-const TAP_READABLE_OR_WRITABLE: EventSet = TAP_READABLE.union(EventSet::OUT);
 
 event_tokens! {
     enum Token {
@@ -47,6 +49,12 @@ pub struct Worker {
     readable: bool,
     /// Whether the tap may take frames.
     writable: bool,
+    /// When frames are to be moved from the guest again.
+    transmit_turn: NextTurn,
+    /// When frames are to be moved to the guest again.
+    receive_turn: NextTurn,
+    /// Whether the tap wakes the worker when it has frames. It does not while the rate limit holds them back.
+    woken_by_frames: bool,
 }
 
 impl Worker {
@@ -62,21 +70,39 @@ impl Worker {
         wait_context.add(&transmitter.queue.notified, Token::TransmitQueue)?;
         wait_context.add(stop, Token::Stop)?;
         wait_context.add_for(&tap.as_fd(), TAP_READABLE, Token::Tap)?;
-        Ok(Self { name, wait_context, receiver, transmitter, tap: Some(tap), readable: true, writable: true })
+        Ok(Self {
+            name,
+            wait_context,
+            receiver,
+            transmitter,
+            tap: Some(tap),
+            readable: true,
+            writable: true,
+            transmit_turn: NextTurn::Now,
+            receive_turn: NextTurn::Now,
+            woken_by_frames: true,
+        })
     }
 
-    /// Replaces the events of the tap that wake the worker.
-    fn watch_tap(&self, events: EventSet) -> io::Result<()> {
-        let Some(tap) = &self.tap else { return Ok(()) };
-        self.wait_context.modify(&tap.as_fd(), events, Token::Tap)
+    /// Has the tap wake the worker when it takes frames, if it does not now, and when it has frames that may be moved.
+    /// If it does or has by now, epoll reports that at once. A tap that cannot be waited for is given up.
+    fn watch_tap(&mut self) {
+        let Some(tap) = &self.tap else { return };
+        let mut events = EventSet::EDGE_TRIGGERED;
+        events.set(EventSet::IN, self.woken_by_frames);
+        events.set(EventSet::OUT, !self.writable);
+        if let Err(error) = self.wait_context.modify(&tap.as_fd(), events, Token::Tap) {
+            tracing::error!(device = self.name, %error, "cannot wait for the tap");
+            self.give_up_tap();
+        }
     }
 
     /// Serves until the stop event is written or the guest breaks a queue.
     pub fn run(mut self) {
-        let mut more = true;
+        let mut turn = NextTurn::Now;
         loop {
             attack::reached(ThreadKind::Net);
-            match self.handle_events(more.then_some(Duration::ZERO)) {
+            match self.handle_events(turn.timeout()) {
                 Ok(ControlFlow::Continue(())) => {}
                 Ok(ControlFlow::Break(())) => return,
                 Err(error) => {
@@ -84,8 +110,8 @@ impl Worker {
                     return;
                 }
             }
-            more = match self.move_frames() {
-                Ok(more) => more,
+            turn = match self.move_frames() {
+                Ok(turn) => turn,
                 Err(error) => {
                     tracing::warn!(device = self.name, %error, "the guest broke a queue; its pair stops");
                     return;
@@ -102,71 +128,76 @@ impl Worker {
                 // An error means that there was no notification after all.
                 Token::ReceiveQueue => drop(self.receiver.queue.notified.read()),
                 Token::TransmitQueue => drop(self.transmitter.queue.notified.read()),
-                Token::Tap => self.on_tap_event(event.readiness())?,
+                Token::Tap => self.on_tap_event(event.readiness()),
             }
         }
         Ok(ControlFlow::Continue(()))
     }
 
-    fn on_tap_event(&mut self, events: EventSet) -> io::Result<()> {
+    fn on_tap_event(&mut self, events: EventSet) {
         // An error of the tap, or its end, is found when the tap is read or written.
         let failed = events.intersects(EventSet::ERROR | EventSet::HANG_UP);
         self.readable |= failed || events.contains(EventSet::IN);
         if !self.writable && (failed || events.contains(EventSet::OUT)) {
             self.writable = true;
-            self.watch_tap(TAP_READABLE)?;
+            self.watch_tap();
         }
-        Ok(())
     }
 
-    /// Moves some frames both ways. Returns whether there may be more without another event. An error means that the
-    /// guest has broken a queue.
-    fn move_frames(&mut self) -> Result<bool, virtio_queue::Error> {
-        let more_from_guest = self.transmit()?;
-        let more_to_guest = self.receive()?;
-        Ok(more_from_guest || more_to_guest)
+    /// Moves some frames both ways. Returns when to move the next ones. An error means that the guest has broken a
+    /// queue.
+    fn move_frames(&mut self) -> Result<NextTurn, virtio_queue::Error> {
+        if !self.transmit_turn.has_to_wait() {
+            self.transmit_turn = self.transmit()?;
+        }
+        if !self.receive_turn.has_to_wait() {
+            self.receive_turn = self.receive()?;
+            let has_to_wait = matches!(self.receive_turn, NextTurn::NotBefore(_));
+            if self.woken_by_frames == has_to_wait {
+                self.woken_by_frames = !has_to_wait;
+                self.watch_tap();
+            }
+        }
+        Ok(self.transmit_turn.or(self.receive_turn))
     }
 
-    fn transmit(&mut self) -> Result<bool, virtio_queue::Error> {
+    fn transmit(&mut self) -> Result<NextTurn, virtio_queue::Error> {
         if !self.writable {
-            return Ok(false);
+            return Ok(NextTurn::OnEvent);
         }
         match self.transmitter.serve(self.tap.as_deref(), BATCH)? {
-            TransmitOutcome::BudgetSpent => Ok(true),
-            TransmitOutcome::QueueEmpty => Ok(false),
+            TransmitOutcome::BudgetSpent => Ok(NextTurn::Now),
+            TransmitOutcome::QueueEmpty => Ok(NextTurn::OnEvent),
+            TransmitOutcome::Throttled(not_before) => Ok(NextTurn::NotBefore(not_before)),
             TransmitOutcome::TapFull => {
                 self.writable = false;
-                // If the tap takes frames again by now, epoll reports that at once.
-                if let Err(error) = self.watch_tap(TAP_READABLE_OR_WRITABLE) {
-                    tracing::error!(device = self.name, %error, "cannot wait for the tap");
-                    self.give_up_tap();
-                }
-                Ok(self.writable)
+                self.watch_tap();
+                Ok(if self.writable { NextTurn::Now } else { NextTurn::OnEvent })
             }
             TransmitOutcome::TapGone => {
                 self.give_up_tap();
                 // The frames that the guest has sent can now be dropped.
-                Ok(true)
+                Ok(NextTurn::Now)
             }
         }
     }
 
-    fn receive(&mut self) -> Result<bool, virtio_queue::Error> {
-        let Some(tap) = self.tap.as_deref().filter(|_| self.readable) else { return Ok(false) };
+    fn receive(&mut self) -> Result<NextTurn, virtio_queue::Error> {
+        let Some(tap) = self.tap.as_deref().filter(|_| self.readable) else { return Ok(NextTurn::OnEvent) };
         let receiving = tap.lock_receiving();
         let outcome = self.receiver.serve(tap, BATCH)?;
         drop(receiving);
         match outcome {
-            ReceiveOutcome::BudgetSpent => Ok(true),
-            ReceiveOutcome::NoBuffers => Ok(false),
+            ReceiveOutcome::BudgetSpent => Ok(NextTurn::Now),
+            ReceiveOutcome::NoBuffers => Ok(NextTurn::OnEvent),
+            ReceiveOutcome::Throttled(not_before) => Ok(NextTurn::NotBefore(not_before)),
             ReceiveOutcome::TapEmpty => {
                 self.readable = false;
-                Ok(false)
+                Ok(NextTurn::OnEvent)
             }
             ReceiveOutcome::TapGone => {
                 self.give_up_tap();
-                // The guest's frames, which may wait for the tap, can now be dropped.
-                Ok(true)
+                Ok(NextTurn::Now)
             }
         }
     }
@@ -180,6 +211,8 @@ impl Worker {
         // When it is closed, now or once the control queue's thread does not use it any more, epoll forgets it.
         self.tap = None;
         self.writable = true;
+        // The guest's frames, which may wait for the tap, can now be dropped.
+        self.transmit_turn = NextTurn::Now;
     }
 }
 

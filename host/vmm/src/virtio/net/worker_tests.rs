@@ -1,6 +1,6 @@
 //! The device between a socket that stands for the tap and a guest that the tests play.
 
-use std::os::fd::OwnedFd;
+use std::{num::NonZeroU64, os::fd::OwnedFd, time::Instant};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use virtio_queue::QueueT as _;
@@ -8,10 +8,12 @@ use vm_memory::{Bytes as _, GuestAddress};
 
 use super::*;
 use crate::{
+    config::RateLimit,
     memory::GuestMemory,
     virtio::{
-        net::{Counters, FRAME_MAX, feature},
+        net::{Counters, FRAME_MAX, Throttles, feature},
         testing::{Buffer, RING_SIZE, Ring, guest_memory},
+        throttle::Throttle,
     },
 };
 
@@ -40,6 +42,10 @@ impl Harness {
     }
 
     fn new(features: u64) -> Self {
+        Self::with_limits(features, &Throttles::default())
+    }
+
+    fn with_limits(features: u64, throttles: &Throttles) -> Self {
         let memory = guest_memory();
         let (receive, mut receive_queue) = Ring::new(&memory, RECEIVE_RING, QUEUE);
         let (transmit, transmit_queue) = Ring::new(&memory, TRANSMIT_RING, QUEUE);
@@ -49,8 +55,10 @@ impl Harness {
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::NONBLOCK, None).unwrap();
         let counters = Counters::default();
         let stop = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let receiver = Receiver::new(receive_queue, &memory, features, counters.clone());
-        let transmitter = Transmitter::new(transmit_queue, &memory, counters.clone());
+        let receiver =
+            Receiver::new(receive_queue, &memory, features, counters.clone(), throttles.receive.clone());
+        let transmitter =
+            Transmitter::new(transmit_queue, &memory, counters.clone(), throttles.transmit.clone());
         let tap = Arc::new(Tap::from_fd(tap));
         let worker = Worker::new("net0".into(), receiver, transmitter, tap, &stop).unwrap();
         Self {
@@ -114,7 +122,7 @@ impl Harness {
     fn run_until_idle(&mut self) {
         for _ in 0..100 {
             assert_eq!(self.worker.handle_events(Some(Duration::ZERO)).unwrap(), ControlFlow::Continue(()));
-            if !self.worker.move_frames().unwrap() {
+            if self.worker.move_frames().unwrap() != NextTurn::Now {
                 return;
             }
         }
@@ -356,7 +364,7 @@ fn frames_from_both_sides_take_turns() {
         harness.give(100);
         harness.host_sends(&payload(60));
     }
-    assert!(harness.worker.move_frames().unwrap());
+    assert_eq!(harness.worker.move_frames().unwrap(), NextTurn::Now);
     let batch = BATCH as u64;
     assert_eq!((harness.counters.tx_packets.get(), harness.counters.rx_packets.get()), (batch, batch));
     harness.run_until_idle();
@@ -378,4 +386,100 @@ fn without_the_tap_nothing_is_received_and_what_is_sent_is_dropped() {
     assert_eq!(harness.transmit.used(), Some((0, 0)));
     assert_eq!(harness.receive.used(), None);
     assert_eq!(harness.counters.tx_dropped.get(), 1);
+}
+
+/// Frames of 60 bytes in a second, by operations and by bytes.
+fn limits(frames_per_second: u64) -> [RateLimit; 2] {
+    let rate = NonZeroU64::new;
+    [
+        RateLimit { operations_per_second: rate(frames_per_second), ..RateLimit::default() },
+        RateLimit { bytes_per_second: rate(60 * frames_per_second), ..RateLimit::default() },
+    ]
+}
+
+/// The frames that a limit allows in the time since `start`: those that the bucket holds, one that overdraws it, and
+/// what comes in that time.
+fn allowed(frames_per_second: u64, start: Instant) -> u64 {
+    let bucket = (frames_per_second / 10).max(2);
+    let come = u128::from(frames_per_second) * start.elapsed().as_nanos() / 1_000_000_000;
+    bucket + 1 + u64::try_from(come).unwrap()
+}
+
+#[test]
+fn frames_beyond_a_directions_limit_wait_and_those_of_the_other_direction_do_not() {
+    for limit in limits(1) {
+        for is_receive_limited in [true, false] {
+            let start = Instant::now();
+            let (limited, free) = (Throttle::new(&limit), Throttle::default());
+            let throttles = if is_receive_limited {
+                Throttles { receive: limited.clone(), transmit: free.clone() }
+            } else {
+                Throttles { receive: free.clone(), transmit: limited.clone() }
+            };
+            let mut harness = Harness::with_limits(feature::MRG_RXBUF, &throttles);
+            for _ in 0..50 {
+                harness.give(100);
+                harness.host_sends(&payload(60));
+                harness.guest_sends(&payload(60), &[72]);
+            }
+            for _ in 0..10 {
+                harness.run_until_idle();
+            }
+            let moved = (harness.counters.rx_packets.get(), harness.counters.tx_packets.get());
+            let (held_back, others) = if is_receive_limited { moved } else { (moved.1, moved.0) };
+            assert_eq!(others, 50);
+            assert!((1..=allowed(1, start)).contains(&held_back), "{held_back} frames");
+            let dropped = (harness.counters.rx_dropped.get(), harness.counters.tx_dropped.get());
+            assert_eq!(dropped, (0, 0));
+            assert!(limited.throttled().get() > 0);
+            assert_eq!(free.throttled().get(), 0);
+        }
+    }
+}
+
+#[test]
+fn frames_that_had_to_wait_are_moved_when_it_is_their_time() {
+    for limit in limits(100) {
+        let start = Instant::now();
+        let throttles = Throttles { receive: Throttle::new(&limit), transmit: Throttle::new(&limit) };
+        let mut harness = Harness::with_limits(feature::MRG_RXBUF, &throttles);
+        for _ in 0..30 {
+            harness.give(100);
+            harness.host_sends(&payload(60));
+            harness.guest_sends(&payload(60), &[72]);
+        }
+        let mut turn = NextTurn::Now;
+        while harness.counters.rx_packets.get() < 30 || harness.counters.tx_packets.get() < 30 {
+            assert_ne!(turn, NextTurn::OnEvent, "nobody would wake the worker");
+            assert!(harness.worker.handle_events(turn.timeout()).unwrap().is_continue());
+            turn = harness.worker.move_frames().unwrap();
+            for moved in [&harness.counters.rx_packets, &harness.counters.tx_packets] {
+                assert!(moved.get() <= allowed(100, start), "{} frames", moved.get());
+            }
+        }
+        assert!(start.elapsed() >= Duration::from_millis(180), "{:?}", start.elapsed());
+    }
+}
+
+#[test]
+fn frames_that_arrive_while_the_limit_holds_them_back_do_not_wake_the_worker() {
+    let limit = RateLimit { bytes_per_second: NonZeroU64::new(1), ..RateLimit::default() };
+    let throttles = Throttles { receive: Throttle::new(&limit), transmit: Throttle::default() };
+    let mut harness = Harness::with_limits(feature::MRG_RXBUF, &throttles);
+    harness.give(100);
+    harness.give(100);
+    harness.host_sends(&payload(60));
+    harness.run_until_idle();
+    assert_eq!(harness.counters.rx_packets.get(), 1);
+    let wakes =
+        |harness: &Harness| harness.worker.wait_context.wait::<4>(Some(Duration::ZERO)).unwrap().count();
+    harness.host_sends(&payload(60));
+    assert_eq!(wakes(&harness), 0);
+    // When there is no limit any more, as if its time had come, the tap is heard again.
+    harness.worker.receiver.throttle = Throttle::default();
+    harness.worker.receive_turn = NextTurn::Now;
+    harness.run_until_idle();
+    assert_eq!(harness.counters.rx_packets.get(), 2);
+    harness.host_sends(&payload(60));
+    assert_eq!(wakes(&harness), 1);
 }

@@ -161,12 +161,16 @@ impl Guest {
     }
 
     fn in_directory(directory: TempDir) -> Self {
+        Self::with_limit(directory, &RateLimit::default())
+    }
+
+    fn with_limit(directory: TempDir, limit: &RateLimit) -> Self {
         let memory = guest_memory();
         let (ring, queues) = queues(&memory);
         let notify = queues[1].notified.try_clone().unwrap();
         let interrupt = queues[1].interrupt.0.clone();
         let share = ShareConfig { tag: "share".into(), directory: Some(directory.path().join("share")) };
-        let mut device = Fs::new(&share, None).unwrap();
+        let mut device = Fs::new(&share, limit, None).unwrap();
         let queues = queues.into_iter().map(Some).collect();
         device
             .activate(Activation { memory: memory.clone(), features: 0, queues, threads: threads() })
@@ -286,7 +290,7 @@ fn string(text: &str) -> Vec<u8> {
 fn a_share_that_is_no_directory_is_named() {
     let file = tempfile::NamedTempFile::new().unwrap();
     let share = ShareConfig { tag: "share".into(), directory: Some(file.path().into()) };
-    let error = Fs::new(&share, None).err().unwrap();
+    let error = Fs::new(&share, &RateLimit::default(), None).err().unwrap();
     assert!(error.to_string().contains(file.path().to_str().unwrap()), "{error}");
 }
 
@@ -299,8 +303,8 @@ fn the_guest_may_not_use_up_the_open_files() {
 #[test]
 fn the_configuration_space_holds_tag_and_number_of_queues() {
     let directory = tempfile::tempdir().unwrap();
-    let fs = Fs::new(&ShareConfig { tag: "share".into(), directory: Some(directory.path().into()) }, None)
-        .unwrap();
+    let share = ShareConfig { tag: "share".into(), directory: Some(directory.path().into()) };
+    let fs = Fs::new(&share, &RateLimit::default(), None).unwrap();
     let mut tag = [0; 6];
     fs.read_config(0, &mut tag);
     assert_eq!(&tag, b"share\0");
