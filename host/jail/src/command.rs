@@ -15,7 +15,10 @@ use rustix::{
     process::{WaitId, WaitIdOptions, waitid},
 };
 
-use crate::clone::{Cloned, clone_vfork};
+use crate::{
+    clone::{Cloned, clone_vfork},
+    sealed::null_device,
+};
 
 /// The namespaces of its own that the program gets.
 const NAMESPACES: c_int =
@@ -91,7 +94,7 @@ impl JailedCommand {
 
     /// Starts the program. After an error there is no process. Blocks for as long as the kernel takes.
     pub fn spawn(self) -> io::Result<JailedChild> {
-        let null_device = std::fs::File::options().read(true).write(true).open("/dev/null")?;
+        let null_device = null_device()?;
         let pointers = |strings: &[CString]| -> Vec<*const c_char> {
             strings.iter().map(|string| string.as_ptr()).chain([null()]).collect()
         };

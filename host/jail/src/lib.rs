@@ -19,9 +19,11 @@ mod clone;
 mod command;
 mod probe;
 mod root;
+mod sealed;
 mod user_namespace;
 
 pub use command::{JailedChild, JailedCommand};
 pub use probe::probe;
 pub use root::{SHARE, enter};
+pub use sealed::{Access, open_sealed, set_mount_attributes};
 pub use user_namespace::{enter_user_namespace, make_user_namespace};

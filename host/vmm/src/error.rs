@@ -35,7 +35,7 @@ pub enum ExitReason {
 #[derive(Debug, Error)]
 pub enum Error {
     #[error("cannot open /dev/kvm; `pericarp check kvm` says what is wrong")]
-    OpenKvm(#[source] kvm_ioctls::Error),
+    OpenKvm(#[source] io::Error),
     #[error("KVM refuses to {what}")]
     Kvm {
         what: &'static str,

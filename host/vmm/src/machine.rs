@@ -4,12 +4,17 @@ use std::{
     fmt::Write as _,
     fs::File,
     io,
-    os::{fd::OwnedFd, unix::net::UnixListener},
+    os::{
+        fd::{FromRawFd as _, IntoRawFd as _, OwnedFd},
+        unix::net::UnixListener,
+    },
+    path::Path,
     sync::{Arc, Mutex, atomic::AtomicU8, mpsc},
 };
 
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VmFd};
+use pericarp_jail::{Access, open_sealed};
 use pericarp_protos::{ttrpc::Server, vmm_blocking::BootTimes};
 use vm_memory::{GuestMemory as _, GuestMemoryRegion as _};
 use vmm_sys_util::eventfd::EventFd;
@@ -74,7 +79,7 @@ pub fn run(
 ) -> Result<ExitReason, Error> {
     prepare_process()?;
     end_on_sigterm().map_err(|source| Error::Io { what: "process end when it is asked to", source })?;
-    let kvm = Kvm::new().map_err(Error::OpenKvm)?;
+    let kvm = open_kvm()?;
     check_size(config, &kvm)?;
     let console_log = console::open_log(&config.console)
         .map_err(|source| Error::Console { path: config.console.path.clone(), source })?;
@@ -195,6 +200,17 @@ pub(crate) fn prepare_process() -> Result<(), Error> {
     attack::prepare();
     abort_on_panic();
     allocate_from_one_arena()
+}
+
+/// KVM's device.
+const KVM: &str = "/dev/kvm";
+
+/// Opens KVM's device, which is the whole host's.
+fn open_kvm() -> Result<Kvm, Error> {
+    let flags = libc::O_CLOEXEC;
+    let file = open_sealed(Path::new(KVM), Access::ReadAndWrite, flags).map_err(Error::OpenKvm)?;
+    // SAFETY: it is KVM's device, and nothing else has this descriptor.
+    Ok(unsafe { Kvm::from_raw_fd(file.into_raw_fd()) })
 }
 
 /// Makes a panic on any thread end the process: it must not leave half a machine running.

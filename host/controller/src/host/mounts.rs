@@ -12,6 +12,7 @@ use std::{
     thread,
 };
 
+use pericarp_jail::set_mount_attributes;
 use rustix::{
     fs::{AtFlags, CWD, Mode, OFlags, ResolveFlags, StatxAttributes, StatxFlags, openat2, statx},
     io::Errno,
@@ -98,14 +99,14 @@ pub fn is_mount(place: impl AsFd) -> rustix::io::Result<bool> {
 pub fn set_writable(mount: impl AsFd) -> io::Result<()> {
     let attributes =
         libc::mount_attr { attr_set: 0, attr_clr: libc::MOUNT_ATTR_RDONLY, propagation: 0, userns_fd: 0 };
-    set_attributes(mount.as_fd().as_raw_fd(), false, &attributes)
+    set_mount_attributes(mount, false, &attributes)
 }
 
 /// Makes a mount read-only.
 pub fn set_read_only(mount: impl AsFd, recursive: bool) -> io::Result<()> {
     let attributes =
         libc::mount_attr { attr_set: libc::MOUNT_ATTR_RDONLY, attr_clr: 0, propagation: 0, userns_fd: 0 };
-    set_attributes(mount.as_fd().as_raw_fd(), recursive, &attributes)
+    set_mount_attributes(mount, recursive, &attributes)
 }
 
 /// Takes from a detached mount, and from all mounts below it, what only matters to a process of the host's that uses
@@ -114,7 +115,7 @@ pub fn set_read_only(mount: impl AsFd, recursive: bool) -> io::Result<()> {
 pub fn make_inert(mount: impl AsFd) -> io::Result<()> {
     let flags = libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NOEXEC;
     let attributes = libc::mount_attr { attr_set: flags, attr_clr: 0, propagation: 0, userns_fd: 0 };
-    set_attributes(mount.as_fd().as_raw_fd(), true, &attributes)
+    set_mount_attributes(mount, true, &attributes)
 }
 
 /// Has a detached mount show its files' ids as a user namespace has them outside.
@@ -127,7 +128,7 @@ pub fn map_ids(mount: impl AsFd, user_namespace: impl AsFd, recursive: bool) -> 
         // A descriptor is no negative number.
         userns_fd: u64::try_from(userns_fd).map_err(|_| Errno::BADF)?,
     };
-    set_attributes(mount.as_fd().as_raw_fd(), recursive, &attributes)
+    set_mount_attributes(mount, recursive, &attributes)
 }
 
 /// Does `work` on a thread with a mount namespace of its own, in which nothing propagates. What is mounted there is
@@ -157,24 +158,7 @@ pub fn set_propagation(mount: impl AsFd, propagation: SetPropagation) -> io::Res
         SetPropagation::Slave => libc::MS_SLAVE,
     };
     let attributes = libc::mount_attr { attr_set: 0, attr_clr: 0, propagation, userns_fd: 0 };
-    set_attributes(mount.as_fd().as_raw_fd(), true, &attributes)
-}
-
-/// `mount_setattr(2)`, for which rustix has no function yet.
-fn set_attributes(mount: i32, recursive: bool, attributes: &libc::mount_attr) -> io::Result<()> {
-    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
-    // SAFETY: the path is an empty C string, the attributes live for the call and their size is given.
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            mount,
-            c"".as_ptr(),
-            flags,
-            std::ptr::from_ref(attributes),
-            size_of::<libc::mount_attr>(),
-        )
-    };
-    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+    set_mount_attributes(mount, true, &attributes)
 }
 
 /// All mounts of this process's mount namespace at one moment. A busy node has thousands: read it once for many

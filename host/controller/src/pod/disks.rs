@@ -5,10 +5,7 @@
 use std::{
     fs::{self, File},
     io,
-    os::{
-        fd::AsFd,
-        unix::fs::{FileTypeExt as _, OpenOptionsExt as _},
-    },
+    os::{fd::AsFd, unix::fs::FileTypeExt as _},
     path::{Path, PathBuf},
     sync::{
         OnceLock,
@@ -16,6 +13,7 @@ use std::{
     },
 };
 
+use pericarp_jail::{Access, open_sealed};
 use pericarp_protos::{
     descriptors,
     guest::SHARE_DIR,
@@ -230,7 +228,13 @@ fn open(path: &Path, read_only: bool) -> io::Result<File> {
     };
     // This is checked before the file is opened, because opening might wait (a FIFO) or have an effect (a device).
     check(path.metadata()?.file_type())?;
-    let file = fs::OpenOptions::new().read(true).write(!read_only).custom_flags(libc::O_NOCTTY).open(path)?;
+    // Layers are shared by pods, and a device by all who may use it. What a machine has of them it can read, or read
+    // and write, and not open again for more.
+    let file = match (read_only, path.metadata()?.is_file()) {
+        (false, true) => fs::OpenOptions::new().read(true).write(true).open(path)?,
+        (false, false) => open_sealed(path, Access::ReadAndWrite, libc::O_NOCTTY)?,
+        (true, _) => open_sealed(path, Access::Read, libc::O_NOCTTY)?,
+    };
     check(file.metadata()?.file_type())?;
     Ok(file)
 }

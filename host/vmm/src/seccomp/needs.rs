@@ -175,6 +175,8 @@ const ENDING: Need = Need {
         any(SYS_rt_sigprocmask),
         checked(SYS_rt_sigaction, one_constant_of![0: SIGABRT, SIGSEGV, SIGBUS]),
         any(SYS_sigaltstack),
+        // glibc's last words about its own memory.
+        any(SYS_writev),
         any(SYS_getpid),
         any(SYS_gettid),
         checked(

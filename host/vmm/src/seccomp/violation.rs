@@ -15,7 +15,8 @@ pub const FILTER_EXIT_STATUS: i32 = 128 + libc::SIGSYS;
 pub const FILTER_VIOLATION: &str = "which its filter does not allow";
 
 /// Makes the end of this process by a filter leave a line on standard error, with the kind of thread and the call.
-/// Without it, or when an attacker has blocked or replaced the handler, the process ends all the same.
+/// The call is refused in any case. Without the handler, or when it is blocked, the kernel ends the process. An
+/// attacker who has two threads can keep the handler from ending it, and then knows which calls are refused.
 pub fn report_violations() -> io::Result<()> {
     let handler: extern "C" fn(c_int, *mut siginfo_t, *mut c_void) = on_violation;
     // SAFETY: all zeroes is a sigaction without a handler and with an empty mask.

@@ -39,6 +39,10 @@ const VCPUS_ANNOTATION: &str = "io.pericarp.vcpus";
 const MEMORY_ANNOTATION: &str = "io.pericarp.memory-mib";
 /// Asks for virtual machines inside of the pod: "true" or "false".
 const NESTED_ANNOTATION: &str = "io.pericarp.nested-virtualization";
+/// How all of Pericarp's annotations begin. One that is not known is refused.
+const OWN_ANNOTATIONS: &str = "io.pericarp.";
+/// Those that are not for rate limits.
+const OTHER_ANNOTATIONS: [&str; 3] = [VCPUS_ANNOTATION, MEMORY_ANNOTATION, NESTED_ANNOTATION];
 
 /// Characters of an annotation that an error quotes.
 const QUOTE_MAX: usize = 64;
@@ -56,7 +60,7 @@ pub enum PodSpecError {
     Refused { pod: String, what: String, remedy: &'static str },
     #[error("{pod}: annotation {key} is {value:?}; it must be {expected}")]
     Annotation { pod: String, key: String, value: String, expected: String },
-    #[error("{pod}: there is no annotation {key}; those for rate limits are {known}")]
+    #[error("{pod}: there is no annotation {key}; those that there are: {known}")]
     NoAnnotation { pod: String, key: String, known: String },
 }
 
@@ -174,19 +178,27 @@ impl Annotations<'_> {
     fn rate_limits(&self) -> Result<RateLimits, PodSpecError> {
         let mut limits = RateLimits::default();
         for (key, value) in &self.config.annotations {
-            if !key.starts_with(rate_limits::ANNOTATION_PREFIX) {
+            if !key.starts_with(OWN_ANNOTATIONS) || OTHER_ANNOTATIONS.contains(&key.as_str()) {
                 continue;
+            }
+            if !key.starts_with(rate_limits::ANNOTATION_PREFIX) {
+                return Err(self.unknown(key));
             }
             let Ok(number) = value.parse() else {
                 return Err(self.wrong(key, value, format!("a whole number from 1 to {}", u64::MAX)));
             };
             if !rate_limits::set_annotated(&mut limits, key, number) {
-                let (pod, key) = (self.pod.to_owned(), quoted(key));
-                let known = rate_limits::annotations().collect::<Vec<_>>().join(", ");
-                return Err(PodSpecError::NoAnnotation { pod, key, known });
+                return Err(self.unknown(key));
             }
         }
         Ok(limits)
+    }
+
+    /// The error for an annotation of ours that there is not.
+    fn unknown(&self, key: &str) -> PodSpecError {
+        let known = OTHER_ANNOTATIONS.map(str::to_owned).into_iter().chain(rate_limits::annotations());
+        let known = known.collect::<Vec<_>>().join(", ");
+        PodSpecError::NoAnnotation { pod: self.pod.to_owned(), key: quoted(key), known }
     }
 
     fn wrong(&self, key: &str, value: &str, expected: String) -> PodSpecError {

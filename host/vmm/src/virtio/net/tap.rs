@@ -6,7 +6,6 @@
 //! interface".)
 
 use std::{
-    fs::File,
     io, mem,
     os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
@@ -266,9 +265,9 @@ fn attach(namespace: &OwnedFd, netns: &Path, name: &str, queues: u16) -> Result<
 }
 
 pub(super) fn open_tun() -> io::Result<OwnedFd> {
-    use std::os::unix::fs::OpenOptionsExt as _;
     // The standard library adds O_CLOEXEC.
-    let tun = File::options().read(true).write(true).custom_flags(libc::O_NONBLOCK).open(TUN)?;
+    let tun =
+        pericarp_jail::open_sealed(Path::new(TUN), pericarp_jail::Access::ReadAndWrite, libc::O_NONBLOCK)?;
     Ok(tun.into())
 }
 
