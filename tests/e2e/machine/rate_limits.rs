@@ -70,13 +70,13 @@ impl Limit<'_> {
         let grown = |counter: &str| anyhow::Ok(last.get(device, counter)? - first.get(device, counter)?);
         let (done, waits) = (grown(counter)?, grown(throttled)?);
         let in_time = |time: Duration| u128::from(per_second) * time.as_millis() / 1000;
-        let most = in_time(last.after - first.before) * 11 / 10;
-        let least = in_time(last.before - first.after) * 9 / 10;
+        let maximum = in_time(last.after - first.before) * 11 / 10;
+        let minimum = in_time(last.before - first.after) * 9 / 10;
         println!(
-            "{device}: {done} of {counter}, where the limit is {least} to {most}; {waits} times throttled"
+            "{device}: {done} of {counter}, where the limit is {minimum} to {maximum}; {waits} times throttled"
         );
-        ensure!(u128::from(done) <= most, "{device} does {done} of {counter}, and its limit is {most}");
-        Ok(u128::from(done) >= least && waits > 0)
+        ensure!(u128::from(done) <= maximum, "{device} does {done} of {counter}, and its limit is {maximum}");
+        Ok(u128::from(done) >= minimum && waits > 0)
     }
 }
 
