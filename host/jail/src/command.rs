@@ -7,6 +7,7 @@ use std::{
         fd::{AsFd, AsRawFd, OwnedFd, RawFd},
         unix::ffi::OsStrExt as _,
     },
+    path::Path,
     ptr::null,
 };
 
@@ -17,7 +18,7 @@ use rustix::{
 
 use crate::{
     clone::{Cloned, clone_vfork},
-    sealed::null_device,
+    sealed::{Access, open_sealed},
 };
 
 /// The namespaces of its own that the program gets.
@@ -94,7 +95,7 @@ impl JailedCommand {
 
     /// Starts the program. After an error there is no process. Blocks for as long as the kernel takes.
     pub fn spawn(self) -> io::Result<JailedChild> {
-        let null_device = null_device()?;
+        let null_device = open_sealed(Path::new("/dev/null"), Access::ReadAndWrite, 0)?;
         let pointers = |strings: &[CString]| -> Vec<*const c_char> {
             strings.iter().map(|string| string.as_ptr()).chain([null()]).collect()
         };

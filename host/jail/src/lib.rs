@@ -20,6 +20,9 @@ mod command;
 mod probe;
 mod root;
 mod sealed;
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+mod testing;
 mod user_namespace;
 
 pub use command::{JailedChild, JailedCommand};

@@ -1,7 +1,7 @@
 //! These make namespaces, so they need root.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::{fs, io::Write as _, os::fd::AsRawFd as _, path::Path};
+use std::{fs, os::fd::AsRawFd as _, path::Path};
 
 use rustix::{
     fs::{OFlags, openat},
@@ -9,33 +9,15 @@ use rustix::{
 };
 
 use super::*;
+use crate::testing::in_child;
 
 /// Runs `look` in a process that has entered a root of its own. It gets the descriptors' directory, and what it returns
 /// is returned.
 fn inside(look: impl FnOnce(&File) -> String) -> String {
-    let (mut reader, mut writer) = io::pipe().unwrap();
-    // SAFETY: the child has a copy of this thread alone. glibc keeps its allocator usable there, and no lock of anybody
-    // else's is needed.
-    match unsafe { libc::fork() } {
-        0 => {
-            let text = match enter() {
-                Ok(descriptors) => look(&descriptors),
-                Err(error) => format!("cannot enter: {error}"),
-            };
-            let _ = writer.write_all(text.as_bytes());
-            // SAFETY: it ends the child at once.
-            unsafe { libc::_exit(0) }
-        }
-        child => {
-            assert!(child > 0, "{}", io::Error::last_os_error());
-            drop(writer);
-            let mut text = String::new();
-            io::Read::read_to_string(&mut reader, &mut text).unwrap();
-            // SAFETY: the status is not asked for.
-            assert_eq!(unsafe { libc::waitpid(child, std::ptr::null_mut(), 0) }, child);
-            text
-        }
-    }
+    in_child(|| match enter() {
+        Ok(descriptors) => look(&descriptors),
+        Err(error) => format!("cannot enter: {error}"),
+    })
 }
 
 fn names(directory: impl AsRef<Path>) -> Vec<String> {

@@ -10,7 +10,7 @@ use std::{
     fs::File,
     io,
     os::{
-        fd::{AsFd, AsRawFd as _, OwnedFd},
+        fd::{AsFd, AsRawFd as _},
         unix::{ffi::OsStrExt as _, fs::OpenOptionsExt as _},
     },
     path::Path,
@@ -72,11 +72,6 @@ pub fn set_mount_attributes(
         )
     };
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
-}
-
-/// An empty input, and an output that nobody reads, which belong to nobody else: `/dev/null` is the whole host's.
-pub(crate) fn null_device() -> io::Result<OwnedFd> {
-    Ok(open_sealed(Path::new("/dev/null"), Access::ReadAndWrite, 0)?.into())
 }
 
 #[cfg(test)]

@@ -1,37 +1,19 @@
 //! These make namespaces, so they need root.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use std::{io::Write as _, os::unix::fs::MetadataExt as _, ptr::null_mut};
+use std::os::unix::fs::MetadataExt as _;
 
 use rustix::{io::Errno, thread::CapabilitySet};
 
 use super::*;
+use crate::testing::in_child;
 
 /// Runs `look` in a process of the namespace; returns what it returns.
 fn inside(namespace: &OwnedFd, look: impl FnOnce() -> String) -> String {
-    let (mut reader, mut writer) = io::pipe().unwrap();
-    // SAFETY: the child has a copy of this thread alone. glibc keeps its allocator usable there, and no lock of anybody
-    // else's is needed.
-    match unsafe { libc::fork() } {
-        0 => {
-            let text = match enter_user_namespace(namespace) {
-                Ok(()) => look(),
-                Err(error) => format!("cannot enter: {error}"),
-            };
-            let _ = writer.write_all(text.as_bytes());
-            // SAFETY: it ends the child at once.
-            unsafe { libc::_exit(0) }
-        }
-        child => {
-            assert!(child > 0, "{}", io::Error::last_os_error());
-            drop(writer);
-            let mut text = String::new();
-            io::Read::read_to_string(&mut reader, &mut text).unwrap();
-            // SAFETY: the status is not asked for.
-            assert_eq!(unsafe { libc::waitpid(child, null_mut(), 0) }, child);
-            text
-        }
-    }
+    in_child(|| match enter_user_namespace(namespace) {
+        Ok(()) => look(),
+        Err(error) => format!("cannot enter: {error}"),
+    })
 }
 
 #[test]

@@ -207,8 +207,7 @@ const KVM: &str = "/dev/kvm";
 
 /// Opens KVM's device, which is the whole host's.
 fn open_kvm() -> Result<Kvm, Error> {
-    let flags = libc::O_CLOEXEC;
-    let file = open_sealed(Path::new(KVM), Access::ReadAndWrite, flags).map_err(Error::OpenKvm)?;
+    let file = open_sealed(Path::new(KVM), Access::ReadAndWrite, 0).map_err(Error::OpenKvm)?;
     // SAFETY: it is KVM's device, and nothing else has this descriptor.
     Ok(unsafe { Kvm::from_raw_fd(file.into_raw_fd()) })
 }

@@ -1,6 +1,6 @@
 //! A machine whose threads do what somebody would try who has captured one of them.
 
-use std::{fs, path::Path};
+use std::fs;
 
 use anyhow::{Context, Result, ensure};
 use pericarp_tests::{
@@ -9,6 +9,8 @@ use pericarp_tests::{
     on_pericarp, on_pericarp_alone, wait_until,
 };
 use rustix::process::{Pid, Signal, kill_process};
+
+use super::jail::{busy_machine, value};
 
 /// Threads, and calls that none of them needs.
 const ATTACKS: [(&str, &str); 10] = [
@@ -78,21 +80,15 @@ fn a_captured_thread_that_makes_a_call_which_it_does_not_need_ends_its_machine_a
 #[test]
 fn every_thread_of_a_machine_has_a_filter() -> Result<()> {
     on_pericarp(async |node| {
-        let pod = node.pooled_pod().await?;
-        let container = pod.idle_container("busy").await?;
-        container.shell("cat /etc/passwd > /tmp/copy; head -c 10 /dev/random > /tmp/random").await?;
-        let machine = MachineProcess::of_pod(&pod.id)?.context("the pod's machine")?;
-        for thread in fs::read_dir(Path::new("/proc").join(machine.pid.to_string()).join("task"))? {
+        let machine = busy_machine(node).await?;
+        for thread in fs::read_dir(machine.join("task"))? {
             let thread = thread?.path();
             let name = fs::read_to_string(thread.join("comm"))?;
             let status = fs::read_to_string(thread.join("status"))?;
-            let number = |key: &str| {
-                let line = status.lines().find_map(|line| line.strip_prefix(key))?;
-                line.trim().parse::<u32>().ok()
-            };
+            let number = |key: &str| anyhow::Ok(value(&status, key)?.parse::<u32>()?);
             // SECCOMP_MODE_FILTER. All except the first have the spawner's two filters and one of their own.
-            assert_eq!(number("Seccomp:"), Some(2), "{name}: {status}");
-            let is_first = thread.file_name() == Some(machine.pid.to_string().as_ref());
+            assert_eq!(number("Seccomp:")?, 2, "{name}: {status}");
+            let is_first = thread.file_name() == machine.file_name();
             let expected = match name.trim() {
                 _ if is_first => 1,
                 "spawner" => 2,
@@ -100,7 +96,7 @@ fn every_thread_of_a_machine_has_a_filter() -> Result<()> {
                 "listener_loop" | "reaper" | "client_handler" | "control" => 4,
                 _ => 3,
             };
-            assert_eq!(number("Seccomp_filters:"), Some(expected), "{name}: {status}");
+            assert_eq!(number("Seccomp_filters:")?, expected, "{name}: {status}");
         }
         Ok(())
     })

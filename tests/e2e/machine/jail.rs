@@ -15,7 +15,7 @@ use rustix::process::{Pid, Signal, kill_process};
 const FOR_FILES: u64 = 1 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 6 | 1 << 7 | 1 << 31;
 
 /// A pod's machine that has had to do something with each of its devices: its directory in /proc.
-async fn busy_machine(node: &Node) -> Result<PathBuf> {
+pub async fn busy_machine(node: &Node) -> Result<PathBuf> {
     let pod = node.pooled_pod().await?;
     let container = pod.idle_container("busy").await?;
     container.shell("cat /etc/passwd > /tmp/copy; head -c 10 /dev/random > /tmp/random").await?;
@@ -23,7 +23,8 @@ async fn busy_machine(node: &Node) -> Result<PathBuf> {
     Ok(Path::new("/proc").join(machine.pid.to_string()))
 }
 
-fn value(status: &str, key: &str) -> Result<String> {
+/// The value of a key in a process's `status`, or in another file of that form.
+pub fn value(status: &str, key: &str) -> Result<String> {
     let line = status.lines().find_map(|line| line.strip_prefix(key)).with_context(|| key.to_owned())?;
     Ok(line.trim_start_matches(':').trim().to_owned())
 }

@@ -227,10 +227,11 @@ fn open(path: &Path, read_only: bool) -> io::Result<File> {
         (kind.is_file() || kind.is_block_device()).then_some(()).ok_or_else(error)
     };
     // This is checked before the file is opened, because opening might wait (a FIFO) or have an effect (a device).
-    check(path.metadata()?.file_type())?;
+    let kind = path.metadata()?.file_type();
+    check(kind)?;
     // Layers are shared by pods, and a device by all who may use it. What a machine has of them it can read, or read
     // and write, and not open again for more.
-    let file = match (read_only, path.metadata()?.is_file()) {
+    let file = match (read_only, kind.is_file()) {
         (false, true) => fs::OpenOptions::new().read(true).write(true).open(path)?,
         (false, false) => open_sealed(path, Access::ReadAndWrite, libc::O_NOCTTY)?,
         (true, _) => open_sealed(path, Access::Read, libc::O_NOCTTY)?,
